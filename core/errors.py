@@ -1,0 +1,100 @@
+"""One exception for what the user can mend, and the one place where a command ends.
+
+In:  a command's `main()`. Out: an exit code, and for a mistake one line on stderr.
+Knows nothing of tasks, files or tensors.
+
+    exit code   meaning
+    0           done
+    1           our bug: the traceback is shown
+    2           bad input: `error: PATH:LINE: what -- hint`
+    3           training diverged (non-finite loss or gradient)
+    4           storage failed (disk full, read-only, I/O error)
+    75          interrupted and saved (EX_TEMPFAIL of sysexits.h: run it again to go on)
+    130         interrupted with nothing to save
+"""
+
+import errno
+import os
+import sys
+
+STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+
+
+class UserError(Exception):
+    """What the user did wrong and how to mend it, in one line."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, hint: str = ""):
+        super().__init__(" ".join(f"{what} -- {hint}".split("\n")) if hint else " ".join(what.split("\n")))
+
+
+class Diverged(UserError):
+    """Loss or gradient is not a finite number; the weights were left as they were."""
+
+    exit_code = 3
+
+
+class StorageError(UserError):
+    """The disk did not take what had to be written."""
+
+    exit_code = 4
+
+
+class Interrupted(UserError):
+    """Stopped by a signal after everything was saved."""
+
+    exit_code = 75
+
+
+def require(module: str, package: str, why: str):
+    """Import an optional package, or say how to install it.
+
+    Args:
+        module: the module's import name.
+        package: what `pip install` calls it.
+        why: the feature that needs it, for the message.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{why} needs the package {package}", f"pip install {package}") from None
+
+
+def run(main) -> None:
+    """Call `main()` and turn what it raises into an exit code. `--debug` on the command line shows tracebacks."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as e:
+        code = _fail(str(e), e.exit_code, debug)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130, debug)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): not an error. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as e:
+        name = f"{e.filename}: " if e.filename else ""
+        if e.errno in STORAGE_ERRNOS:
+            code = _fail(f"{name}{e.strerror}", 4, debug)
+        elif e.filename:
+            code = _fail(f"{name}{e.strerror}", 2, debug)
+        else:
+            raise
+    sys.exit(code)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    prefix = "stopped" if code in (75, 130) else "error"
+    print(f"{prefix}: {message}", file=sys.stderr, flush=True)
+    return code
