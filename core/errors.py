@@ -17,6 +17,8 @@ import errno
 import os
 import sys
 
+from tokenizer import TokenizerError
+
 STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 
@@ -73,6 +75,8 @@ def run(main) -> None:
         sys.stdout.flush()
     except UserError as e:
         code = _fail(str(e), e.exit_code, debug)
+    except TokenizerError as e:
+        code = _fail(str(e), 2, debug)
     except KeyboardInterrupt:
         code = _fail("interrupted", 130, debug)
     except BrokenPipeError:

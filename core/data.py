@@ -1,0 +1,391 @@
+"""Token bins, chat samples, rows, batches, and the order in which a run sees them.
+
+In:  bins (raw little-endian uint16 or uint32 with a .json beside them), or rendered chats (ids and loss mask).
+Out: Batch objects, the same for any number of ranks and after any resume.
+Knows nothing of text, models or losses.
+
+Shapes:  B rows of a micro-batch, T positions (seq_len)
+
+A bin is the documents' ids one after another: [bos] ids eos [bos] ids eos ... Row i of a bin is the window of T + 1
+ids from i * T: its first T are read, its last T are predicted.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core import files
+from core.errors import UserError
+from model import IGNORE
+
+BLOCK_BYTES = 16 << 20  # a hash per block names the damaged part of a large file
+FORMAT = 1
+
+
+@dataclass
+class Batch:
+    """One micro-batch: ids, targets (B, T) int64, docs (B, T) int32 or None, and the rows it was made of."""
+
+    ids: Tensor
+    targets: Tensor
+    docs: Tensor | None
+    rows: list[int]
+
+    @property
+    def count(self) -> Tensor:
+        """Number of targets, a scalar: what a sum of losses is divided by."""
+        return (self.targets != IGNORE).sum()
+
+    def to(self, device: torch.device) -> "Batch":
+        if device.type == "cpu":
+            return self
+        move = lambda t: None if t is None else t.pin_memory().to(device, non_blocking=True)  # noqa: E731
+        return Batch(move(self.ids), move(self.targets), move(self.docs), self.rows)
+
+
+# ---------------------------------------------------------------- bins
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """uint16 while every id fits, else uint32; little-endian on every machine."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+class BinWriter:
+    """Write documents' ids to a bin and its sidecar; both appear whole when the `with` block ends, or not at all.
+
+    Args:
+        path: the .bin file; the sidecar is the same name with .json.
+        vocab_size: every id is below it.
+        eos_id: the id that ends each document.
+        tokenizer_sha256: hash of the tokenizer's model file; training refuses another one.
+    """
+
+    def __init__(self, path: Path, vocab_size: int, eos_id: int, tokenizer_sha256: str):
+        self.path = Path(path)
+        self.about = {"format": FORMAT, "dtype": dtype_for(vocab_size).name, "vocab_size": vocab_size,
+                      "eos_id": eos_id, "tokenizer_sha256": tokenizer_sha256}  # fmt: skip
+        self.dtype = dtype_for(vocab_size)
+        self.tokens = self.documents = self.text_bytes = 0
+        self._hashes: list[str] = []
+        self._block = bytearray()
+
+    def __enter__(self) -> "BinWriter":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
+        self._file = open(self._temporary, "wb")
+        return self
+
+    def add(self, ids: Sequence[int], text_bytes: int) -> None:
+        """Append one document: its ids, bos and eos included, and the UTF-8 bytes of its text."""
+        array = np.asarray(ids, dtype=np.int64)
+        # numpy wraps around silently when an id does not fit the dtype.
+        assert array.size and 0 <= array.min() and array.max() < self.about["vocab_size"], "id outside the vocabulary"
+        self._block += array.astype(self.dtype).tobytes()
+        while len(self._block) >= BLOCK_BYTES:
+            self._flush(BLOCK_BYTES)
+        self.tokens += array.size
+        self.documents += 1
+        self.text_bytes += text_bytes
+
+    def _flush(self, size: int) -> None:
+        self._file.write(self._block[:size])
+        self._hashes.append(hashlib.sha256(self._block[:size]).hexdigest())
+        del self._block[:size]
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if error is None:
+                if not self.tokens:
+                    raise UserError(f"{self.path}: no documents to write", "is the corpus empty?")
+                if self._block:
+                    self._flush(len(self._block))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                sidecar = self.path.with_suffix(".json")
+                # In this order a kill leaves either pair whole, or a bin without sidecar, never a wrong pair.
+                sidecar.unlink(missing_ok=True)
+                os.replace(self._temporary, self.path)
+                self.about |= {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes,
+                               "block_bytes": BLOCK_BYTES, "blocks_sha256": self._hashes}  # fmt: skip
+                files.write_json(sidecar, self.about)
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+class TokenBin:
+    """A bin opened for reading, checked against its sidecar and the vocabulary.
+
+    Args:
+        path: the .bin file.
+        vocab_size: of the model that will read it.
+        tokenizer_sha256: of the tokenizer that the model is trained with; "" skips the check.
+        warn: called with a line of text where the bin has no sidecar.
+    Raises:
+        UserError: missing, truncated, made with another tokenizer, ids out of range.
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int, tokenizer_sha256: str = "", warn=print):
+        self.path, self.vocab_size = Path(path), vocab_size
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}", "make it with python data_process.py") from None
+        size = os.fstat(self._fd).st_size
+        sidecar = self.path.with_suffix(".json")
+        about = _read_sidecar(sidecar) if sidecar.exists() else {}
+        self.dtype = np.dtype(about["dtype"]).newbyteorder("<") if about else dtype_for(vocab_size)
+        if size % self.dtype.itemsize:
+            raise UserError(f"{path}: {size} bytes is not a multiple of {self.dtype.itemsize}", "the file is damaged")
+        self.tokens = size // self.dtype.itemsize
+        self.text_bytes = about.get("text_bytes", 0)  # 0: not known, no bits per byte
+        self.eos_id = about.get("eos_id")
+        if about:
+            if about["tokens"] != self.tokens:
+                raise UserError(f"{path}: {self.tokens} tokens, {sidecar.name} says {about['tokens']}",
+                                "truncated? make it again with python data_process.py")  # fmt: skip
+            if about["vocab_size"] > vocab_size:
+                raise UserError(f"{path}: made for a vocabulary of {about['vocab_size']}, the model has {vocab_size}")
+            if tokenizer_sha256 and about["tokenizer_sha256"] != tokenizer_sha256:
+                raise UserError(
+                    f"{path}: made with tokenizer {about['tokenizer_sha256'][:12]}, this run has {tokenizer_sha256[:12]}",
+                    "make the bin again with this tokenizer",
+                )
+            self.digest = hashlib.sha256("".join(about["blocks_sha256"]).encode()).hexdigest()
+        else:
+            warn(f"warning: {path} has no {sidecar.name}: every id is checked once, bits per byte are not known")
+            self.digest = self._scan()
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Ids [start, start + count) as int64.
+
+        Read, not mapped: a file cut short under a running trainer gives an error here instead of a SIGBUS, and a
+        50 GB bin does not count as 50 GB of resident memory.
+        """
+        size = self.dtype.itemsize
+        if hasattr(os, "pread"):
+            raw = os.pread(self._fd, count * size, start * size)
+        else:
+            os.lseek(self._fd, start * size, os.SEEK_SET)
+            raw = os.read(self._fd, count * size)
+        if len(raw) != count * size:
+            raise UserError(f"{self.path}: cut short at token {start + len(raw) // size} while being read")
+        ids = np.frombuffer(raw, self.dtype).astype(np.int64)
+        # An id past the embedding would be a crash far from its cause, or on a GPU a dead process.
+        if count and ids.max() >= self.vocab_size:
+            at = int(ids.argmax())
+            raise UserError(f"{self.path}: token {start + at} is {ids[at]}, vocab is {self.vocab_size}",
+                            "another tokenizer's bin, or a damaged file")  # fmt: skip
+        return ids
+
+    def _scan(self) -> str:
+        """Check every id of a bin without sidecar; returns a hash of its content."""
+        digest = hashlib.sha256()
+        for start in range(0, self.tokens, BLOCK_BYTES):
+            digest.update(self.read(start, min(BLOCK_BYTES, self.tokens - start)).tobytes())
+        return digest.hexdigest()
+
+
+def _read_sidecar(path: Path) -> dict:
+    kinds = {"format": int, "dtype": str, "tokens": int, "vocab_size": int, "eos_id": int, "text_bytes": int,
+             "tokenizer_sha256": str, "blocks_sha256": list}  # fmt: skip
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON", "make the bin again") from None
+    for key, kind in kinds.items():
+        if not isinstance(about, dict) or type(about.get(key)) is not kind:
+            raise UserError(f"{path}: {key} is missing or not of type {kind.__name__}", "make the bin again")
+    if about["format"] != FORMAT:
+        raise UserError(f"{path}: format {about['format']}, this version reads {FORMAT}", "make the bin again")
+    if about["dtype"] not in ("uint16", "uint32"):
+        raise UserError(f"{path}: dtype {about['dtype']!r} is neither uint16 nor uint32", "make the bin again")
+    if not all(isinstance(h, str) for h in about["blocks_sha256"]):
+        raise UserError(f"{path}: blocks_sha256 holds something else than hashes", "make the bin again")
+    return about
+
+
+# ---------------------------------------------------------------- rows
+
+
+class BinRows:
+    """Rows of a bin: consecutive windows, each exactly once per epoch.
+
+    Args:
+        bin: the tokens.
+        seq_len: T.
+        docs: number the documents of a row, so that attention stays within each.
+        eos_id: the id that ends a document.
+        tail: also give the last, incomplete window, padded (validation wants every token; training drops it).
+    """
+
+    def __init__(self, bin: TokenBin, seq_len: int, docs: bool, eos_id: int, tail: bool = False):
+        self.bin, self.seq_len, self.docs, self.eos_id = bin, seq_len, docs, eos_id
+        whole = (bin.tokens - 1) // seq_len
+        self.left_over = bin.tokens - 1 - whole * seq_len
+        self.rows = whole + (1 if tail and self.left_over else 0)
+        if not self.rows:
+            raise UserError(f"{bin.path}: {bin.tokens} tokens, needs at least seq_len + 1 = {seq_len + 1}",
+                            "a longer text or a smaller --seq_len")  # fmt: skip
+        self.digest = bin.digest
+        # Bits per byte = nats of all targets / ln 2 / bytes of the text they encode.
+        self.bytes_per_token = bin.text_bytes / bin.tokens
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """ids, targets, docs of row i, each (T,)."""
+        start = i * self.seq_len
+        window = self.bin.read(start, min(self.seq_len + 1, self.bin.tokens - start))
+        ids, targets = _padded(window[:-1], self.seq_len, self.eos_id), _padded(window[1:], self.seq_len, IGNORE)
+        if not self.docs:
+            return ids, targets, None
+        ends = ids == self.eos_id
+        # What follows an end belongs to the next document, and predicting it from this one would be a guess.
+        return ids, np.where(ends, IGNORE, targets), np.cumsum(ends) - ends
+
+    def describe(self) -> str:
+        return (f"{self.bin.path}: {self.bin.tokens:,} tokens in {len(self)} rows of {self.seq_len}, "
+                f"{self.left_over} tokens at the end left out")  # fmt: skip
+
+    def where(self, i: int) -> str:
+        return f"{self.bin.path}: tokens {i * self.seq_len} to {(i + 1) * self.seq_len}"
+
+
+class ChatRows:
+    """Rows of rendered chats: several samples packed into each, none split.
+
+    Args:
+        samples: (ids, mask, where) of each chat; mask is 1 where the id is to be predicted.
+        seq_len: T; no sample may have more than T + 1 ids.
+        pad_id: the id that fills a row's rest; it has no loss and its own document number.
+        pack: False gives every sample a row of its own.
+    """
+
+    def __init__(self, samples: Iterable[tuple[Sequence[int], Sequence[int], str]], seq_len: int, pad_id: int,
+                 pack: bool = True):  # fmt: skip
+        self.seq_len, self.pad_id = seq_len, pad_id
+        self.samples = [(np.asarray(ids, np.int64), np.asarray(mask, bool), where) for ids, mask, where in samples]
+        digest = hashlib.sha256()
+        self.packs: list[list[int]] = []
+        room = 0
+        for k, (ids, mask, where) in enumerate(self.samples):
+            need = len(ids) - 1  # the last id is only predicted, never read
+            assert 0 < need <= seq_len and mask[1:].any(), f"{where}: sample does not fit"
+            if not (pack and need <= room):
+                self.packs.append([])
+                room = seq_len
+            self.packs[-1].append(k)
+            room -= need
+            digest.update(ids.tobytes() + mask.tobytes())
+        if not self.packs:
+            raise UserError("no chats to train on")
+        self.digest = digest.hexdigest()
+        self.bytes_per_token = 0.0
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids, targets, docs of row i, each (T,)."""
+        ids, targets, docs = [], [], []
+        for number, k in enumerate(self.packs[i]):
+            tokens, mask, _ = self.samples[k]
+            ids.append(tokens[:-1])
+            targets.append(np.where(mask[1:], tokens[1:], IGNORE))
+            docs.append(np.full(len(tokens) - 1, number))
+        return (_padded(np.concatenate(ids), self.seq_len, self.pad_id),
+                _padded(np.concatenate(targets), self.seq_len, IGNORE),
+                _padded(np.concatenate(docs), self.seq_len, len(docs)))  # fmt: skip
+
+    def where(self, i: int) -> str:
+        return f"{self.samples[self.packs[i][0]][2]} and the {len(self.packs[i]) - 1} chats packed with it"
+
+
+def _padded(values: np.ndarray, length: int, fill: int) -> np.ndarray:
+    return values if len(values) == length else np.append(values, np.full(length - len(values), fill, np.int64))
+
+
+def batch(rows: BinRows | ChatRows, indices: Sequence[int]) -> Batch:
+    """The rows with the given numbers as one micro-batch."""
+    ids, targets, docs = zip(*(rows.row(i) for i in indices))
+    return Batch(
+        torch.from_numpy(np.stack(ids)),
+        torch.from_numpy(np.stack(targets)),
+        None if docs[0] is None else torch.from_numpy(np.stack(docs).astype(np.int32)),
+        list(indices),
+    )
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("PATH:LINE", object) of each line of a JSONL file; only a newline ends a line, blank ones are passed over.
+
+    Raises:
+        UserError: no such file, a line that is not UTF-8, not JSON, not an object, or names a key twice.
+    """
+
+    def no_twins(pairs: list) -> dict:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if not (line := line.strip()):
+                    continue
+                try:
+                    value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=no_twins)
+                except (ValueError, RecursionError) as e:
+                    raise UserError(f"{path}:{number}: not a JSON line in UTF-8: {e}") from None
+                if not isinstance(value, dict):
+                    raise UserError(f"{path}:{number}: not a JSON object")
+                yield f"{path}:{number}", value
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}", "make it with python data_process.py") from None
+
+
+# ---------------------------------------------------------------- order
+
+
+def permute(k: int, n: int, key: str) -> int:
+    """Where a fixed pseudo-random permutation of range(n) sends k.
+
+    A Feistel network over the smallest even number of bits that holds n, walked until it lands below n again
+    (at most 4 rounds of it on average, since the domain is less than 4n): no state, no table, any k at once.
+
+    Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains, https://eprint.iacr.org/2001/012
+    """
+    assert 0 <= k < n
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = k >> half, k & low
+        for round in range(4):
+            digest = hashlib.blake2b(f"{key}:{round}:{right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & low)
+        k = left << half | right
+        if k < n:
+            return k
+
+
+def row_number(k: int, n: int, seed: int) -> int:
+    """Row that comes k-th in a run over n rows: each epoch of n is a permutation of its own."""
+    epoch, at = divmod(k, n)
+    return permute(at, n, f"{seed}:{epoch}")
+
+
+def step_rows(seen: int, rows_per_step: int, n: int, seed: int) -> list[int]:
+    """Row numbers of the optimizer step that begins after `seen` rows, over all ranks, in order."""
+    return [row_number(seen + j, n, seed) for j in range(rows_per_step)]

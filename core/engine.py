@@ -1,0 +1,365 @@
+"""The only training loop.
+
+In:  a model, a loss function, rows, options, ranks, a Run. Out: trained weights in the run's folder, metrics.jsonl.
+Knows nothing of text, of what the rows mean, or of how the model is built.
+
+    (one optimizer step)  for each micro-batch: forward, backward;  one sum over ranks;  guard;  clip;  update
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from core.checkpoint import Run, verify
+from core.data import BinRows, ChatRows, batch, step_rows
+from core.distributed import Ranks
+from core.errors import Diverged, Interrupted, UserError
+from core.optim import OptimConfig, learning_rate, make_optimizers
+from model import Llama
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    out_dir: str = "out/pretrain"
+    max_steps: int = 0  # optimizer steps; 0: as many as `epochs` take
+    epochs: float = 1.0  # passes over the data, where max_steps is 0
+    batch_tokens: int = 8192  # positions per optimizer step, over all micro-batches and ranks
+    micro_batch: int = 8  # rows of one forward and backward pass on one rank; memory grows with it
+    seed: int = 1
+    device: str = "auto"  # auto: CUDA where there is one, else CPU
+    dtype: str = "auto"  # auto, fp32, bf16, fp16: of the matrix products; weights are always kept in fp32
+    compile: bool = False  # torch.compile: a minute or more at the start, faster steps afterwards
+    gradient_checkpointing: bool = False  # a third more work, activations of one block instead of all
+    resume: str = "auto"  # auto: from the newest whole checkpoint in out_dir; no: anew; or a checkpoint's path
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    eval_every: int = 250  # steps between validations; the best model becomes the run folder's
+    eval_tokens: int = 1 << 20  # at most so many validation positions each time
+    log_every: int = 10  # steps between log lines
+
+    def __post_init__(self):
+        for name in ("batch_tokens", "micro_batch", "save_every", "eval_every", "eval_tokens", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, must be at least 1")
+        if self.max_steps < 0 or self.epochs <= 0:
+            raise ValueError(f"max_steps = {self.max_steps}, epochs = {self.epochs}: must not be negative or none")
+        if self.keep < 2:
+            raise ValueError(f"keep = {self.keep}, must be at least 2: one is whole while another is deleted")
+        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
+            raise ValueError(f"dtype = {self.dtype!r}, must be one of auto, fp32, bf16, fp16")
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: what was asked for, or the fastest that is safe on this machine."""
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if wanted != "auto":
+        return known[wanted]
+    if device.type == "cuda":
+        # Before Ampere (8.0) bf16 is emulated; fp16 has matrix units from Volta (7.0) on.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    # bf16 on a CPU pays only with AMX tiles (3.5x there); without them it is emulated (0.15x of fp32 on AVX2).
+    amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.bfloat16 if amx else torch.float32
+
+
+class Log:
+    """Lines for people (terminal and log.txt) and for programs (metrics.jsonl); only the first rank speaks."""
+
+    def __init__(self, folder: Path, speak: bool):
+        self.speak, self.files = speak, []
+        if speak:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.files = [open(folder / n, "a", encoding="utf-8", buffering=1) for n in ("log.txt", "metrics.jsonl")]
+        self.bar = None
+
+    def progress(self, total: int, done: int) -> None:
+        """Show a bar with the time left, on a terminal only: in a file its redrawing would be noise."""
+        if self.speak and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+
+    def __call__(self, line: str) -> None:
+        if not self.speak:
+            return
+        self._write(0, line + "\n")
+        try:
+            tqdm.write(line) if self.bar else print(line, flush=True)
+        except (OSError, ValueError):
+            pass  # nobody reads our output any more: no reason to stop a week of training
+
+    def metrics(self, **values) -> None:
+        if self.speak:
+            self._write(1, json.dumps(values, allow_nan=False) + "\n")
+
+    def _write(self, which: int, text: str) -> None:
+        try:
+            self.files[which].write(text)
+        except OSError:
+            pass  # a full disk must not stop training here; saving a checkpoint will tell
+
+    def close(self) -> None:
+        for f in self.files:
+            f.close()
+        if self.bar:
+            self.bar.close()
+
+
+def plan(cfg: TrainConfig, rows: BinRows | ChatRows, seq_len: int, ranks: Ranks) -> tuple[int, int, int]:
+    """Rows per step, micro-batches per rank and step, and steps.
+
+    Raises:
+        UserError: batch_tokens is not rows of seq_len, micro-batches and ranks without a rest.
+    """
+    share = cfg.micro_batch * ranks.world * seq_len
+    if cfg.batch_tokens % share:
+        lower = max(share, cfg.batch_tokens // share * share)
+        raise UserError(
+            f"batch_tokens {cfg.batch_tokens} is not a multiple of micro_batch {cfg.micro_batch} x ranks {ranks.world} "
+            f"x seq_len {seq_len} = {share}", f"--batch_tokens {lower}, or another --micro_batch")  # fmt: skip
+    per_step = cfg.batch_tokens // seq_len
+    steps = cfg.max_steps or max(1, round(cfg.epochs * len(rows) / per_step))
+    return per_step, per_step // (cfg.micro_batch * ranks.world), steps
+
+
+def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: BinRows | ChatRows | None,
+          cfg: TrainConfig, optim: OptimConfig, ranks: Ranks, tokenizer, identity: dict, about: dict,
+          samples: Callable[[Llama], str] | None = None) -> None:  # fmt: skip
+    """Train until the last step, a stop signal or divergence.
+
+    Args:
+        model: fp32 weights, on ranks.device.
+        loss_fn: (model, Batch) -> sum of the losses of the batch's targets.
+        rows, val_rows: what to train and validate on; no validation where val_rows is None.
+        tokenizer: saved with the model.
+        identity: what a resumed run must share with the one it continues, besides the seed and the training rows.
+        about: plain data for run.json; `intro` in it is a list of lines to log first.
+        samples: called after each validation; the text it returns is logged.
+    Raises:
+        Diverged: the loss or gradient is not finite; weights are as before that step.
+        Interrupted: SIGTERM or SIGINT came; everything is saved.
+        StorageError: checkpoints could not be written three times in a row.
+        UserError: the folder belongs to another run, or the batch cannot be divided.
+    """
+    identity = identity | {"seed": cfg.seed, "data": rows.digest, "seq_len": rows.seq_len}
+    intro = about.pop("intro", [])
+    run = Run(cfg.out_dir, identity, about, tokenizer, cfg.keep, write=ranks.first)
+    if cfg.resume == "no" and (aside := run.start_anew()):
+        intro = [f"the earlier run is now {aside}", *intro]
+    log = Log(run.folder, speak=ranks.first)
+    for line in intro:
+        log(line)
+    try:
+        _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks, run, log, samples)
+    finally:
+        log.close()
+        run.close()
+
+
+def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, log: Log, samples) -> None:
+    per_step, micro_batches, max_steps = plan(cfg, rows, rows.seq_len, ranks)
+    dtype = choose_dtype(cfg.dtype, ranks.device)
+    optimizers = make_optimizers(model, optim)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # fp16 gradients underflow unless the loss is scaled up; the scale adapts. A first scale of 2^16 is torch's own.
+    scaler = torch.amp.GradScaler(ranks.device.type) if dtype == torch.float16 else None
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    state = {"step": 0, "rows_seen": 0, "best": None, "overflows": 0}
+    state |= _resume(cfg, run, model, optimizers, scaler, ranks, log)
+    ranks.same(json.dumps([run.identity, state, max_steps]), "configuration, data or checkpoint")
+    if state["step"] >= max_steps:
+        log(f"{run.folder} is finished at step {state['step']} of {max_steps}: nothing to do (--resume no starts anew)")
+        return
+    if cfg.compile:
+        model.compile()
+    module = ranks.wrap(model)
+    log(f"steps {max_steps}, each {per_step} rows x {rows.seq_len} positions = {micro_batches} micro-batches x "
+        f"{ranks.world} ranks x {cfg.micro_batch} rows; {max_steps * per_step / len(rows):.2f} epochs of {len(rows)} rows; "
+        f"{ranks.device}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
+    log.progress(max_steps, state["step"])
+    autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
+    stop = StopSignals()
+    model.train()
+    window, window_s = [], 0.0  # mean losses and seconds of the steps since the last log line
+    with stop:
+        while state["step"] < max_steps:
+            began = time.monotonic()
+            lr = learning_rate(state["step"], max_steps, optim)
+            for group in (g for o in optimizers for g in o.param_groups):
+                group["lr"] = lr
+
+            # Each rank takes its own rows of the step: micro-batch m of rank r is the (m * world + r)-th piece.
+            indices = step_rows(state["rows_seen"], per_step, len(rows), cfg.seed)
+            loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+            count = torch.zeros((), dtype=torch.float64, device=ranks.device)
+            for m in range(micro_batches):
+                first = (m * ranks.world + ranks.rank) * cfg.micro_batch
+                data = batch(rows, indices[first : first + cfg.micro_batch]).to(ranks.device)
+                with ranks.no_sync(module, when=m < micro_batches - 1):
+                    with autocast:
+                        loss = loss_fn(module, data)
+                    # Divided by the step's positions for now (a constant, so that fp16 stays in range), by its
+                    # targets once they are counted. DDP averages over ranks where a sum is wanted: times world.
+                    scaled = loss * (ranks.world / cfg.batch_tokens)
+                    (scaler.scale(scaled) if scaler else scaled).backward()
+                loss_sum += loss.detach()
+                count += data.count
+
+            # One small sum per step: the loss, the targets, and whether any rank was asked to stop.
+            totals = ranks.sum(torch.stack([loss_sum, count, torch.zeros_like(count) + stop.asked])).tolist()
+            mean = totals[0] / max(1.0, totals[1])
+            norm = _finish_gradients(parameters, optimizers, scaler, cfg.batch_tokens / max(1.0, totals[1]), optim)
+            finite = math.isfinite(mean) and math.isfinite(norm)
+            if finite:
+                for optimizer in optimizers:
+                    optimizer.step()
+            if scaler:
+                scaler.update()  # after an overflow: half the scale, and the update above was left out
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            if not finite:
+                _overflow_or_diverge(state, mean, norm, lr, scaler, rows, indices)
+            state["overflows"] = 0 if finite else state["overflows"] + 1
+            state["step"] += 1
+            state["rows_seen"] += per_step
+            window.append(mean)
+            window_s += time.monotonic() - began
+            if log.bar:
+                log.bar.update()
+
+            step, last = state["step"], state["step"] == max_steps
+            stopping = totals[2] > 0 and not last
+            if step % cfg.log_every == 0 or last:
+                loss, seconds = sum(window) / len(window), window_s / len(window)
+                speed = cfg.batch_tokens / max(seconds, 1e-9)
+                log(f"step {step}/{max_steps} loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} "
+                    f"{speed:,.0f} tokens/s left {_clock((max_steps - step) * seconds)}"
+                    + (f" scale {scaler.get_scale():g}" if scaler else ""))  # fmt: skip
+                window, window_s = [], 0.0
+            log.metrics(step=step, loss=_plain(mean), lr=lr, grad_norm=_plain(norm), targets=int(totals[1]),
+                        seconds=round(time.monotonic() - began, 6), **({"scale": scaler.get_scale()} if scaler else {}))  # fmt: skip
+            if (step % cfg.eval_every == 0 or last) and not stopping:
+                _validate(model, loss_fn, val_rows, cfg, ranks, autocast, run, log, state, samples)
+            if step % cfg.save_every == 0 or last or stopping:
+                run.save(model, optimizers, scaler, state, warn=log)
+                ranks.barrier()
+            if stopping:
+                raise Interrupted(f"saved {run.path(step)}, the same command goes on from there")
+
+
+def _resume(cfg: TrainConfig, run: Run, model, optimizers, scaler, ranks: Ranks, log: Log) -> dict:
+    """State of the checkpoint to go on from, put into model and optimizers; {} to start at step 0."""
+    ranks.barrier()  # the first rank has cleaned the folder up
+    path = None
+    if cfg.resume == "auto":
+        path = run.newest(warn=log)
+    elif cfg.resume != "no":
+        path = Path(cfg.resume)
+        problem = verify(path) if path.is_dir() else "No such folder"
+        if problem:
+            raise UserError(f"{path}: {problem}", "--resume auto takes the newest whole one")
+    if path is None:
+        return {}
+    state = run.restore(path, model, optimizers, scaler, warn=log)
+    log(f"resumed from {path}")
+    return {k: state[k] for k in ("step", "rows_seen", "best", "overflows")}
+
+
+def _finish_gradients(parameters: list, optimizers: list, scaler, correction: float, optim: OptimConfig) -> float:
+    """Unscale, correct for the number of targets and clip, all in place; returns the norm before clipping."""
+    if scaler:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(grads)) * correction
+    if math.isfinite(norm):
+        factor = correction * (min(1.0, optim.grad_clip / (norm + 1e-6)) if optim.grad_clip else 1.0)
+        torch._foreach_mul_(grads, factor)
+    return norm
+
+
+def _overflow_or_diverge(state: dict, mean: float, norm: float, lr: float, scaler, rows, indices: list[int]) -> None:
+    """Non-finite numbers are normal in fp16 while the scale settles; in any other case training has diverged."""
+    if scaler and state["overflows"] < 20 and scaler.get_scale() >= 1:
+        return
+    where = "; ".join(rows.where(i) for i in indices[:4])
+    raise Diverged(
+        f"step {state['step'] + 1}: loss {mean}, gradient norm {norm}, lr {lr:.3e}"
+        + (f", scale {scaler.get_scale():g}" if scaler else "") + f"; rows {indices[:8]}: {where}",
+        "the weights were not touched; a lower --lr or --dtype fp32 may help")  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, cfg: TrainConfig, ranks: Ranks,
+             autocast) -> tuple[float, float | None]:  # fmt: skip
+    """Mean loss in nats per target over the first eval_tokens positions, and bits per byte where bytes are known."""
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    number = min(len(rows), max(1, cfg.eval_tokens // rows.seq_len))
+    for first in range(ranks.rank * cfg.micro_batch, number, ranks.world * cfg.micro_batch):
+        data = batch(rows, range(first, min(first + cfg.micro_batch, number))).to(ranks.device)
+        with autocast:
+            total[0] += loss_fn(model, data)
+        total[1] += data.count
+    model.train()
+    nats, targets = ranks.sum(total).tolist()
+    loss = nats / max(1.0, targets)
+    if not rows.bytes_per_token:
+        return loss, None
+    # The text's bytes are spread evenly over all positions; an id without a target (a document's first) counts too.
+    positions = min(number * rows.seq_len, rows.bin.tokens)
+    return loss, nats / math.log(2) / (positions * rows.bytes_per_token)
+
+
+def _validate(model, loss_fn, val_rows, cfg, ranks, autocast, run: Run, log: Log, state: dict, samples) -> None:
+    """Measure, print early samples, and publish the model into the run folder unless an earlier one was better."""
+    facts, better = {"step": state["step"]}, True
+    if val_rows is not None:
+        loss, bits = evaluate(model, loss_fn, val_rows, cfg, ranks, autocast)
+        facts |= {"val_loss": loss} | ({"val_bits_per_byte": bits} if bits is not None else {})
+        better = state["best"] is None or loss < state["best"]
+        state["best"] = loss if better else state["best"]
+        log(f"step {state['step']} validation loss {loss:.4f}"
+            + (f" bits/byte {bits:.4f}" if bits is not None else "") + (" (best so far)" if better else ""))  # fmt: skip
+        log.metrics(**{k: _plain(v) for k, v in facts.items()})
+    if samples and ranks.first:
+        model.eval()
+        log(samples(model))
+        model.train()
+    if better:
+        run.publish(model, facts)
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask for a stop after the running step; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _handle(self, number, frame) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _plain(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"

@@ -1,0 +1,341 @@
+"""The Llama decoder, alone: imports torch and nothing of ours.
+
+In:  token ids (B, T), and optionally targets, document numbers or a key/value cache. Out: logits or per-token losses.
+Knows nothing of files, tokenizers, optimizers, devices or ranks.
+
+    python model.py configs/llama-92m.toml        # parameters, FLOPs per token, bytes
+
+Names of options and parameters are those of Hugging Face's LlamaConfig and LlamaForCausalLM, so a state dict
+goes from one to the other without renaming.
+
+Shapes:  B batch, T positions, C hidden_size, F intermediate_size, H heads, K key/value heads, D head_dim,
+         V vocab_size, S positions in the cache
+
+Sources: Llama 2 https://arxiv.org/abs/2307.09288, RMSNorm https://arxiv.org/abs/1910.07467,
+         RoPE https://arxiv.org/abs/2104.09864, SwiGLU https://arxiv.org/abs/2002.05202,
+         GQA https://arxiv.org/abs/2305.13245
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100  # the target of a position without a loss; torch's and transformers' convention
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the decoder, under the names of transformers' LlamaConfig."""
+
+    vocab_size: int = 0  # 0: the tokenizer's
+    hidden_size: int = 256  # C
+    intermediate_size: int = 704  # F, about 8/3 of C: SwiGLU has three matrices where a plain MLP has two
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4  # H
+    num_key_value_heads: int = 0  # K; 0: as many as heads (no grouping)
+    head_dim: int = 0  # D; 0: C / H
+    max_position_embeddings: int = 256  # longest sequence trained on
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    attention_bias: bool = False
+    tie_word_embeddings: bool = True  # one matrix for embedding and head: at small C it is most of the model
+
+    def __post_init__(self):
+        # A frozen dataclass fills its own blanks: every reader sees the final numbers.
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if not self.head_dim and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            if not 0 < getattr(self, name) <= 1 << 24:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be from 1 to {1 << 24}")
+        if not 0 <= self.vocab_size <= 1 << 24:
+            raise ValueError(f"vocab_size is {self.vocab_size}, must be from 0 to {1 << 24}")
+        if self.num_hidden_layers > 1024:
+            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}, must be at most 1024")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, must be even: RoPE turns pairs")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not (0 < getattr(self, name) < math.inf):
+                raise ValueError(f"{name} is {getattr(self, name)}, must be a positive number")
+
+
+class Cache:
+    """Keys and values of the positions already seen, for step-by-step decoding.
+
+    Args:
+        config: sizes.
+        batch: rows B.
+        length: positions S that fit.
+        pad: (B,) int64, how many positions at the left of each row are padding; None: none.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, pad: Tensor | None = None, *,
+                 device=None, dtype=None):  # fmt: skip
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.pad = pad if pad is not None else torch.zeros(batch, dtype=torch.long, device=device)
+        self.used = 0  # positions filled so far, the same for all rows: prompts are padded on the left
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) of the new positions; return all keys and values so far (B, K, used + T, D)."""
+        end = self.used + k.shape[2]
+        self.k[layer, :, :, self.used : end] = k
+        self.v[layer, :, :, self.used : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def rope_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding.
+
+    Args:
+        positions: (B, T) or (1, T) integers.
+    Returns:
+        cos, sin, each (B or 1, 1, T, D) fp32; the second half of D repeats the first (half-split layout, as in
+        transformers; the interleaved layout of the paper is the same up to a permutation of the rows of q and k).
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    angle = positions[..., None].float() * (1.0 / config.rope_theta**exponent)  # (B, T, D/2)
+    angle = torch.cat((angle, angle), dim=-1)[:, None]  # (B, 1, T, D)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x (B, H, T, D), any float dtype, kept."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        c, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.layer, self.head_dim = layer, d
+        self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
+        self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+        # is_causal aligns the triangle at the top left, right only where queries and keys are the same positions.
+        y = F.scaled_dot_product_attention(
+            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+        )  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, C) -> (B, T, F) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: everything but the head (it bears the prefix `model.` in a state dict)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """The whole model. `gradient_checkpointing = True` recomputes each block in the backward pass."""
+
+    # Rows of logits held at once while losses are computed: the (B, T, V) tensor is the largest of all
+    # (at V = 64,794 and 2,048 tokens: 531 MB in fp32), a chunk of this many numbers is 64 MiB.
+    loss_chunk_numel = 1 << 24
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if not config.vocab_size:
+            raise ValueError("vocab_size is not set")
+        self.config = config
+        self.gradient_checkpointing = False
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal(0, 0.02) everywhere; what writes into the residual stream divided by sqrt(2 layers) (GPT-2's recipe,
+        so that its variance does not grow with depth): o_proj and down_proj. Norms one, biases zero."""
+        device = self.lm_head.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        residual_std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                p.normal_(0.0, std, generator=generator)
+            else:
+                p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, docs: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:  # fmt: skip
+        """Logits, or the loss of every position.
+
+        Args:
+            ids: (B, T) int64 token ids.
+            targets: (B, T) int64, the id to predict at each position, IGNORE for none.
+            docs: (B, T) int, number of the document a position belongs to, never falling along a row: positions
+                restart and attention stops at its borders. None: each row is one document.
+            cache: keys and values of earlier positions; ids are then the next ones, and the cache is advanced.
+        Returns:
+            Without targets: logits (B, T, V). With targets: losses (B, T) fp32 in nats, zero where ignored.
+        """
+        positions, mask = self._positions_and_mask(ids, docs, cache)
+        rope = rope_table(positions, self.config)
+        x = self.model.embed_tokens(ids)  # (B, T, C)
+        for block in self.model.layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache)
+        x = self.model.norm(x)
+        if cache is not None:
+            cache.used += ids.shape[1]
+        return self.lm_head(x) if targets is None else self._losses(x, targets)
+
+    def _positions_and_mask(self, ids: Tensor, docs: Tensor | None, cache: Cache | None):
+        """Position of each token in its document (B or 1, T), and the mask of allowed keys, or None for plain causal."""
+        t = ids.shape[1]
+        index = torch.arange(t, device=ids.device)
+        if cache is not None:
+            assert docs is None, "a cache holds one document per row"
+            query = cache.used + index  # (T,)
+            key = torch.arange(cache.used + t, device=ids.device)  # (S,)
+            pad = cache.pad[:, None]  # (B, 1)
+            # A padded query sees itself, else its softmax would be over nothing and give NaN.
+            seen = (key <= query[:, None]) & ((key >= pad[..., None]) | (key == query[:, None]))  # (B, T, S)
+            return (query - pad).clamp(min=0), seen[:, None]  # (B, T), (B, 1, T, S)
+        if docs is not None:
+            first = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)  # (B, T): a document begins here
+            start = torch.where(first, index, 0).cummax(dim=1).values  # (B, T): index of its first token
+            same = docs[:, :, None] == docs[:, None, :]  # (B, T, T)
+            return index - start, (same & (index <= index[:, None]))[:, None]  # (B, T), (B, 1, T, T)
+        return index[None], None
+
+    def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each position, a chunk of positions at a time. x (B, T, C), targets (B, T) -> (B, T)."""
+        b, t, c = x.shape
+        x, targets = x.reshape(b * t, c), targets.reshape(b * t)
+        rows = max(1, self.loss_chunk_numel // self.config.vocab_size)
+        if rows >= b * t:
+            losses = self._chunk_losses(x, targets)
+        else:
+            # The logits of a chunk are computed again in the backward pass instead of being kept.
+            losses = torch.cat([
+                checkpoint(self._chunk_losses, x[i : i + rows], targets[i : i + rows], use_reentrant=False)
+                for i in range(0, b * t, rows)
+            ])  # fmt: skip
+        return losses.view(b, t)
+
+    def _chunk_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """(N, C), (N,) -> (N,) fp32."""
+        return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=IGNORE, reduction="none")
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(all parameters, of which embedding and head); a tied matrix counts once."""
+        total = sum(p.numel() for p in self.parameters())
+        return total, total - sum(p.numel() for n, p in self.named_parameters() if ".layers." in n or ".norm." in n)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of one token's forward and backward pass.
+
+        6 per weight that multiplies (2 forward, 4 backward; the embedding look-up multiplies nothing, the head does)
+        plus attention's two products, 12 * layers * heads * head_dim * seq_len, halved because causal.
+        Source: PaLM, appendix B, https://arxiv.org/abs/2204.02311
+        """
+        c = self.config
+        blocks = sum(p.numel() for n, p in self.named_parameters() if ".layers." in n and p.ndim == 2)
+        attention = 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len
+        return 6 * (blocks + c.vocab_size * c.hidden_size) + attention
+
+
+def describe(config: ModelConfig) -> str:
+    """A few lines on the size of a model: parameters, FLOPs per token and bytes."""
+    with torch.device("meta"):  # shapes without memory
+        model = Llama(config)
+    total, embedding = model.num_parameters()
+    tied = "tied" if config.tie_word_embeddings else "untied"
+    rows = [
+        f"parameters      {total:>15,}  ({total / 1e6:.1f}M)",
+        f"  embedding+head{embedding:>15,}  ({embedding / total:.0%}, {tied}, vocabulary {config.vocab_size:,})",
+        f"  blocks        {total - embedding:>15,}  ({config.num_hidden_layers} layers)",
+        f"FLOPs per token {model.flops_per_token(config.max_position_embeddings):>15,}  (forward and backward, "
+        f"at {config.max_position_embeddings} positions)",
+        f"bytes, fp32     {4 * total:>15,}  weights",
+        f"                {4 * total:>15,}  gradients",
+        f"                {8 * total:>15,}  AdamW's two moments",
+    ]
+    return "\n".join(rows)
+
+
+def main() -> int:
+    import sys
+    import tomllib
+
+    if len(sys.argv) != 2:
+        print("usage: python model.py CONFIG.toml", file=sys.stderr)
+        return 2
+    try:
+        with open(sys.argv[1], "rb") as f:
+            print(describe(ModelConfig(**tomllib.load(f)["model"])))
+    except (OSError, TypeError, ValueError, KeyError) as e:
+        what = "no [model] section" if isinstance(e, KeyError) else e
+        print(f"error: {sys.argv[1]}: {what}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,78 @@
+"""Bins in, base model out.
+
+    python pretrain.py                                            # configs/demo.toml: a small model on a laptop
+    python pretrain.py configs/llama-92m.toml --lr 2e-4
+    torchrun --standalone --nproc_per_node=4 pretrain.py          # the same on four cards or processes
+
+Reads data/train.bin, data/val.bin and data/tokenizer (made by data_process.py); writes the model, a Hugging Face
+folder, to out/pretrain. Stopped by Ctrl-C or killed, the same command goes on where it was.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+import tokenizer
+from core import checkpoint, config, data, distributed, engine, errors
+from core.generate import SamplingConfig, complete
+from core.loss import next_token_loss
+from core.optim import OptimConfig
+from model import Llama, ModelConfig, describe
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = "data/train.bin"
+    val: str = "data/val.bin"  # "": no validation
+    tokenizer: str = "data/tokenizer"
+    seq_len: int = 0  # positions per row; 0: the model's max_position_embeddings
+    docs: bool = True  # attention stays within a document where several share a row
+    init_from: str = ""  # a Llama-family folder to go on from; "": new weights
+    prompt: str = ""  # continued after every validation; "": none
+
+    def __post_init__(self):
+        if self.seq_len < 0:
+            raise ValueError(f"seq_len = {self.seq_len}, must not be negative")
+
+
+def main() -> None:
+    sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": engine.TrainConfig}
+    cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo.toml")
+    ranks = distributed.start(cfg.train.device)
+    text = tokenizer.load(cfg.data.init_from or cfg.data.tokenizer)
+    model = build(cfg, text).to(ranks.device)
+    seq_len = cfg.data.seq_len or model.config.max_position_embeddings
+    rows = data.BinRows(data.TokenBin(cfg.data.train, model.config.vocab_size, text.sha256), seq_len,
+                        cfg.data.docs, text.eos_id)  # fmt: skip
+    val_rows = cfg.data.val and data.BinRows(data.TokenBin(cfg.data.val, model.config.vocab_size, text.sha256),
+                                             seq_len, cfg.data.docs, text.eos_id, tail=True)  # fmt: skip
+    identity = {"model": dataclasses.asdict(model.config), "tokenizer": text.sha256, "docs": cfg.data.docs}
+    intro = [config.show(cfg), describe(model.config), rows.describe()]
+    engine.train(model, next_token_loss, rows, val_rows or None, cfg.train, cfg.optim, ranks, text, identity,
+                 {"command": "pretrain", "options": config.as_dict(cfg), "intro": intro},
+                 samples=(lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None)  # fmt: skip
+    ranks.close()
+
+
+def build(cfg, text) -> Llama:
+    """A new model of the configured size with the tokenizer's vocabulary, or the one in init_from."""
+    if cfg.data.init_from:
+        return checkpoint.load_model(cfg.data.init_from)
+    size = cfg.model.vocab_size or text.vocab_size
+    if size < text.vocab_size:
+        raise errors.UserError(f"vocab_size {size} is smaller than the tokenizer's {text.vocab_size}",
+                               "--vocab_size 0 takes the tokenizer's")  # fmt: skip
+    model = Llama(dataclasses.replace(cfg.model, vocab_size=size))
+    model.init_weights(cfg.train.seed)
+    return model
+
+
+def continuation(model: Llama, text, prompt: str) -> str:
+    """How the model goes on after the prompt, 60 tokens, each time the most likely one."""
+    ids = text.encode(prompt, bos=True)
+    added = complete(model, [ids], SamplingConfig(max_new_tokens=60, temperature=0), {text.eos_id})[0]
+    return text.decode(ids + added)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,195 @@
+"""Model and prompt in, text out: a base model continues, a chat model answers.
+
+    python sample.py --prompt "曹操字什么？"
+    python sample.py --model out/pretrain --prompt "话说天下大势，" --temperature 0
+    python sample.py --chat                                         # a conversation, empty line or Ctrl-D ends it
+    python sample.py --prompts questions.txt                        # one prompt a line
+    python sample.py --prompts data/sft_val.jsonl --output out/answers.jsonl --temperature 0
+
+A JSONL prompt file has a line {"prompt": "..."} or {"messages": [...]} each; the answers come in the same order.
+Where the messages end with an assistant's turn, that turn is the reference: it is held back, and the share of exact
+matches is printed, by the line's "kind" where it has one.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import tokenizer
+from core import checkpoint, config, data, errors, files
+from core.distributed import start
+from core.errors import UserError
+from core.generate import SamplingConfig, complete, generate
+from tokenizer import chat
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    model: str = ""  # a model folder; "": out/sft if it is there, else out/pretrain
+    prompt: str = ""  # "" without the other ways to ask: the model begins by itself
+    prompts: str = ""  # a file of prompts, .jsonl or one a line
+    output: str = ""  # where the answers go as JSONL; "": printed
+    chat: bool = False  # talk turn by turn
+    chat_format: str = "auto"  # auto: the model's own; none: continue even with a chat model
+    batch: int = 16  # prompts of a file that are continued at once
+    device: str = "auto"
+    dtype: str = "fp32"  # fp32, bf16, fp16: of the weights
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise ValueError(f"batch = {self.batch}, must be at least 1")
+        if self.dtype not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"dtype = {self.dtype!r}, must be one of fp32, bf16, fp16")
+        if self.chat_format not in ("auto", "none", *chat.FORMATS):
+            raise ValueError(f"chat_format = {self.chat_format!r}, must be auto, none or {', '.join(chat.FORMATS)}")
+
+
+class Speaker:
+    """A model with its tokenizer and the way it is spoken to."""
+
+    def __init__(self, cfg: SampleConfig, sampling: SamplingConfig):
+        folder = checkpoint.model_folder(cfg.model or newest_model())
+        self.text, self.sampling = tokenizer.load(folder), sampling
+        own = checkpoint.load_about(folder).get("chat_format")
+        self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
+        self.model = checkpoint.load_model(folder, start(cfg.device).device, dtype).eval()
+        if self.model.config.vocab_size < self.text.vocab_size:
+            raise UserError(f"{folder}: the tokenizer has {self.text.vocab_size} ids, the model "
+                            f"{self.model.config.vocab_size}", "is this its tokenizer?")  # fmt: skip
+        self.stop_ids = chat.end_ids(self.text, self.chat_format) if self.chat_format else {self.text.eos_id}
+
+    def ids(self, prompt: str | list[dict]) -> list[int]:
+        """Token ids of a text to continue, or of the messages to answer."""
+        if isinstance(prompt, str) and not self.chat_format:
+            return self.text.encode(prompt, bos=True)
+        if not self.chat_format:
+            raise UserError("a base model continues text, it cannot answer messages", "python sft.py makes a chat model")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return list(chat.render(messages, self.text, self.chat_format, generation=True)[0])
+
+    def stream(self, prompt: str | list[dict]) -> str:
+        """Print the continuation or answer as it comes, and return it."""
+        ids, decoder, said = self.ids(prompt), self.text.stream(), []
+        tell_room(self, [ids])
+        for step in generate(self.model, [ids], self.sampling, self.stop_ids):
+            for _, token in step:
+                said.append(decoder.push(token))
+                print(said[-1], end="", flush=True)
+        said.append(decoder.flush())
+        print(said[-1], flush=True)
+        return "".join(said)
+
+
+def main() -> None:
+    sections = {"sample": SampleConfig, "sampling": SamplingConfig}
+    cfg = config.load(__doc__, sections, sys.argv[1:])
+    speaker = Speaker(cfg.sample, cfg.sampling)
+    if cfg.sample.chat:
+        converse(speaker)
+    elif cfg.sample.prompts:
+        answer_file(speaker, cfg.sample)
+    else:
+        if not speaker.chat_format:
+            print(cfg.sample.prompt, end="")
+        speaker.stream(cfg.sample.prompt)
+
+
+def newest_model() -> str:
+    """out/sft where it holds a model, else out/pretrain."""
+    return "out/sft" if Path("out/sft/config.json").exists() else "out/pretrain"
+
+
+def tell_room(speaker: Speaker, prompts: list[list[int]]) -> None:
+    """Say it where the context, not max_new_tokens, will end the text."""
+    context, longest = speaker.model.config.max_position_embeddings, max(map(len, prompts))
+    if longest < context < longest + speaker.sampling.max_new_tokens:
+        print(f"note: the context of {context} tokens leaves room for {context - longest} new ones", file=sys.stderr)
+
+
+def converse(speaker: Speaker) -> None:
+    """Turn by turn on the terminal, the whole conversation in front of each answer."""
+    if not speaker.chat_format:
+        raise UserError("--chat needs a chat model", "python sft.py makes one")
+    messages: list[dict] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        messages.append({"role": "user", "content": line})
+        try:
+            reply = speaker.stream(messages)
+        except UserError as e:
+            print(f"{e}; the conversation starts anew", file=sys.stderr)
+            messages = []
+            continue
+        # An empty answer would not be a valid turn.
+        messages.append({"role": "assistant", "content": reply}) if reply else messages.pop()
+
+
+def answer_file(speaker: Speaker, cfg: SampleConfig) -> None:
+    """All prompts of a file, a batch at a time; answers in the order of the prompts."""
+    items = list(read_prompts(cfg.prompts))
+    if not items:
+        raise UserError(f"{cfg.prompts}: no prompts in it")
+    ids = []
+    for where, prompt, _, _ in items:
+        try:
+            ids.append(speaker.ids(prompt))
+        except (UserError, tokenizer.TokenizerError) as e:
+            raise UserError(f"{where}: {e}") from None
+    tell_room(speaker, ids)
+    lines, right = [], defaultdict(list)
+    # Prompts of one length share a batch without padding; the answers are put back into the file's order.
+    order = sorted(range(len(items)), key=lambda k: len(ids[k]))
+    answers = [""] * len(items)
+    for first in range(0, len(order), cfg.batch):
+        part = order[first : first + cfg.batch]
+        for k, new in zip(part, complete(speaker.model, [ids[k] for k in part], speaker.sampling, speaker.stop_ids)):
+            answers[k] = speaker.text.decode(new)
+    for (_, prompt, reference, kind), text in zip(items, answers):
+        line = {"prompt": prompt, "answer": text}
+        if reference is not None:
+            right[kind].append(text == reference)
+            line |= {"reference": reference, "exact_match": text == reference}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    if cfg.output:
+        Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(Path(cfg.output), "\n".join(lines) + "\n")
+    else:
+        print("\n".join(lines))
+    everything = [r for results in right.values() for r in results]
+    for kind, results in [*(sorted(right.items()) if len(right) > 1 else []), ("all", everything)]:
+        if results:
+            print(f"exact match {kind:10} {sum(results) / len(results):6.1%}  ({sum(results)} of {len(results)})")
+
+
+def read_prompts(path: str):
+    """(where, prompt or messages, reference answer or None, kind) of each line."""
+    if not path.endswith(".jsonl"):
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}") from None
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
+        yield from ((f"{path}:{n}", line.rstrip("\r"), None, "") for n, line in enumerate(lines, 1) if line.strip())
+        return
+    for where, item in data.read_jsonl(path):
+        prompt, reference = item.get("prompt", item.get("messages")), None
+        if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
+            prompt, reference = prompt[:-1], prompt[-1].get("content")
+        if not isinstance(prompt, (str, list)):
+            raise UserError(f"{where}: needs a prompt (text) or messages (a list)", f"keys here: {', '.join(item)}")
+        yield where, prompt, reference, str(item.get("kind", ""))
+
+
+if __name__ == "__main__":
+    errors.run(main)

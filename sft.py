@@ -1,0 +1,108 @@
+"""Base model and chats in, chat model out: the loop and the model of pretraining, a loss on the answers only.
+
+    python sft.py                                                 # configs/demo-sft.toml: the facts of the demo
+    python sft.py --init_from out/pretrain --train chats.jsonl --out_dir out/my-chat
+    python sft.py --show_mask 3                                   # print samples, trained tokens marked, and stop
+
+A line of a chat file: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.
+Writes a Hugging Face folder with its chat template to out/sft; run.json in it names the chat format.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import tokenizer
+from core import checkpoint, config, data, distributed, engine, errors
+from core.generate import SamplingConfig, complete
+from core.loss import next_token_loss
+from core.optim import OptimConfig
+from model import Llama
+from tokenizer import chat
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    init_from: str = "out/pretrain"  # any Llama-family folder
+    train: tuple[str, ...] = ("data/sft_train.jsonl",)  # chat files
+    val: tuple[str, ...] = ("data/sft_val.jsonl",)  # none: no validation
+    chat_format: str = "chatml"  # how roles and turns become tokens: see tokenizer/chat.py
+    train_on: str = "assistant"  # assistant: loss on all answers and their ends; all: on every token
+    seq_len: int = 0  # positions per row; 0: the model's max_position_embeddings
+    pack: bool = True  # several chats in one row, attention within each
+    show_mask: int = 0  # print so many samples with their trained tokens marked, and stop
+    prompt: str = ""  # answered after every validation; "": none
+
+    def __post_init__(self):
+        if self.chat_format not in chat.FORMATS:
+            raise ValueError(f"chat_format = {self.chat_format!r}, must be one of {', '.join(chat.FORMATS)}")
+        if self.train_on not in ("assistant", "all"):
+            raise ValueError(f"train_on = {self.train_on!r}, must be assistant or all")
+        if self.seq_len < 0 or self.show_mask < 0:
+            raise ValueError("seq_len and show_mask must not be negative")
+
+
+def main() -> None:
+    sections = {"chat": ChatConfig, "optim": OptimConfig, "train": engine.TrainConfig}
+    cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo-sft.toml")
+    ranks = distributed.start(cfg.train.device)
+    folder = checkpoint.model_folder(cfg.chat.init_from)
+    text = tokenizer.load(folder)
+    model = checkpoint.load_model(folder).to(ranks.device)
+    seq_len = cfg.chat.seq_len or model.config.max_position_embeddings
+    intro = [config.show(cfg)]
+    rows = chat_rows(cfg.chat.train, text, cfg.chat, seq_len, intro)
+    if cfg.chat.show_mask:
+        for ids, mask, where in rows.samples[: cfg.chat.show_mask]:
+            print(f"{where}: {marked(text, ids, mask)}")
+        return
+    val_rows = chat_rows(cfg.chat.val, text, cfg.chat, seq_len, intro) if cfg.chat.val else None
+    identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder),
+                "chat_format": cfg.chat.chat_format, "train_on": cfg.chat.train_on}  # fmt: skip
+    about = {"command": "sft", "chat_format": cfg.chat.chat_format, "options": config.as_dict(cfg), "intro": intro}
+    engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text, identity, about,
+                 samples=(lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None)  # fmt: skip
+    ranks.close()
+
+
+def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro: list[str]) -> data.ChatRows:
+    """Chat files rendered and packed; what does not fit is left out, counted and named in `intro`."""
+    samples, too_long = [], []
+    for path in paths:
+        for where, item in data.read_jsonl(path):
+            if "messages" not in item:
+                raise errors.UserError(f"{where}: messages is missing", f"keys here: {', '.join(item)}")
+            try:
+                ids, mask = chat.render(item["messages"], text, cfg.chat_format, train_on=cfg.train_on)
+            except tokenizer.TokenizerError as e:
+                raise errors.UserError(f"{where}: {e}") from None
+            (samples if len(ids) <= seq_len + 1 else too_long).append((ids, mask, where))
+    if not samples:
+        raise errors.UserError(f"{', '.join(paths)}: no chats of at most {seq_len} tokens", f"{len(too_long)} are longer")
+    rows = data.ChatRows(samples, seq_len, text.eos_id, cfg.pack)
+    intro.append(f"{', '.join(paths)}: {len(samples)} chats in {len(rows)} rows of {seq_len}")
+    if too_long:
+        first = ", ".join(f"{where} ({len(ids)} tokens)" for ids, _, where in too_long[:10])
+        intro.append(f"{len(too_long)} chats longer than {seq_len} tokens left out: {first}")
+    return rows
+
+
+def marked(text, ids, mask) -> str:
+    """A sample as text with its trained tokens between 【 and 】."""
+    out, inside = [], False
+    for token, trained in zip(ids.tolist(), mask.tolist()):
+        if trained != inside:
+            out.append("【" if trained else "】")
+            inside = trained
+        out.append(text.id_to_piece(token))
+    return "".join(out) + ("】" if inside else "")
+
+
+def answer(model: Llama, text, cfg: ChatConfig) -> str:
+    """What the model answers to cfg.prompt, each time the most likely token."""
+    ids, _ = chat.render([{"role": "user", "content": cfg.prompt}], text, cfg.chat_format, generation=True)
+    sampling = SamplingConfig(max_new_tokens=60, temperature=0)
+    return f"{cfg.prompt} -> {text.decode(complete(model, [ids], sampling, chat.end_ids(text, cfg.chat_format))[0])}"
+
+
+if __name__ == "__main__":
+    errors.run(main)
