@@ -30,7 +30,8 @@ class ProcessConfig:
     input: tuple[str, ...] = ()  # files; none: the demo
     out_dir: str = "data"
     tokenizer: str = ""  # a folder or model file to use; "": train one on the text
-    vocab_size: int = 4096  # of the trained one. The demo's 600,000 characters fill no larger one with common words
+    vocab_size: int = 4096  # of the trained one
+    character_coverage: float = 0.998  # share of the text that gets characters as tokens; the rarest become bytes
     text_field: str = "text"  # of .jsonl
     split: str = "file"  # text files: a document is the whole file, a line, or what stands between blank lines
     val_share: float = 0.01  # documents held out for validation, chosen by the hash of their text
@@ -120,7 +121,8 @@ def make_tokenizer(cfg: ProcessConfig, texts: Iterator[str]):
         tokenizer.load(cfg.tokenizer).save(folder)
     else:
         model = folder / "tokenizer.model"
-        train_tokenizer(islice((line for text in texts for line in text.split("\n")), 1_000_000), model, cfg.vocab_size)
+        lines = islice((line for text in texts for line in text.split("\n")), 1_000_000)
+        train_tokenizer(lines, model, cfg.vocab_size, character_coverage=cfg.character_coverage)
         tokenizer.load(model).save(folder)
     text = tokenizer.load(folder)
     print(f"{folder}: {text.vocab_size} tokens, sha256 {text.sha256[:12]}")

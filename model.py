@@ -67,6 +67,10 @@ class ModelConfig:
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.num_attention_heads * self.head_dim > 1 << 24:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} x head_dim {self.head_dim} is above {1 << 24}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, must be even: RoPE turns pairs")
         for name in ("rms_norm_eps", "rope_theta"):
@@ -246,7 +250,7 @@ class Llama(nn.Module):
         return self.lm_head(x) if targets is None else self._losses(x, targets)
 
     def _positions_and_mask(self, ids: Tensor, docs: Tensor | None, cache: Cache | None):
-        """Position of each token in its document (B or 1, T), and the mask of allowed keys, or None for plain causal."""
+        """Position of each token in its document (B or 1, T), and the mask of allowed keys, None for plain causal."""
         t = ids.shape[1]
         index = torch.arange(t, device=ids.device)
         if cache is not None:

@@ -357,16 +357,25 @@ class Run:
         Raises:
             StorageError: three saves in a row have failed.
         """
+        self._survive(f"checkpoint {state['step']}", warn, lambda: self._commit(model, optimizers, scaler, state))
+
+    def publish(self, model: Llama, facts: dict, warn) -> None:
+        """Write the model into the run folder itself, where sample.py, sft.py and transformers look for it."""
+        self._survive("the best model", warn,
+                      lambda: save_model(self.folder, model, self.tokenizer, self.about | facts))  # fmt: skip
+
+    def _survive(self, what: str, warn, action) -> None:
+        """Do something with the disk, on the first rank; a refusal is told and survived until the third in a row."""
         if not self.write:
             return
         try:
-            self._commit(model, optimizers, scaler, state)
+            action()
             self.failures = 0
         except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
             self.failures += 1
             for leftover in self.folder.glob(".tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            line = f"checkpoint {state['step']} could not be saved: {getattr(e, 'strerror', None) or e}"
+            line = f"{what} could not be saved: {getattr(e, 'strerror', None) or e}"
             if self.failures == 3:
                 raise StorageError(f"{self.folder}: {line}, for the third time", "older checkpoints are whole") from None
             warn(f"warning: {line}; older ones are whole, training goes on")
@@ -403,11 +412,6 @@ class Run:
         trash = self.folder / f".trash-{os.getpid()}-{path.name}"
         os.rename(path, trash)
         shutil.rmtree(trash)
-
-    def publish(self, model: Llama, facts: dict) -> None:
-        """Write the model into the run folder itself, where sample.py, sft.py and transformers look for it."""
-        if self.write:
-            save_model(self.folder, model, self.tokenizer, self.about | facts)
 
 
 def verify(folder: Path) -> str | None:

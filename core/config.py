@@ -81,7 +81,7 @@ def _split(argv: list[str], sections: dict[str, type], doc: str) -> tuple[list[s
     words = iter(argv)
     for word in words:
         if word in ("-h", "--help"):
-            print(_help(doc, sections))
+            print(_help(doc, sections), flush=True)  # a reader gone away (`| head`) shows here, not at exit
             sys.exit(0)
         if not word.startswith("--"):
             if not word.endswith(".toml"):
@@ -137,7 +137,7 @@ def _read_toml(path: str) -> dict:
             return tomllib.load(f)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # also numbers and nesting beyond what Python reads
         raise UserError(f"{path}: not valid TOML: {e}") from None
 
 
@@ -174,9 +174,10 @@ def _scalar(kind: type, section: str, key: str, value, where: str):
         number = float(value)
         if not math.isfinite(number) or (kind is int and number != int(number)):
             raise problem
-        # int() first: 2**63 - 1 does not survive a float.
-        return int(value) if kind is int and not isinstance(value, float) and "e" not in str(value) else kind(number)
-    except ValueError:
+        if kind is int and isinstance(value, str) and "e" in value.lower():
+            return int(number)  # 1e6
+        return kind(value)  # not of the float: 2**63 - 1 does not survive one
+    except (ValueError, OverflowError):
         raise problem from None
 
 

@@ -13,6 +13,8 @@ ids from i * T: its first T are read, its last T are predicted.
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +89,7 @@ class BinWriter:
         """Append one document: its ids, bos and eos included, and the UTF-8 bytes of its text."""
         array = np.asarray(ids, dtype=np.int64)
         # numpy wraps around silently when an id does not fit the dtype.
-        assert array.size and 0 <= array.min() and array.max() < self.about["vocab_size"], "id outside the vocabulary"
+        assert array.size and array.min() >= 0 and array.max() < self.about["vocab_size"], "id outside the vocabulary"
         self._block += array.astype(self.dtype).tobytes()
         while len(self._block) >= BLOCK_BYTES:
             self._flush(BLOCK_BYTES)
@@ -140,7 +142,10 @@ class TokenBin:
             self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as e:
             raise UserError(f"{path}: {e.strerror}", "make it with python data_process.py") from None
-        size = os.fstat(self._fd).st_size
+        entry = os.fstat(self._fd)
+        if not stat.S_ISREG(entry.st_mode):
+            raise UserError(f"{path}: not a file")
+        size = entry.st_size
         sidecar = self.path.with_suffix(".json")
         about = _read_sidecar(sidecar) if sidecar.exists() else {}
         self.dtype = np.dtype(about["dtype"]).newbyteorder("<") if about else dtype_for(vocab_size)
@@ -156,10 +161,9 @@ class TokenBin:
             if about["vocab_size"] > vocab_size:
                 raise UserError(f"{path}: made for a vocabulary of {about['vocab_size']}, the model has {vocab_size}")
             if tokenizer_sha256 and about["tokenizer_sha256"] != tokenizer_sha256:
-                raise UserError(
-                    f"{path}: made with tokenizer {about['tokenizer_sha256'][:12]}, this run has {tokenizer_sha256[:12]}",
-                    "make the bin again with this tokenizer",
-                )
+                theirs, ours = about["tokenizer_sha256"][:12], tokenizer_sha256[:12]
+                raise UserError(f"{path}: made with tokenizer {theirs}, this run has {ours}",
+                                "make the bin again with this tokenizer")  # fmt: skip
             self.digest = hashlib.sha256("".join(about["blocks_sha256"]).encode()).hexdigest()
         else:
             warn(f"warning: {path} has no {sidecar.name}: every id is checked once, bits per byte are not known")
@@ -200,16 +204,23 @@ def _read_sidecar(path: Path) -> dict:
              "tokenizer_sha256": str, "blocks_sha256": list}  # fmt: skip
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON", "make the bin again") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: not a JSON object", "make the bin again")
     for key, kind in kinds.items():
-        if not isinstance(about, dict) or type(about.get(key)) is not kind:
+        if type(about.get(key)) is not kind:
             raise UserError(f"{path}: {key} is missing or not of type {kind.__name__}", "make the bin again")
     if about["format"] != FORMAT:
         raise UserError(f"{path}: format {about['format']}, this version reads {FORMAT}", "make the bin again")
     if about["dtype"] not in ("uint16", "uint32"):
         raise UserError(f"{path}: dtype {about['dtype']!r} is neither uint16 nor uint32", "make the bin again")
-    if not all(isinstance(h, str) for h in about["blocks_sha256"]):
+    for key, least in (("tokens", 0), ("vocab_size", 1), ("eos_id", 0), ("text_bytes", 0)):
+        if about[key] < least:
+            raise UserError(f"{path}: {key} is {about[key]}, must be at least {least}", "make the bin again")
+    if not all(isinstance(h, str) and re.fullmatch("[0-9a-f]{64}", h) for h in about["blocks_sha256"]):
         raise UserError(f"{path}: blocks_sha256 holds something else than hashes", "make the bin again")
     return about
 
@@ -231,9 +242,9 @@ class BinRows:
     def __init__(self, bin: TokenBin, seq_len: int, docs: bool, eos_id: int, tail: bool = False):
         self.bin, self.seq_len, self.docs, self.eos_id = bin, seq_len, docs, eos_id
         whole = (bin.tokens - 1) // seq_len
-        self.left_over = bin.tokens - 1 - whole * seq_len
-        self.rows = whole + (1 if tail and self.left_over else 0)
-        if not self.rows:
+        rest = bin.tokens - 1 - whole * seq_len
+        self.rows, self.left_over = (whole + bool(rest), 0) if tail else (whole, rest)
+        if self.rows < 1:  # an empty bin has -1
             raise UserError(f"{bin.path}: {bin.tokens} tokens, needs at least seq_len + 1 = {seq_len + 1}",
                             "a longer text or a smaller --seq_len")  # fmt: skip
         self.digest = bin.digest

@@ -323,18 +323,18 @@ def _validate(model, loss_fn, val_rows, cfg, ranks, autocast, run: Run, log: Log
     facts, better = {"step": state["step"]}, True
     if val_rows is not None:
         loss, bits = evaluate(model, loss_fn, val_rows, cfg, ranks, autocast)
-        facts |= {"val_loss": loss} | ({"val_bits_per_byte": bits} if bits is not None else {})
+        facts |= {"val_loss": _plain(loss)} | ({"val_bits_per_byte": _plain(bits)} if bits is not None else {})
         better = state["best"] is None or loss < state["best"]
         state["best"] = loss if better else state["best"]
         log(f"step {state['step']} validation loss {loss:.4f}"
             + (f" bits/byte {bits:.4f}" if bits is not None else "") + (" (best so far)" if better else ""))  # fmt: skip
-        log.metrics(**{k: _plain(v) for k, v in facts.items()})
+        log.metrics(**facts)
     if samples and ranks.first:
         model.eval()
         log(samples(model))
         model.train()
     if better:
-        run.publish(model, facts)
+        run.publish(model, facts, warn=log)
 
 
 class StopSignals:

@@ -29,16 +29,17 @@ class SamplingConfig:
 
     def __post_init__(self):
         # Written so that NaN fails every test.
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature = {self.temperature}, must be 0 or more")
+        # The bounds above keep fp32 from overflowing, and lie far beyond what is of use.
+        if not 0 <= self.temperature <= 100:
+            raise ValueError(f"temperature = {self.temperature}, must be from 0 to 100")
         if self.max_new_tokens < 0 or self.top_k < 0:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens}, top_k = {self.top_k}: must not be negative")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}, must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p = {self.min_p}, must be from 0 to 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty = {self.repetition_penalty}, must be above 0")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty = {self.repetition_penalty}, must be from 0.01 to 100")
 
 
 def next_probabilities(logits: Tensor, seen: Tensor, cfg: SamplingConfig) -> Tensor:
@@ -54,7 +55,8 @@ def next_probabilities(logits: Tensor, seen: Tensor, cfg: SamplingConfig) -> Ten
     if cfg.repetition_penalty != 1:
         # CTRL, https://arxiv.org/abs/1909.05858: divide what is positive, multiply what is negative.
         punished = torch.where(logits > 0, logits / cfg.repetition_penalty, logits * cfg.repetition_penalty)
-        logits = torch.where(seen, punished, logits)
+        largest = torch.finfo(torch.float32).max  # a huge logit divided by a small penalty stays a number
+        logits = torch.where(seen, punished, logits).clamp(-largest, largest)
     best = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
     # Below this temperature the division would overflow, and the draw is certain anyway.
     if cfg.temperature < 1e-5:
@@ -70,8 +72,9 @@ def next_probabilities(logits: Tensor, seen: Tensor, cfg: SamplingConfig) -> Ten
     if cfg.top_p < 1:
         # Source: https://arxiv.org/abs/1904.09751. An id stays while those before it have not reached top_p.
         ordered, order = p.sort(dim=-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= cfg.top_p, 0.0)
-        p = torch.zeros_like(p).scatter_(1, order, ordered)
+        reached = ordered.cumsum(dim=-1) - ordered >= cfg.top_p
+        reached[:, 0] = False  # a top_p below the smallest fp32 number would leave none
+        p = torch.zeros_like(p).scatter_(1, order, ordered.masked_fill(reached, 0.0))
         p = p / p.sum(dim=-1, keepdim=True)
     return p
 
@@ -97,7 +100,8 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig
         if len(prompt) > context:
             raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {context}", "shorten it")
         if not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise UserError(f"the prompt has id {max(prompt)}, the model knows {vocab}", "is this its tokenizer?")
+            wrong = next(i for i in prompt if not 0 <= i < vocab)
+            raise UserError(f"the prompt has id {wrong}, the model knows {vocab}", "is this its tokenizer?")
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     longest = max(map(len, prompts))
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
@@ -135,7 +139,8 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig
         ids = chosen[:, None]  # (B, 1)
 
 
-def complete(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig, stop_ids: set[int]) -> list[list[int]]:
+def complete(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig,
+             stop_ids: set[int]) -> list[list[int]]:  # fmt: skip
     """What `generate` adds to each prompt, all at once."""
     added: list[list[int]] = [[] for _ in prompts]
     for step in generate(model, prompts, cfg, stop_ids):

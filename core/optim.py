@@ -31,14 +31,18 @@ class OptimConfig:
         for name, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(known)}")
+        # Written so that NaN fails every test.
         for name in ("lr", "eps"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}, must be above 0")
-        for name in ("min_lr", "decay_share", "beta1", "beta2"):
+        for name in ("min_lr", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, must be from 0 to 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, must be at least 0 and below 1")
         for name in ("warmup_steps", "weight_decay", "grad_clip"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}, must not be negative")
 
 
@@ -112,7 +116,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(g: Tensor) -> Tensor:
-    """Nearly the closest matrix with all singular values one, by five quintic Newton-Schulz steps. g (N, rows, cols)."""
+    """Nearly the closest matrix with singular values of one, by five quintic Newton-Schulz steps. g (N, rows, cols)."""
     dtype = torch.bfloat16 if g.is_cuda else torch.float32
     x = g.to(dtype)
     if tall := x.shape[-2] > x.shape[-1]:

@@ -1,0 +1,65 @@
+"""What several test files share: the import path, one thread, seeds, a tiny model, the optional real data."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
+
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # a bare `pytest` puts only the tests' own folder there
+    sys.path.insert(0, str(ROOT))
+
+from model import Llama, ModelConfig  # noqa: E402
+
+torch.set_num_threads(1)
+# Derandomized: the same examples in every run. No deadline: a busy machine is not a failure.
+settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
+settings.load_profile("seeded")
+
+
+def lively(config: ModelConfig, seed: int = 0) -> Llama:
+    """A model whose attention is far from uniform and whose norms and biases are not trivial, unlike a fresh one's."""
+    model = Llama(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.25, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture
+def make_model():
+    """config -> a lively model."""
+    return lively
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    """Grouped heads and tied weights; every size differs from the others, so that no two can be mixed up unseen."""
+    return ModelConfig(vocab_size=97, hidden_size=32, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
+                       num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+
+
+@pytest.fixture
+def tiny_model(tiny_config) -> Llama:
+    return lively(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real corpora and tokenizers, in a folder beside the repository; most machines have none."""
+    path = ROOT.parent / "shared/data"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not here")
+    return path

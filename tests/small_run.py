@@ -1,0 +1,103 @@
+"""A run small enough to be repeated hundreds of times, for the tests of engine and checkpoints.
+
+As a program (under torchrun too): `python small_run.py OUT_DIR '{"max_steps": 5, "rows": "chats"}'` trains and writes
+OUT_DIR/seen-<rank>.json: the ids of every micro-batch in order.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from core import distributed, engine, errors
+from core.data import BinRows, BinWriter, ChatRows, TokenBin
+from core.loss import next_token_loss
+from core.optim import OptimConfig
+from model import Llama, ModelConfig
+
+VOCAB, SEQ_LEN = 64, 32
+
+
+class NoTokenizer:
+    """Stands in where a run needs a tokenizer to save; ids 1 and 2 begin and end a document."""
+
+    bos_id, eos_id, pad_id = 1, 2, None
+
+    def save(self, folder, chat_format=None):
+        pass
+
+
+def bin_rows(folder: Path, tail: bool = False) -> BinRows:
+    """Rows of a bin of random documents of uneven lengths: the number of targets differs from row to row."""
+    path = Path(folder) / "small.bin"
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        with BinWriter(path, VOCAB, 2, "none") as out:
+            for _ in range(300):
+                ids = [1, *rng.integers(3, VOCAB, rng.integers(1, 60)).tolist(), 2]
+                out.add(ids, 3 * len(ids))
+    return BinRows(TokenBin(path, VOCAB, "none"), SEQ_LEN, docs=True, eos_id=2, tail=tail)
+
+
+def chat_rows() -> ChatRows:
+    """Rows of random chats: some rows have many targets, some few."""
+    rng = np.random.default_rng(1)
+    samples = []
+    for k in range(200):
+        question, answer = rng.integers(1, 20), rng.integers(1, 10)
+        ids = rng.integers(3, VOCAB, question + answer)
+        samples.append((ids, np.arange(len(ids)) >= question, f"chat {k}"))
+    return ChatRows(samples, SEQ_LEN, pad_id=2)
+
+
+def small_model() -> Llama:
+    model = Llama(ModelConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=SEQ_LEN))  # fmt: skip
+    model.init_weights(0)
+    return model
+
+
+def run(out_dir, model=None, rows="bin", loss_fn=next_token_loss, val=True, optimizer="adamw", lr=3e-3, grad_clip=1.0,
+        samples=None, **options) -> Llama:  # fmt: skip
+    """Train the small model; `options` are fields of TrainConfig. Returns the model."""
+    out_dir, model = Path(out_dir), model or small_model()
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    defaults = {"max_steps": 10, "batch_tokens": 8 * SEQ_LEN, "micro_batch": 2, "save_every": 5, "eval_every": 5,
+                "log_every": 1, "device": "cpu"}  # fmt: skip
+    cfg = engine.TrainConfig(out_dir=str(out_dir), **defaults | options)
+    optim = OptimConfig(optimizer=optimizer, lr=lr, warmup_steps=2, grad_clip=grad_clip)
+    ranks = distributed.start("cpu", timeout_s=60)
+    train_rows = chat_rows() if rows == "chats" else bin_rows(out_dir.parent)
+    val_rows = bin_rows(out_dir.parent, tail=True) if val else None
+    about = {"options": {"train": dataclasses.asdict(cfg), "optim": dataclasses.asdict(optim)}}
+    engine.train(model, loss_fn, train_rows, val_rows, cfg, optim, ranks, NoTokenizer(),
+                 {"model": dataclasses.asdict(model.config)}, about, samples)  # fmt: skip
+    ranks.close()
+    return model
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    out_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    seen = []
+
+    def recording_loss(model, batch):
+        if torch.is_grad_enabled():
+            seen.append([batch.rows, batch.ids.tolist()])
+        return next_token_loss(model, batch)
+
+    rank = distributed.os.environ.get("RANK", "0")
+    try:
+        run(out_dir, loss_fn=recording_loss, **options)
+    finally:
+        (out_dir / f"seen-{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    errors.run(main)

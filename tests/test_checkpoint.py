@@ -1,0 +1,379 @@
+"""Run folders: resume bit for bit, kills, damage, locks, foreign folders."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo  # noqa: F401 -- optimizers import it on first use, a second that each forked child would pay again
+from safetensors.torch import load_file, save_file
+
+import small_run
+from core import checkpoint, files
+from core.errors import StorageError, UserError
+
+
+def state_of(folder: Path, step: int) -> tuple[dict, dict, dict]:
+    """Weights, moments and counters of a checkpoint."""
+    at = folder / f"checkpoint-{step}"
+    state = json.loads((at / "state.json").read_text())
+    return (load_file(at / "model.safetensors"), load_file(at / "optimizer.safetensors"),
+            {k: state[k] for k in ("step", "rows_seen", "best", "overflows", "scaler")})  # fmt: skip
+
+
+def assert_equal(a: tuple, b: tuple) -> None:
+    for one, other in zip(a[:2], b[:2]):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[k], other[k]) for k in one)
+    assert a[2] == b[2]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(tmp_path, dtype, optimizer):
+    options = {"dtype": dtype, "optimizer": optimizer, "max_steps": 9, "save_every": 4, "keep": 3}
+    small_run.run(tmp_path / "a/run", **options)
+    small_run.run(tmp_path / "b/run", **options)
+    # Take the end away: the run goes on from step 4 in a new process's state.
+    for step in (8, 9):
+        os.rename(tmp_path / f"b/run/checkpoint-{step}", tmp_path / f"b/old-{step}")
+    small_run.run(tmp_path / "b/run", **options)
+    assert "resumed from" in (tmp_path / "b/run/log.txt").read_text()
+    assert_equal(state_of(tmp_path / "a/run", 9), state_of(tmp_path / "b/run", 9))
+
+
+def child(out_dir: str, saving, options: dict) -> None:
+    """Train in a forked process, telling the parent when a save is under way."""
+    torch.set_num_threads(1)
+    commit = checkpoint.Run._commit
+
+    def watched(self, *args):
+        saving.value = 1
+        commit(self, *args)
+        saving.value = 0
+
+    checkpoint.Run._commit = watched
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+    small_run.run(out_dir, **options)
+    os._exit(0)
+
+
+@pytest.mark.heavy
+def test_fifty_kills_at_random_moments_change_no_bit_and_lose_no_checkpoint(tmp_path):
+    options = {"max_steps": 100, "save_every": 1, "eval_every": 50, "micro_batch": 4, "dtype": "fp16"}
+    fork, rng = multiprocessing.get_context("fork"), random.Random(0)
+    saving = fork.Value("b", 0, lock=False)
+    kills = in_save = round_ = 0
+    finals = []
+    while kills < 50 or not finals:
+        folder, newest = tmp_path / f"killed-{round_}/run", 0
+        while True:
+            saving.value = 0
+            process = fork.Process(target=child, args=(str(folder), saving, options))
+            process.start()
+            if kills < 50:
+                process.join(rng.uniform(0, 0.6))
+            else:
+                process.join(120)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                kills, in_save = kills + 1, in_save + saving.value
+                assert process.exitcode == -signal.SIGKILL
+                steps = checkpoint.checkpoint_steps(folder) if folder.exists() else []
+                whole = [s for s in steps if checkpoint.verify(folder / f"checkpoint-{s}") is None]
+                assert steps == whole, "a checkpoint that has its name must be whole"
+                assert max(whole, default=0) >= newest, "a committed checkpoint was lost"
+                newest = max(whole, default=0)
+                continue
+            assert process.exitcode == 0
+            break
+        finals.append(state_of(folder, options["max_steps"]))
+        round_ += 1
+    assert in_save >= 10, f"only {in_save} of {kills} kills fell into a save"
+    process = fork.Process(target=child, args=(str(tmp_path / "unbroken/run"), saving, options))
+    process.start()
+    process.join(120)
+    unbroken = state_of(tmp_path / "unbroken/run", options["max_steps"])
+    for final in finals:
+        assert_equal(final, unbroken)
+    print(f"{kills} kills, {in_save} of them inside a save, {len(finals)} runs")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "config.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, name, damage):
+    small_run.run(tmp_path / "run", max_steps=4, save_every=2, val=False)
+    path = tmp_path / "run/checkpoint-4" / name
+    data = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data if damage == "flip" else data[:-1])
+    said = []
+    run = checkpoint.Run(tmp_path / "run", {}, {}, None)
+    assert run.newest(said.append) == tmp_path / "run/checkpoint-2"
+    assert len(said) == 1 and "checkpoint-4" in said[0]
+
+
+def test_a_thousand_bit_flips_are_all_detected(tmp_path):
+    small_run.run(tmp_path / "run", max_steps=1, val=False)
+    folder, rng = tmp_path / "run/checkpoint-1", random.Random(0)
+    for name in [n for n in os.listdir(folder) if n != "manifest.json"]:
+        path = folder / name
+        data = path.read_bytes()
+        # sha256 is the check; flips of many places in memory stand for flips on disk.
+        entry = json.loads((folder / "manifest.json").read_text())[name]
+        import hashlib
+
+        for _ in range(200):
+            flipped = bytearray(data)
+            flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            assert hashlib.sha256(flipped).hexdigest() != entry["sha256"]
+        flipped = bytearray(data)
+        flipped[rng.randrange(len(data))] ^= 1
+        path.write_bytes(flipped)
+        assert checkpoint.verify(folder) == f"{name} is damaged (sha256 differs)"
+        path.write_bytes(data)
+    assert checkpoint.verify(folder) is None
+
+
+def test_leftovers_of_a_kill_are_removed_and_the_last_k_are_kept(tmp_path):
+    (tmp_path / "run/.tmp-99-checkpoint-7").mkdir(parents=True)
+    (tmp_path / "run/.trash-99-checkpoint-1").mkdir()
+    small_run.run(tmp_path / "run", max_steps=8, save_every=2, keep=3, val=False)
+    assert checkpoint.checkpoint_steps(tmp_path / "run") == [4, 6, 8]
+    assert not list((tmp_path / "run").glob(".t*"))
+
+
+def test_order_is_by_step_whatever_the_file_times_say(tmp_path):
+    small_run.run(tmp_path / "run", max_steps=12, save_every=4, keep=3, val=False)
+    os.utime(tmp_path / "run/checkpoint-4", (2e9, 2e9))
+    assert checkpoint.Run(tmp_path / "run", {}, {}, None).newest(print).name == "checkpoint-12"
+
+
+@pytest.mark.parametrize("change", ["seed", "data", "model"])
+def test_resuming_another_run_is_refused_with_what_differs(tmp_path, change):
+    small_run.run(tmp_path / "run", max_steps=2, val=False)
+    options, model = {}, None
+    if change == "seed":
+        options = {"seed": 2}
+    elif change == "data":
+        options = {"rows": "chats"}
+    else:
+        import dataclasses
+
+        from model import Llama
+
+        model = Llama(dataclasses.replace(small_run.small_model().config, rope_theta=5e5))
+        model.init_weights(0)
+    with pytest.raises(UserError, match=f"cannot be resumed: {change} was .*--resume no"):
+        small_run.run(tmp_path / "run", model=model, max_steps=4, val=False, **options)
+
+
+def test_resume_no_keeps_the_earlier_run_aside(tmp_path):
+    small_run.run(tmp_path / "run", max_steps=2, val=False)
+    small_run.run(tmp_path / "run", max_steps=1, seed=5, resume="no", val=False)
+    assert checkpoint.verify(tmp_path / "run.1/checkpoint-2") is None
+    assert checkpoint.checkpoint_steps(tmp_path / "run") == [1]
+
+
+def test_a_changed_learning_rate_is_told(tmp_path):
+    small_run.run(tmp_path / "run", max_steps=2, val=False)
+    small_run.run(tmp_path / "run", max_steps=3, lr=5e-3, val=False)
+    assert "another optim.lr: was 0.003, now 0.005" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_another_batch_size_goes_on_at_the_next_row(tmp_path):
+    seen = []
+
+    def watching(model, batch):
+        seen.extend(batch.rows)
+        from core.loss import next_token_loss
+
+        return next_token_loss(model, batch)
+
+    small_run.run(tmp_path / "run", max_steps=3, val=False, loss_fn=watching)
+    small_run.run(tmp_path / "run", max_steps=5, batch_tokens=4 * small_run.SEQ_LEN, val=False, loss_fn=watching)
+    from core.data import step_rows
+
+    n = len(small_run.bin_rows(tmp_path))
+    assert seen == step_rows(0, 3 * 8 + 2 * 4, n, seed=1)
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    run = checkpoint.Run(tmp_path / "run", {}, {}, None)
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
+        checkpoint.Run(tmp_path / "run", {}, {}, None)
+    run.close()
+    checkpoint.Run(tmp_path / "run", {}, {}, None).close()
+
+
+@pytest.mark.parametrize("error", [28, 5, 30])  # ENOSPC, EIO, EROFS
+def test_a_failed_save_is_survived_twice_and_leaves_no_trace(tmp_path, monkeypatch, error):
+    real, calls = files.replace, []
+
+    def failing(path, write):
+        if "optimizer" in str(path):
+            calls.append(path)
+            if len(calls) in (2, 3):
+                raise OSError(error, os.strerror(error))
+        real(path, write)
+
+    monkeypatch.setattr(checkpoint.files, "replace", failing)
+    small_run.run(tmp_path / "run", max_steps=5, save_every=1, keep=9, val=False)
+    assert checkpoint.checkpoint_steps(tmp_path / "run") == [1, 4, 5]
+    assert not list((tmp_path / "run").glob(".tmp*"))
+    assert (tmp_path / "run/log.txt").read_text().count("could not be saved") == 2
+
+
+def test_three_failed_saves_in_a_row_end_with_exit_code_4(tmp_path, monkeypatch):
+    small_run.bin_rows(tmp_path)
+
+    def failing(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.files, "replace", failing)
+    with pytest.raises(StorageError, match="third time") as caught:
+        small_run.run(tmp_path / "run", max_steps=9, save_every=1, val=False, eval_every=99)
+    assert caught.value.exit_code == 4
+
+
+def test_files_reach_the_disk_in_the_order_write_fsync_rename_fsync_folder(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "rename", "replace"):
+        real = getattr(os, name)
+
+        def recorded(*args, name=name, real=real):
+            target = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else str(args[1])
+            done.append((name, Path(target).name))
+            return real(*args)
+
+        monkeypatch.setattr(os, name, recorded)
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to see which file is forced to disk")
+    small_run.run(tmp_path / "run", max_steps=1, val=False, eval_every=99)
+    commit = done.index(("rename", "checkpoint-1"))
+    assert done[commit + 1] == ("fsync", "run")
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
+        put = [k for k, d in enumerate(done[:commit]) if d == ("replace", name)][-1]
+        assert any(d[0] == "fsync" and d[1].endswith(name) for d in done[:put]), name
+
+
+# ---------------------------------------------------------------- folders from elsewhere
+
+
+def folder_with(tmp_path, **changes) -> Path:
+    model = small_run.small_model()
+    checkpoint.save_model(tmp_path / "m", model, None, {})
+    path = tmp_path / "m/config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "delete"}))
+    return tmp_path / "m"
+
+
+def test_a_saved_model_loads_bit_equal(tmp_path):
+    model = small_run.small_model()
+    loaded = checkpoint.load_model(folder_with(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_tied_weights_load_under_either_name(tmp_path):
+    folder = folder_with(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, folder / "model.safetensors")
+    assert torch.equal(checkpoint.load_model(folder).lm_head.weight, state["lm_head.weight"])
+
+
+def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
+    folder = folder_with(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    names = sorted(state)
+    os.remove(folder / "model.safetensors")
+    save_file({n: state[n] for n in names[::2]}, folder / "a.safetensors")
+    save_file({n: state[n] for n in names[1::2]}, folder / "b.safetensors")
+    index = {"weight_map": {n: ("a", "b")[k % 2] + ".safetensors" for k, n in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(checkpoint.load_model(folder).lm_head.weight, state["model.embed_tokens.weight"])
+    for bad in ("../b.safetensors", "/etc/passwd", "sub/b.safetensors", ".."):
+        index["weight_map"][names[0]] = bad
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match="plain file name"):
+            checkpoint.load_model(folder)
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"num_hidden_layers": 10**9}, "must be"),
+    ({"num_hidden_layers": 1000, "hidden_size": 1 << 14, "head_dim": 1 << 12}, "describes"),
+    ({"hidden_size": -4}, "must be"),
+    ({"hidden_size": "32"}, "not of type int"),
+    ({"hidden_size": True}, "not of type int"),
+    ({"hidden_size": "delete"}, "missing"),
+    ({"rms_norm_eps": 0}, "must be"),
+    ({"vocab_size": 0}, "vocab_size"),
+    ({"model_type": "bloom"}, "not supported"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ({"num_key_value_heads": 3}, "divisible"),
+])  # fmt: skip
+def test_a_config_that_cannot_be_is_refused_before_anything_is_allocated(tmp_path, changes, says):
+    began = time.monotonic()
+    with pytest.raises(UserError, match=says):
+        checkpoint.load_model(folder_with(tmp_path, **changes))
+    assert time.monotonic() - began < 5
+
+
+def test_all_mismatches_of_weights_are_listed(tmp_path):
+    folder = folder_with(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    state["extra"] = torch.zeros(1)
+    del state["model.norm.weight"]
+    state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_model(folder)
+    for part in ("model.norm.weight is missing", "extra is unexpected", "up_proj.weight has shape (3, 3), expected (48, 32)"):
+        assert part in str(caught.value)
+
+
+def test_nan_in_weights_is_refused_by_name(tmp_path):
+    folder = folder_with(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][3] = float("nan")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(UserError, match="model.norm.weight holds NaN"):
+        checkpoint.load_model(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 8, b"\x00" * 8 + b"{}", (100 << 20).to_bytes(8, "little") + b"{",
+                                     (2).to_bytes(8, "little") + b"[]", b"PK\x03\x04" + b"\0" * 100])  # fmt: skip
+def test_a_file_that_is_not_safetensors_is_one_clear_error(tmp_path, content):
+    folder = folder_with(tmp_path)
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        checkpoint.load_model(folder)
+
+
+def test_a_run_cut_short_before_its_first_model_is_found_through_its_checkpoint(tmp_path):
+    small_run.run(tmp_path / "run", max_steps=2, save_every=1, val=False)
+    os.remove(tmp_path / "run/config.json")
+    assert checkpoint.model_folder(tmp_path / "run") == tmp_path / "run/checkpoint-2"
+    with pytest.raises(UserError, match="no such model folder"):
+        checkpoint.model_folder(tmp_path / "nowhere")
+
+
+def test_transformers_loads_the_folder_with_equal_logits(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = small_run.small_model().eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder_with(tmp_path), dtype=torch.float32).eval()
+    ids = torch.randint(3, small_run.VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (model(ids) - theirs(ids).logits).abs().max() <= 1e-5

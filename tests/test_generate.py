@@ -1,0 +1,232 @@
+"""Promises of `core/generate.py`: it draws what it says, each row as if it were alone."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import UserError
+from core.generate import SamplingConfig, complete, generate, next_probabilities
+
+V = 97
+GREEDY = SamplingConfig(max_new_tokens=12, temperature=0)
+
+
+def prompts_of(*lengths, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, V, (n,), generator=generator).tolist() for n in lengths]
+
+
+# Probabilities --------------------------------------------------------------------------------------------------------
+
+
+def naive(logits, seen, cfg):
+    """One row of logits (floats) -> probabilities, id by id, by the definitions."""
+    r = cfg.repetition_penalty
+    z = [(x / r if x > 0 else x * r) if s else x for x, s in zip(logits, seen)]
+    top = max(z)
+    if cfg.temperature == 0:
+        return [float(i == z.index(top)) for i in range(len(z))]
+    kept = set(range(len(z)))
+    if cfg.top_k:
+        kept = {i for i in kept if sum(z[j] > z[i] for j in range(len(z))) < cfg.top_k}
+
+    def normal():
+        weights = [math.exp((z[i] - top) / cfg.temperature) if i in kept else 0.0 for i in range(len(z))]
+        return [w / sum(weights) for w in weights]
+
+    p = normal()
+    if cfg.min_p:
+        kept = {i for i in kept if p[i] >= cfg.min_p * max(p)}
+        p = normal()
+    if cfg.top_p < 1:
+        before, running = {}, 0.0
+        for i in sorted(kept, key=lambda i: -p[i]):
+            before[i], running = running, running + p[i]
+        # So near the border rounding decides: such an example says nothing.
+        if any(abs(b - cfg.top_p) < 1e-5 for b in before.values()):
+            return None
+        kept = {i for i in kept if before[i] < cfg.top_p}
+        p = normal()
+    return p
+
+
+CONFIGS = st.builds(
+    SamplingConfig,
+    temperature=st.sampled_from([0, 0.3, 0.8, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 3, 10, 30, 1000]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
+)
+
+
+@given(cfg=CONFIGS, seed=st.integers(0, 10**6), width=st.integers(1, 40))
+def test_probabilities_equal_naive_top_k_top_p_min_p_and_repetition_penalty(cfg, seed, width):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, width, generator=generator) * 3
+    seen = torch.rand(3, width, generator=generator) < 0.3
+    got = next_probabilities(logits, seen, cfg)
+    for row in range(3):
+        expected = naive(logits[row].tolist(), seen[row].tolist(), cfg)
+        if expected is not None:
+            torch.testing.assert_close(got[row], torch.tensor(expected), rtol=1e-4, atol=1e-6)
+
+
+ANY_LOGIT = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-30, 50.0, -50.0, 1e4, -1e4, 1e38, -1e38, 3.4e38, -3.4e38])
+
+
+@given(
+    logits=st.lists(ANY_LOGIT, min_size=1, max_size=8),
+    temperature=st.sampled_from([0, 1e-300, 1e-38, 1e-6, 1e-5, 1e-3, 1.0, 100.0]),
+    top_k=st.sampled_from([0, 1, 2, 10**9]),
+    top_p=st.sampled_from([1e-300, 1e-9, 0.5, 1 - 1e-9, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-300, 1.0]),
+    penalty=st.sampled_from([0.01, 0.5, 1.0, 2.0, 100.0]),
+)
+def test_extreme_numbers_never_give_nan_and_always_leave_an_id(logits, temperature, top_k, top_p, min_p, penalty):
+    cfg = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
+    seen = torch.tensor([[i % 2 == 0 for i in range(len(logits))]])
+    p = next_probabilities(torch.tensor([logits]), seen, cfg)
+    assert p.isfinite().all() and (p >= 0).all() and p.max() > 0
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [
+    {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": 1e30},
+    {"max_new_tokens": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}, {"min_p": -0.1},
+    {"min_p": 1.1}, {"min_p": math.nan}, {"repetition_penalty": 0.0}, {"repetition_penalty": math.nan},
+    {"repetition_penalty": math.inf}, {"repetition_penalty": 1e-40}, {"repetition_penalty": 1e40},
+], ids=str)  # fmt: skip
+def test_a_bad_option_is_refused_and_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        SamplingConfig(**bad)
+
+
+# Text of one row ------------------------------------------------------------------------------------------------------
+
+
+def argmax_loop(model, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_greedy_equals_an_argmax_loop_without_a_cache(tiny_config, make_model, kv_heads):
+    model = make_model(dataclasses.replace(tiny_config, num_key_value_heads=kv_heads))
+    for prompt in prompts_of(1, 6, 20):
+        assert complete(model, [prompt], GREEDY, set()) == [argmax_loop(model, prompt, 12)]
+
+
+def test_prompts_in_one_batch_go_on_as_each_alone(tiny_model):
+    prompts = prompts_of(9, 1, 4, 17, 4)
+    assert complete(tiny_model, prompts, GREEDY, set()) == [argmax_loop(tiny_model, p, 12) for p in prompts]
+
+
+def test_a_row_draws_the_same_whatever_else_is_in_the_batch(tiny_model):
+    cfg = SamplingConfig(max_new_tokens=12, temperature=1.5, top_p=0.95, seed=7)
+    prompts = prompts_of(9, 1, 4, 17)
+    alone = [complete(tiny_model, [p], cfg, set())[0] for p in prompts]
+    assert complete(tiny_model, prompts, cfg, set()) == alone
+    assert complete(tiny_model, prompts[::-1], cfg, set()) == alone[::-1]
+
+
+def test_the_seed_alone_decides_what_is_drawn(tiny_model):
+    cfg = SamplingConfig(max_new_tokens=20, temperature=1.5, top_p=1.0, seed=7)
+    prompts = prompts_of(5, 8)
+    torch.manual_seed(1)
+    first = complete(tiny_model, prompts, cfg, set())
+    torch.manual_seed(2)
+    assert complete(tiny_model, prompts, cfg, set()) == first
+    assert complete(tiny_model, prompts, dataclasses.replace(cfg, seed=8), set()) != first
+
+
+def test_ids_are_drawn_as_often_as_their_probabilities_say(tiny_model):
+    # Small weights: a spread-out distribution, of which the 8 likeliest ids are left.
+    with torch.no_grad():
+        tiny_model.model.norm.weight.mul_(0.1)
+    cfg = SamplingConfig(max_new_tokens=1, temperature=1.0, top_k=8, top_p=1.0)
+    prompt, draws = prompts_of(3)[0], 600
+    p = next_probabilities(tiny_model(torch.tensor([prompt]))[:, -1], torch.zeros(1, V, dtype=torch.bool), cfg)[0]
+    counts = torch.zeros(V)
+    for seed in range(draws):
+        counts[complete(tiny_model, [prompt], dataclasses.replace(cfg, seed=seed), set())[0][0]] += 1
+    kept = p > 0
+    assert kept.sum() == 8 and counts[~kept].sum() == 0
+    chi_square = ((counts - draws * p) ** 2 / (draws * p))[kept].sum().item()
+    assert chi_square < 24.3  # 7 degrees of freedom: 1 in 1,000
+
+
+def test_the_repetition_penalty_covers_the_prompt_and_what_was_made(tiny_model):
+    cfg = dataclasses.replace(GREEDY, max_new_tokens=30, repetition_penalty=100.0)
+    prompt = prompts_of(20)[0]
+    ids = list(prompt)
+    for _ in range(30):
+        with torch.no_grad():
+            z = tiny_model(torch.tensor([ids]))[0, -1].tolist()
+        ids.append(naive(z, [i in ids for i in range(V)], cfg).index(1.0))
+    assert complete(tiny_model, [prompt], cfg, set()) == [ids[20:]]
+
+
+# Endings --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_id_ends_its_row_only_and_is_not_given_out(tiny_model):
+    prompts = prompts_of(9, 4)
+    free = [argmax_loop(tiny_model, p, 12) for p in prompts]
+    stop = next(token for token in free[0][3:] if token not in free[1] and token not in free[0][:3])
+    made = complete(tiny_model, prompts, GREEDY, {stop})
+    assert made == [free[0][: free[0].index(stop)], free[1]]
+
+
+def test_no_step_is_computed_once_every_row_has_stopped(tiny_model):
+    prompt = prompts_of(9)[0]
+    calls = []
+    tiny_model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    assert complete(tiny_model, [prompt], dataclasses.replace(GREEDY, max_new_tokens=40), set(range(V))) == [[]]
+    assert len(calls) == 1
+
+
+def test_ids_come_one_step_at_a_time(tiny_model):
+    prompts = prompts_of(9, 4)
+    steps = generate(tiny_model, prompts, GREEDY, set())
+    first = next(steps)
+    assert [row for row, _ in first] == [0, 1]
+    assert [token for _, token in first] == [argmax_loop(tiny_model, p, 1)[0] for p in prompts]
+    assert len(list(steps)) == 11
+
+
+def test_no_new_tokens_wanted_gives_none(tiny_model):
+    assert complete(tiny_model, prompts_of(3, 2), dataclasses.replace(GREEDY, max_new_tokens=0), set()) == [[], []]
+
+
+@pytest.mark.parametrize("length, made", [(64, 1), (63, 2), (60, 5)])
+def test_a_row_ends_where_the_context_is_full(tiny_model, length, made):
+    # The 64th position still predicts one id more.
+    assert len(complete(tiny_model, prompts_of(length), GREEDY, set())[0]) == made
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt, said", [
+    ([], "no tokens"), ([1] * 65, "65 tokens, the model's context is 64"), ([1, V, 2], f"id {V}, the model knows {V}"),
+    ([1, -3, 2], "id -3"),
+])  # fmt: skip
+def test_an_impossible_prompt_is_refused(tiny_model, prompt, said):
+    with pytest.raises(UserError, match=said):
+        complete(tiny_model, [[1, 2], prompt], GREEDY, set())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_numbers_are_refused(tiny_model, value):
+    with torch.no_grad():
+        tiny_model.lm_head.weight[5, 3] = value
+    with pytest.raises(UserError, match="not finite"):
+        complete(tiny_model, [[1, 2]], GREEDY, set())

@@ -1,0 +1,213 @@
+"""Promises of the house: imports point down, nothing is unpickled or evaluated, commands do nothing when imported.
+
+Each rule is a function from a file's syntax tree to what breaks it, and is shown to catch a bad snippet.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIP = {"tests", "docs", "runs", "data", "out"}
+FILES = sorted(
+    p for p in ROOT.rglob("*.py")
+    if not any(part in SKIP or part.startswith(".") for part in p.relative_to(ROOT).parts[:-1])
+)  # fmt: skip
+TREES = {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text(encoding="utf-8")) for p in FILES}
+COMMANDS = {name.removesuffix(".py") for name in TREES if "/" not in name and name != "model.py"}
+CORE_PACKAGES = {re.split(r"[<>=!~\[ ]", line)[0] for line in (ROOT / "requirements.txt").read_text().split() if line}
+
+
+def layer(module: str) -> str:
+    """Which floor of the house a module (dotted) stands on."""
+    top = module.split(".")[0]
+    return top if top in ("core", "extras", "tokenizer", "model") else "command" if top in COMMANDS else "foreign"
+
+
+MAY_IMPORT = {
+    "command": {"extras", "core", "model", "tokenizer"},
+    "extras": {"core", "model", "tokenizer"},
+    "core": {"core", "model", "tokenizer"},
+    "tokenizer": {"tokenizer"},
+    "model": set(),
+}
+
+
+def module_of(name: str) -> str:
+    return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(name: str, tree: ast.AST, top_level: bool = False):
+    """Dotted names that a file imports; with top_level only what it imports when it is itself imported."""
+    nodes = [*tree.body] if top_level else [tree]
+    while nodes:
+        node = nodes.pop()
+        if top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module_of(name).split(".")
+            if node.level:  # from .x import y
+                package = package[: len(package) - node.level + name.endswith("__init__.py")]
+                base = ".".join(filter(None, [*package, node.module]))
+            else:
+                base = node.module
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        nodes.extend(ast.iter_child_nodes(node))
+
+
+def called(node: ast.Call) -> str:
+    """Dotted name of what is called, as far as it is written out."""
+    parts, f = [], node.func
+    while isinstance(f, ast.Attribute):
+        parts.append(f.attr)
+        f = f.value
+    return ".".join([*([f.id] if isinstance(f, ast.Name) else ["?"]), *reversed(parts)])
+
+
+# The rules ------------------------------------------------------------------------------------------------------------
+
+
+def imports_point_down(name, tree):
+    mine = layer(module_of(name))
+    for other in imports(name, tree):
+        theirs = layer(other)
+        if theirs != "foreign" and theirs not in MAY_IMPORT[mine]:
+            same_extra = mine == theirs == "extras" and other.split(".")[1:2] == module_of(name).split(".")[1:2]
+            if not same_extra:
+                yield f"{name} ({mine}) imports {other} ({theirs})"
+
+
+def optional_packages_are_imported_where_they_are_used(name, tree):
+    ours = {"core", "extras", "tokenizer", "model", *COMMANDS}
+    for other in imports(name, tree, top_level=True):
+        top = other.split(".")[0]
+        if top not in sys.stdlib_module_names and top not in CORE_PACKAGES | ours:
+            yield f"{name} imports {top} at its top"
+
+
+FORBIDDEN_CALLS = {"eval", "exec", "__import__", "builtins.eval", "builtins.exec", "os.system", "os.popen",
+                   "subprocess.getoutput", "subprocess.getstatusoutput", "torch.load", "torch.save",
+                   "torch.hub.load"}  # fmt: skip
+
+
+def nothing_is_unpickled_or_evaluated(name, tree):
+    for other in imports(name, tree):
+        if other.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"):
+            yield f"{name} imports {other}"
+        if other in ("torch.load", "torch.save", "os.system", "os.popen"):
+            yield f"{name} imports {other}"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        what = called(node)
+        if what in FORBIDDEN_CALLS:
+            yield f"{name}:{node.lineno} calls {what}"
+        for keyword in node.keywords:
+            value = keyword.value.value if isinstance(keyword.value, ast.Constant) else "?"
+            if (keyword.arg, value) in (("strict", False), ("shell", True), ("allow_pickle", True)):
+                yield f"{name}:{node.lineno} says {keyword.arg}={value}"
+            if keyword.arg == "trust_remote_code":
+                yield f"{name}:{node.lineno} says trust_remote_code"
+
+
+def no_file_is_a_drawer(name, tree):
+    if Path(name).stem in ("utils", "util", "common", "helpers", "helper", "misc"):
+        yield f"{name}: a function lives with the noun it serves"
+
+
+def is_guard(node) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" and not node.orelse
+
+
+def commands_do_nothing_when_imported(name, tree):
+    if "/" in name:
+        return
+    for at, node in enumerate(tree.body):
+        docstring = at == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        constant = isinstance(node, (ast.Assign, ast.AnnAssign)) and not any(
+            isinstance(part, (ast.Call, ast.NamedExpr)) for part in ast.walk(node)
+        )
+        definition = isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+        if not (docstring or constant or definition or is_guard(node)):
+            yield f"{name}:{node.lineno} does something at import: {ast.unparse(node)[:60]}"
+    if not is_guard(tree.body[-1]):
+        yield f"{name} does not end with its __main__ guard"
+
+
+RULES = [imports_point_down, optional_packages_are_imported_where_they_are_used, nothing_is_unpickled_or_evaluated,
+         no_file_is_a_drawer, commands_do_nothing_when_imported]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_rule_holds_in_every_file(rule):
+    assert [broken for name, tree in TREES.items() for broken in rule(name, tree)] == []
+
+
+def test_the_walk_sees_the_whole_house():
+    assert {"model.py", "pretrain.py", "sft.py", "sample.py", "data_process.py", "core/engine.py"} <= TREES.keys()
+    assert {"pretrain", "sft"} <= COMMANDS and {"torch", "numpy", "safetensors"} <= CORE_PACKAGES
+    assert {name.split("/")[0] for name in TREES if "/" in name} == {"core", "extras", "tokenizer"}
+
+
+GUARD = "\nif __name__ == '__main__':\n    main()\n"
+
+
+@pytest.mark.parametrize("rule, name, bad", [
+    (imports_point_down, "core/x.py", "import extras.lora"),
+    (imports_point_down, "core/x.py", "from extras import lora"),
+    (imports_point_down, "core/x.py", "def f():\n    from sft import main"),
+    (imports_point_down, "core/x.py", "from ..extras import lora"),
+    (imports_point_down, "extras/x.py", "from extras import lora"),
+    (imports_point_down, "extras/x.py", "from .lora import apply"),
+    (imports_point_down, "extras/x.py", "from . import lora"),
+    (imports_point_down, "extras/x.py", "import pretrain"),
+    (imports_point_down, "extras/x/y.py", "from extras.z.y import f"),
+    (imports_point_down, "sft.py", "from pretrain import build"),
+    (imports_point_down, "sft.py", "if True:\n    import pretrain"),
+    (imports_point_down, "model.py", "from core.errors import UserError"),
+    (imports_point_down, "model.py", "def main():\n    import tokenizer"),
+    (imports_point_down, "tokenizer/x.py", "import core.errors"),
+    (imports_point_down, "tokenizer/x.py", "from model import IGNORE"),
+    (optional_packages_are_imported_where_they_are_used, "core/x.py", "import transformers"),
+    (optional_packages_are_imported_where_they_are_used, "core/x.py", "try:\n    import tokenizers\nexcept E: pass"),
+    (optional_packages_are_imported_where_they_are_used, "extras/x.py", "from pyarrow import parquet"),
+    (optional_packages_are_imported_where_they_are_used, "core/x.py", "class A:\n    import yaml"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "def f():\n    import pickle"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "from torch import load"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "torch.load(p, weights_only=True)"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "numpy.load(p, allow_pickle=True)"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "x = eval('1')"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "exec(open(f).read())"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "os.system('ls')"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "subprocess.run('ls', shell=True)"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "A.from_pretrained(p, trust_remote_code=flag)"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "model.load_state_dict(s, strict=False)"),
+    (no_file_is_a_drawer, "core/utils.py", ""),
+    (no_file_is_a_drawer, "extras/common.py", ""),
+    (commands_do_nothing_when_imported, "x.py", "print('hello')" + GUARD),
+    (commands_do_nothing_when_imported, "x.py", "CFG = load()" + GUARD),
+    (commands_do_nothing_when_imported, "x.py", "for x in y:\n    pass" + GUARD),
+    (commands_do_nothing_when_imported, "x.py", "if True:\n    f()" + GUARD),
+    (commands_do_nothing_when_imported, "x.py", "def main(): pass"),
+])  # fmt: skip
+def test_the_rule_catches(rule, name, bad):
+    assert list(rule(name, ast.parse(bad)))
+
+
+@pytest.mark.parametrize("rule, name, good", [
+    (imports_point_down, "core/x.py", "from core import data\nfrom model import Llama\nimport tokenizer, torch"),
+    (imports_point_down, "tokenizer/__init__.py", "from . import chat\nfrom .backends import load"),
+    (imports_point_down, "tokenizer/x.py", "from .chat import render\nfrom . import train"),
+    (imports_point_down, "extras/x/y.py", "from .z import f\nfrom extras.x import z\nfrom core import data"),
+    (imports_point_down, "sft.py", "from extras import lora\nfrom core import data"),
+    (optional_packages_are_imported_where_they_are_used, "core/x.py", "import torch, json\ndef f():\n    import yaml"),
+    (nothing_is_unpickled_or_evaluated, "core/x.py", "model.eval()\nload_state_dict(s, strict=True)\njson.load(f)"),
+    (commands_do_nothing_when_imported, "x.py", "'''Doc.'''\nimport a\nB = 3\n@d(x=1)\nclass C: pass" + GUARD),
+])  # fmt: skip
+def test_the_rule_lets_pass(rule, name, good):
+    assert list(rule(name, ast.parse(good))) == []

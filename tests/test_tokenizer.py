@@ -1,0 +1,489 @@
+"""Promises of `tokenizer`: texts come back, ids equal sentencepiece's and transformers', bad files end in one line."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tokenizer import TokenizerError, load
+from tokenizer.sentencepiece_model import (
+    BPE,
+    CONTROL,
+    SPACE,
+    UNUSED,
+    Piece,
+    parse_model,
+    read_model,
+    write_model,
+)
+from tokenizer.train import CONTROL_PIECES, train
+
+DATA = Path(__file__).resolve().parents[2] / "shared/data"
+
+# A made-up text with Chinese, English, digits and runs of one character, so that merges of several shapes are learned.
+BOOK = [
+    "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空，青山依旧在，几度夕阳红。",
+    "白发渔樵江渚上，惯看秋月春风。一壶浊酒喜相逢，古今多少事，都付笑谈中。",
+    "The quick brown fox jumps over the lazy dog; the dog sleeps, the fox laughs: haha, hahaha!",
+    "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦；及秦灭之后，楚、汉分争，又并入于汉。",
+    "    if x == 1:\n        return x  # 一二三\n......。。。。。。======\n",
+] * 20
+
+HARD = [
+    "", " ", "  ", "\n", "\0", "a\0b", SPACE, f"a{SPACE}b", f"{SPACE} {SPACE}", "  两头有空格  ",
+    "\t\r\n\x0b\u2028", "\ufffd", "\ufeff", "e\u0301", "Ａ１　", "\U0010ffff",
+    "😀👨‍👩‍👧", "𠀀龘䶮", "<s>", "</s>", "<|im_start|>user", "<0xE4>", "<unk>",
+]  # fmt: skip
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.text(st.sampled_from(f"  {SPACE}a:.。=h\n汉😀<s>|0"))
+RELAXED = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A vocabulary of ours."""
+    return load(train(BOOK, tmp_path_factory.mktemp("small") / "tokenizer.model", 600))
+
+
+@pytest.fixture(scope="session")
+def small_with_prefix(small, tmp_path_factory):
+    """The same with the dummy prefix that Llama and ChatGLM have."""
+    model = small._backend.model
+    normalizer = (*(f for f in model.normalizer if f[0] != 3), (3, 0, 1))
+    path = tmp_path_factory.mktemp("prefix") / "tokenizer.model"
+    path.write_bytes(write_model(change(model, normalizer=normalizer)))
+    return load(path)
+
+
+@pytest.fixture(params=["small", "small_with_prefix"])
+def tok(request):
+    return request.getfixturevalue(request.param)
+
+
+def real_model(name):
+    path = DATA / "tokenizers" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
+
+
+def real_texts(count):
+    path = DATA / "derived/cmrc2019_stories.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    texts = []
+    for name in ("derived/cmrc2019_stories.jsonl", "medical/medicalgpt_medical_sft_1K.jsonl"):
+        texts += [str(v) for line in (DATA / name).open(encoding="utf-8") for v in json.loads(line).values()]
+    return random.Random(0).sample(texts, min(count, len(texts)))
+
+
+# Encoding and decoding ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_hard_texts_come_back(tok, text):
+    assert tok.decode(tok.encode(text)) == text
+
+
+@RELAXED
+@given(text=ANY_TEXT)
+def test_every_text_comes_back_and_streams_to_the_same_text(tok, text):
+    ids = tok.encode(text, bos=True, eos=True)
+    stream = tok.stream()
+    deltas = [stream.push(i) for i in ids]
+    assert "".join(deltas) + stream.flush() == tok.decode(ids) == text
+    assert "\ufffd" in text or not any("\ufffd" in delta for delta in deltas)
+
+
+@RELAXED
+@given(text=ANY_TEXT.filter(lambda t: SPACE not in t))
+def test_ids_and_text_equal_sentencepiece(tok, text):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tok.path))
+    ids = processor.encode(text)
+    assert tok.encode(text) == ids
+    assert tok.decode(ids) == processor.decode(ids)
+
+
+@RELAXED
+@given(ids=st.lists(st.integers(0, 599), max_size=30))
+def test_streaming_any_ids_gives_what_decoding_them_at_once_gives(tok, ids):
+    stream = tok.stream()
+    streamed = "".join(stream.push(i) for i in ids) + stream.flush()
+    raw = b"".join(tok._backend.id_bytes[i] for i in ids)
+    expected = raw.decode("utf-8", "replace")
+    assert streamed == tok.decode(ids)
+    assert streamed == (expected.removeprefix(" ") if tok._backend.strips_space else expected)
+
+
+def test_streaming_waits_for_a_whole_character(small):
+    ids = small.encode("𠀀")
+    assert len(ids) == 4
+    stream = small.stream()
+    assert [stream.push(i) for i in ids] == ["", "", "", "𠀀"]
+    assert stream.push(ids[0]) == "" and stream.flush() == "\ufffd"
+
+
+@RELAXED
+@given(first=ANY_TEXT, second=ANY_TEXT)
+def test_continued_text_joins_without_a_space(tok, first, second):
+    if first:
+        assert tok.decode(tok.encode(first) + tok.encode(second, continues=True)) == first + second
+
+
+def test_special_token_text_is_plain_text(tok):
+    text = "".join(tok.special_ids) + "<unk>"
+    assert not set(tok.encode(text)) & set(tok.special_ids.values())
+    assert tok.encode(text, bos=True, eos=True) == [tok.bos_id, *tok.encode(text), tok.eos_id]
+
+
+def test_control_ids_are_left_out_of_text_unless_asked_for(small):
+    ids = [small.bos_id, *small.encode("汉"), small.special_ids["<|im_end|>"]]
+    assert small.decode(ids) == "汉"
+    assert small.decode(ids, skip_special=False) == "<s>汉<|im_end|>"
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_a_vocabulary_without_a_piece_for_the_space_still_gives_texts_back(small, tmp_path, prefix):
+    model = small._backend.model
+    pieces = [p for p in model.pieces if SPACE not in p.text]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(write_model(change(model, pieces=pieces, normalizer=(*model.normalizer, (3, 0, prefix)))))
+    tok = load(path)
+    for text in HARD:
+        assert tok.decode(tok.encode(text)) == text
+    tok.save(tmp_path)
+    theirs = auto(tmp_path)
+    assert all(theirs(text).input_ids == tok.encode(text, bos=True) for text in HARD if not has_special_text(text, tok))
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfff", b"bytes", None])
+def test_what_is_not_text_is_refused(tok, text):
+    for encode in (tok.encode, lambda t: list(tok.encode_batch([t]))):
+        with pytest.raises(TokenizerError):
+            encode(text)
+
+
+@pytest.mark.parametrize("bad", [-1, 600, 10**9])
+def test_ids_out_of_range_are_refused(small, bad):
+    for call in (lambda i: small.decode([i]), small.stream().push, small.id_to_piece):
+        with pytest.raises(TokenizerError, match="out of range"):
+            call(bad)
+
+
+@pytest.mark.parametrize(("processes", "start_method"), [(1, None), (2, "fork"), (2, "spawn")])
+def test_batch_encoding_gives_the_ids_of_single_encoding_in_order(small_with_prefix, processes, start_method):
+    texts = [*HARD, *BOOK, *(f"第{i}回" for i in range(5000)), *BOOK * 100]  # several chunks
+    arrays = small_with_prefix.encode_batch(texts, processes, bos=True, eos=True, start_method=start_method)
+    count = 0
+    for text, array in zip(texts, arrays, strict=True):
+        assert array.dtype == np.uint16
+        if count % 50 < 25:
+            assert array.tolist() == small_with_prefix.encode(text, bos=True, eos=True)
+        count += 1
+    assert count == len(texts)
+
+
+def test_batch_encoding_reads_only_a_few_chunks_ahead(small):
+    read = 0
+
+    def endless():
+        nonlocal read
+        while True:
+            read += 1
+            yield "天下大势" * 1000
+
+    assert len(list(islice(small.encode_batch(endless(), processes=2), 10))) == 10
+    assert read < 2000
+
+
+def test_a_worker_that_fails_ends_the_batch_with_its_error(small, tmp_path):
+    path = Path(shutil.copy(small.path, tmp_path))
+    tok = load(path)
+    shutil.copy(train(BOOK, tmp_path / "other.model", 610), path)
+    with pytest.raises(TokenizerError, match="changed"):
+        list(tok.encode_batch(["好"] * 9, processes=2))
+
+
+# The model file -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b.tokenizer.model", "llama2-32k.tokenizer.model"])
+def test_real_models_are_rewritten_byte_for_byte(name):
+    path = real_model(name)
+    assert write_model(read_model(path)) == path.read_bytes()
+
+
+def test_fields_equal_those_read_by_protobuf(small):
+    pytest.importorskip("google.protobuf")
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except Exception as e:  # it refuses older protobuf runtimes with its own exceptions
+        pytest.skip(f"sentencepiece_model_pb2 does not load: {e}")
+    data = small.path.read_bytes()
+    oracle = sentencepiece_model_pb2.ModelProto.FromString(data)
+    model = parse_model(data)
+    assert [p[:3] for p in model.pieces] == [(p.piece, p.score, p.type) for p in oracle.pieces]
+    spec, norm = oracle.trainer_spec, oracle.normalizer_spec
+    assert (model.model_type, model.byte_fallback, model.unk_surface) == (2, spec.byte_fallback, spec.unk_surface)
+    assert (model.unk_id, model.bos_id, model.eos_id) == (spec.unk_id, spec.bos_id, spec.eos_id)
+    assert (model.normalizer_name, model.charsmap) == (norm.name, norm.precompiled_charsmap)
+    flags = (model.add_dummy_prefix, model.remove_extra_whitespaces, model.escape_whitespaces)
+    assert flags == (norm.add_dummy_prefix, norm.remove_extra_whitespaces, norm.escape_whitespaces)
+    assert write_model(model) == data == oracle.SerializeToString()
+
+
+def test_a_damaged_model_ends_in_one_line_never_in_a_crash(small, tmp_path):
+    """In a process of its own: the promise is that sentencepiece cannot abort it."""
+    script = """
+import random, sys
+from pathlib import Path
+from tokenizer import TokenizerError, load
+data, path = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
+rng = random.Random(0)
+refused = 0
+for n in range(250):
+    bad = bytearray(data)
+    kind = n % 5
+    if kind == 0:
+        bad = bad[: rng.randrange(len(bad))]
+    elif kind == 1:
+        for _ in range(rng.randrange(1, 30)):
+            bad[rng.randrange(len(bad))] = rng.randrange(256)
+    elif kind == 2:
+        bad = bytearray(rng.randbytes(rng.randrange(300)))
+    elif kind == 3:  # the settings behind the pieces
+        for _ in range(rng.randrange(1, 9)):
+            bad[-rng.randrange(1, 250)] = rng.randrange(256)
+    else:
+        at = rng.randrange(len(bad))
+        bad[at:at] = rng.randbytes(rng.randrange(1, 9))
+    path.write_bytes(bad)
+    try:
+        tok = load(path)
+        tok.decode(tok.encode("天下 hello" + chr(0)))
+    except TokenizerError as e:
+        assert len(str(e).splitlines()) == 1, e
+        refused += 1
+print(refused)
+"""
+    args = [sys.executable, "-c", script, str(small.path), str(tmp_path / "bad.model")]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(args, capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100
+
+
+def change(model, **changes):
+    return dataclasses.replace(model, **changes)
+
+
+# A trie of the right length whose every node points outside.
+BAD_TABLE = b"\0\4\0\0" + b"\xff\xff\xff\x7f" * 256 + b"\0"
+BREAKS = {
+    "no bos control": lambda m: change(m, pieces=[p for p in m.pieces if p.text != "<s>"]),
+    "no eos control": lambda m: change(m, pieces=[p._replace(type=1) if p.text == "</s>" else p for p in m.pieces]),
+    "same id": lambda m: change(m, trainer=(*m.trainer, (47, 2, b"<s>"), (42, 0, 1))),
+    "say eos is id 70000": lambda m: change(m, trainer=(*m.trainer, (42, 0, 70000))),
+    "same text": lambda m: change(m, pieces=[*m.pieces, m.pieces[-1]]),
+    "exactly one unknown": lambda m: change(m, pieces=m.pieces[1:]),
+    "256 pieces": lambda m: change(m, pieces=[p for p in m.pieces if p.text != "<0x41>"]),
+    "single character": lambda m: change(m, pieces=[*m.pieces, Piece("龘", 0.0, CONTROL)]),
+    "damaged": lambda m: change(m, pieces=[*m.pieces, Piece("龘", float("nan"))]),
+    "normaliser table": lambda m: change(m, normalizer=(*m.normalizer, (2, 2, BAD_TABLE))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", BREAKS)
+def test_a_model_that_breaks_a_promise_is_refused_with_the_reason(small, tmp_path, reason):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(write_model(BREAKS[reason](small._backend.model)))
+    with pytest.raises(TokenizerError, match=reason) as caught:
+        load(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_missing_files_are_named(tmp_path):
+    for path in (tmp_path, tmp_path / "no.model", tmp_path / "no/tokenizer.json"):
+        with pytest.raises(TokenizerError, match="^" + str(path)):
+            load(path)
+
+
+# Files for transformers -----------------------------------------------------------------------------------------------
+
+
+def has_special_text(text, tok):
+    """Is there a literal special token in the text? transformers gives those their ids, we do not."""
+    return any(special in text for special in [*tok.special_ids, "<unk>"])
+
+
+def auto(folder):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def small_auto(small, small_with_prefix, tmp_path_factory):
+    pairs = {}
+    for tok in (small, small_with_prefix):
+        folder = tmp_path_factory.mktemp("auto")
+        tok.save(folder)
+        pairs[tok.path] = auto(folder)
+    return pairs
+
+
+@RELAXED
+@given(text=ANY_TEXT)
+def test_transformers_gives_the_same_ids_and_text_for_every_text(tok, small_auto, text):
+    theirs = small_auto[tok.path]
+    if has_special_text(text, tok):
+        return
+    ids = tok.encode(text, bos=True)
+    assert theirs(text).input_ids == ids
+    assert theirs.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("name", ["chatglm2-6b.tokenizer.model", "llama2-32k.tokenizer.model"])
+def test_transformers_gives_the_same_ids_on_real_texts(tmp_path, name):
+    tok = load(real_model(name))
+    tok.save(tmp_path)
+    theirs = auto(tmp_path)
+    for text in real_texts(1000):
+        assert theirs(text).input_ids == tok.encode(text, bos=True)
+        assert tok.decode(tok.encode(text)) == text
+
+
+def test_a_saved_folder_loads_as_the_same_tokenizer(tok, tmp_path):
+    tok.save(tmp_path)
+    again = load(tmp_path)
+    assert (again.sha256, again.bos_id, again.eos_id, again.pad_id) == (tok.sha256, 1, 2, None)
+    theirs = auto(tmp_path)
+    assert theirs("汉", "a").input_ids == tok.encode("汉", bos=True) + tok.encode("a", bos=True)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (tok.bos_id, tok.eos_id, tok.vocab_size)
+
+
+def test_the_two_files_of_a_saved_folder_give_the_same_ids(tok, tmp_path):
+    pytest.importorskip("tokenizers")
+    tok.save(tmp_path)
+    other = load(tmp_path / "tokenizer.json")
+    assert (other.bos_id, other.eos_id, other.vocab_size) == (tok.bos_id, tok.eos_id, tok.vocab_size)
+    for text in [*HARD, *BOOK[:5]]:
+        for continues in (False, True):
+            assert other.encode(text, continues=continues) == tok.encode(text, continues=continues)
+        assert other.decode(other.encode(text)) == text
+    assert not set(other.encode("".join(tok.special_ids))) & set(tok.special_ids.values())
+
+
+@pytest.mark.parametrize("reason", ["normaliser", "unused", "no pieces of their own"])
+def test_a_model_that_tokenizer_json_cannot_express_is_saved_without_one_and_says_why(small, tmp_path, reason):
+    model = small._backend.model
+    if reason == "normaliser":
+        model = change(model, normalizer=(*model.normalizer, (4, 0, 1)))
+    elif reason == "unused":
+        model = change(model, pieces=[*model.pieces[:-1], model.pieces[-1]._replace(type=UNUSED)])
+    else:
+        model = change(model, pieces=[p for p in model.pieces if p.text != "下"])
+    (tmp_path / "in.model").write_bytes(write_model(model))
+    with pytest.warns(UserWarning, match=reason):
+        load(tmp_path / "in.model").save(tmp_path / "out")
+    assert not (tmp_path / "out/tokenizer.json").exists()
+    assert load(tmp_path / "out").encode("天下") == load(tmp_path / "in.model").encode("天下")
+
+
+@pytest.mark.parametrize("name", ["weights/infinitensor-story", "tokenizers/minimind-6400.tokenizer.json"])
+def test_real_tokenizer_json_encodes_decodes_and_saves_as_itself(tmp_path, name):
+    tokenizers = pytest.importorskip("tokenizers")
+    if not (DATA / name).exists():
+        pytest.skip(f"{DATA / name} is not here")
+    tok = load(DATA / name)
+    assert (tok.bos_id, tok.eos_id, tok.pad_id) == (1, 2, 0)
+    library = tokenizers.Tokenizer.from_file(str(tok.path))
+    tok.save(tmp_path, chat_format="bos")
+    theirs, again = auto(tmp_path), load(tmp_path)
+    assert (again.sha256, again.bos_id, again.eos_id) == (tok.sha256, tok.bos_id, tok.eos_id)
+    for text in [*real_texts(200), "Once upon a time,  there was\na cat.", " x"]:
+        ids = tok.encode(text)
+        assert ids == library.encode(text, add_special_tokens=False).ids == again.encode(text)
+        assert theirs(text, add_special_tokens=False).input_ids == ids
+        if not set(ids) & set(tok.special_ids.values()):  # the unknown piece
+            assert tok.decode(ids) == library.decode(ids)
+    text = "".join(tok.special_ids)
+    assert not set(tok.encode(text)) & set(tok.special_ids.values()) and tok.decode(tok.encode(text)) == text
+
+
+def test_without_the_package_tokenizers_the_error_says_how_to_install_it(small, tmp_path, monkeypatch):
+    small.save(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(TokenizerError, match="pip install tokenizers"):
+        load(tmp_path / "tokenizer.json")
+    assert load(tmp_path).vocab_size == small.vocab_size
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_texts_train_the_same_bytes(small, tmp_path):
+    path = train(iter(BOOK), tmp_path / "again.model", 600)
+    assert path.read_bytes() == small.path.read_bytes()
+    assert os.listdir(tmp_path) == ["again.model"]
+
+
+def test_a_trained_vocabulary_is_what_the_chat_formats_and_the_model_expect(small):
+    model = small._backend.model
+    assert (small.vocab_size, model.unk_id, small.bos_id, small.eos_id, small.pad_id) == (600, 0, 1, 2, None)
+    assert model.model_type == BPE and model.byte_fallback and not model.add_dummy_prefix
+    assert set(CONTROL_PIECES) < set(small.special_ids)
+    assert not any(set(p.text) & set("\n\r\0") for p in model.pieces)
+
+
+def test_a_vocabulary_of_texts_without_spaces_can_write_a_space(tmp_path):
+    path = train(["天下大势分久必合"] * 9, tmp_path / "tokenizer.model", 275)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert processor.decode(processor.encode(" 天 ")) == load(path).decode(load(path).encode(" 天 ")) == " 天 "
+
+
+@pytest.mark.parametrize("text", ["一二三四五六七八九十" * 2000, "一二三四五\0六七八九十", "一二三四\u2585五六七八九十"])
+def test_lines_that_sentencepiece_would_leave_out_are_not_lost(tmp_path, text):
+    tok = load(train([text] * 20, tmp_path / "tokenizer.model", 280))
+    assert sum(len(tok.encode(char)) == 1 for char in "一二三四五六七八九十") == 10
+
+
+def test_a_vocabulary_size_that_does_not_fit_the_texts_is_refused_with_the_limit(tmp_path):
+    with pytest.raises(TokenizerError, match=r"too large .* at most \d+") as caught:
+        train(BOOK, tmp_path / "x.model", 100_000)
+    limit = int(str(caught.value).split("at most ")[1].split(",")[0])
+    assert load(train(BOOK, tmp_path / "x.model", limit)).vocab_size == limit
+    with pytest.raises(TokenizerError, match=r"too small .* at least \d+"):
+        train(BOOK, tmp_path / "y.model", 200)
+    with pytest.raises(TokenizerError, match="no text"):
+        train(["", "\n"], tmp_path / "y.model", 200)
+    assert not (tmp_path / "y.model").exists()
+
+
+def test_the_command_trains_a_folder_and_refuses_bad_input_with_exit_code_2(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "book.txt").write_text("\n".join(BOOK), encoding="utf-8")
+
+    def run(file):
+        args = ["--input", file, "--output", tmp_path / "out", "--vocab_size", "600"]
+        command = [sys.executable, "-m", "tokenizer.train", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=root)
+
+    done = run(tmp_path / "book.txt")
+    assert done.returncode == 0 and "600 ids" in done.stdout, done.stderr
+    assert load(tmp_path / "out").vocab_size == 600 and (tmp_path / "out/tokenizer.json").exists()
+    (tmp_path / "gbk.txt").write_bytes("话说天下".encode("gb18030"))
+    for bad in ("gbk.txt", "missing.txt"):
+        done = run(tmp_path / bad)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and bad in done.stderr

@@ -1,0 +1,161 @@
+"""Texts to a new vocabulary: a sentencepiece BPE with byte fallback.
+
+In:  any texts. Out: a `.model` file: unk 0, `<s>` 1, `</s>` 2, the control pieces of chats, 256 bytes, learned pieces.
+Run: `python -m tokenizer.train --input book.txt more.txt --output out/tokenizer --vocab_size 8000`
+Does not know how texts are cleaned, and keeps no state: the same texts and options give the same bytes.
+"""
+
+import argparse
+import io
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from . import load
+from .sentencepiece_model import SPACE, TokenizerError
+
+# Control, never user-defined: user-defined pieces would be found inside texts, where anyone could forge a turn.
+CONTROL_PIECES = ("<|im_start|>", "<|im_end|>")
+
+# sentencepiece leaves out, without an error, lines longer than its limit and lines that contain NUL or its own mark
+# U+2585. We cut there instead, and at U+2581, which it would take for a space.
+MAX_LINE = 1000  # characters: at most 4,000 bytes, below the limit of 4,192
+CUT = re.compile("[\0\u2581\u2585]")
+
+
+def train(
+    texts: Iterable[str],
+    output_model_path,
+    vocab_size: int,
+    *,
+    character_coverage: float = 0.9999,
+    max_lines: int = 2_000_000,
+    seed: int = 0,
+    num_threads: int = 2,
+) -> Path:
+    """Train a vocabulary and write it with one rename.
+
+    Args:
+        texts: the texts; pieces never reach over a line break.
+        output_model_path: where the `.model` goes; its folder is made if missing.
+        vocab_size: number of ids, control and byte pieces included.
+        character_coverage: share of all characters in the texts that get pieces of their own, in (0, 1]; the rarest
+            are written as bytes.
+        max_lines: a random choice of so many lines is used if there are more; 2 million lines need about 10 GB.
+        seed: of that choice.
+        num_threads: of sentencepiece; it does not change the result but is written into the file.
+
+    Returns:
+        the path.
+
+    Raises:
+        TokenizerError: no text, or a vocab_size these texts cannot fill or that is too small for their characters.
+    """
+    path, result = Path(output_model_path), io.BytesIO()
+    lines = _lines(texts)
+    first = next(lines, None)
+    if first is None:
+        raise TokenizerError(f"{path}: there is no text to train a vocabulary on")
+
+    def all_lines():
+        yield first
+        yield from lines
+
+    sentencepiece.set_random_generator_seed(seed)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=all_lines(),
+            model_writer=result,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            required_chars=SPACE,  # texts without any space would give a vocabulary that cannot write one
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            control_symbols=list(CONTROL_PIECES),
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            input_sentence_size=max_lines,
+            shuffle_input_sentence=True,
+            num_threads=num_threads,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        raise TokenizerError(f"{path}: {_explain(str(e), vocab_size)}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.write_bytes(result.getvalue())
+    os.replace(temporary, path)
+    return path
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines without what sentencepiece cannot take, cut to MAX_LINE characters; none empty."""
+    for text in texts:
+        for line in text.splitlines():
+            for part in CUT.split(line):
+                for at in range(0, len(part), MAX_LINE):
+                    yield part[at : at + MAX_LINE]
+
+
+def _explain(error: str, vocab_size: int) -> str:
+    """sentencepiece's two usual complaints, without its file names and line numbers."""
+    if found := re.search(r"value <= (\d+)", error):
+        return f"vocab_size {vocab_size} is too large for these texts -- at most {found[1]}, or more text"
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"vocab_size {vocab_size} is too small for these texts' characters -- "
+            f"at least {found[1]}, or a lower character_coverage"
+        )
+    return f"sentencepiece could not train a vocabulary: {error}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a vocabulary and save it as a Hugging Face tokenizer folder.")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="UTF-8 text files")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.model and tokenizer.json")
+    parser.add_argument("--vocab_size", type=int, required=True)
+    parser.add_argument("--character_coverage", type=float, default=0.9999)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        path = train(
+            _files(args.input),
+            Path(args.output) / "tokenizer.model",
+            args.vocab_size,
+            character_coverage=args.character_coverage,
+            seed=args.seed,
+        )
+        tokenizer = load(path)
+        tokenizer.save(args.output)
+    except (OSError, TokenizerError) as e:
+        sys.exit(_fail(f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)))
+    print(f"{path}: {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _files(paths: list[str]) -> Iterator[str]:
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                yield from file
+        except UnicodeDecodeError as e:
+            raise TokenizerError(f"{path}: not UTF-8: {e.reason} at byte {e.start} -- convert it first") from None
+
+
+if __name__ == "__main__":
+    main()
