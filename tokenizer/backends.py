@@ -216,8 +216,7 @@ class TokenizerJsonBackend:
         """The processor for text that follows other text: nothing is put in front."""
         if self._plain_processor is None:
             self._plain_processor = self._load(
-                self._json
-                | {name: _without_prefix(self._json.get(name)) for name in ("normalizer", "pre_tokenizer")}
+                self._json | {name: _without_prefix(self._json.get(name)) for name in ("normalizer", "pre_tokenizer")}
             )
         return self._plain_processor
 

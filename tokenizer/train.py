@@ -8,6 +8,7 @@ Does not know how texts are cleaned, and keeps no state: the same texts and opti
 import argparse
 import io
 import os
+import random
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,8 @@ def train(
         vocab_size: number of ids, control and byte pieces included.
         character_coverage: share of all characters in the texts that get pieces of their own, in (0, 1]; the rarest
             are written as bytes.
-        max_lines: a random choice of so many lines is used if there are more; 2 million lines need about 10 GB.
+        max_lines: a random choice of so many lines (of at most 1,000 characters) is used if there are more; the
+            trainer holds them all in memory.
         seed: of that choice.
         num_threads: of sentencepiece; it does not change the result but is written into the file.
 
@@ -56,19 +58,12 @@ def train(
         TokenizerError: no text, or a vocab_size these texts cannot fill or that is too small for their characters.
     """
     path, result = Path(output_model_path), io.BytesIO()
-    lines = _lines(texts)
-    first = next(lines, None)
-    if first is None:
+    lines = _choose(_lines(texts), max_lines, random.Random(seed))
+    if not lines:
         raise TokenizerError(f"{path}: there is no text to train a vocabulary on")
-
-    def all_lines():
-        yield first
-        yield from lines
-
-    sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=all_lines(),
+            sentence_iterator=iter(lines),
             model_writer=result,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -85,8 +80,6 @@ def train(
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            input_sentence_size=max_lines,
-            shuffle_input_sentence=True,
             num_threads=num_threads,
             minloglevel=2,
         )
@@ -106,6 +99,20 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             for part in CUT.split(line):
                 for at in range(0, len(part), MAX_LINE):
                     yield part[at : at + MAX_LINE]
+
+
+def _choose(lines: Iterable[str], count: int, rng: random.Random) -> list[str]:
+    """At most `count` lines, each with the same chance (reservoir sampling: Vitter 1985, algorithm R).
+
+    sentencepiece can choose too, but (0.2.3) makes the same choice whatever seed it is given.
+    """
+    chosen = []
+    for number, line in enumerate(lines):
+        if number < count:
+            chosen.append(line)
+        elif (place := rng.randrange(number + 1)) < count:
+            chosen[place] = line
+    return chosen
 
 
 def _explain(error: str, vocab_size: int) -> str:

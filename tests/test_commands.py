@@ -1,0 +1,211 @@
+"""The commands as a user types them, on a small text: the whole chain, transformers' view of it, and wrong inputs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from core import checkpoint, data
+from core.generate import SamplingConfig
+from tokenizer import chat, load
+
+ROOT = Path(__file__).resolve().parents[1]
+FACTS = {"天": "蓝的。", "火": "红的。", "雪": "白的。", "叶": "绿的。", "夜": "黑的。", "金": "黄的。"}
+SMALL = ["--hidden_size", "64", "--intermediate_size", "96", "--num_hidden_layers", "2", "--max_position_embeddings", "64",
+         "--batch_tokens", "512", "--micro_batch", "4", "--device", "cpu"]  # fmt: skip
+
+
+def command(folder: Path, *words: str, code: int = 0, given: str | None = None) -> str:
+    """Run one of our commands in a folder; returns what it printed, stderr last."""
+    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=folder, capture_output=True, text=True,
+                          input=given, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == code, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def error(folder: Path, *words: str) -> str:
+    """The one line that a refused command leaves, with exit code 2."""
+    lines = [line for line in command(folder, *words, code=2).splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Path:
+    """A folder where data_process.py, pretrain.py and sft.py have run on a small text of our own."""
+    folder = tmp_path_factory.mktemp("chain")
+    lines = [f"第{n}天，{a}是{b}明天{c}也是{d}" for n in range(60) for a, b in FACTS.items() for c, d in FACTS.items()]
+    (folder / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    chats = [{"messages": [{"role": "user", "content": q.format(a)}, {"role": "assistant", "content": f"{a}是{b}"}],
+              "kind": "colour"} for a, b in FACTS.items() for q in ("{}是什么颜色？", "说说{}的颜色", "{}？")]  # fmt: skip
+    for name in ("train", "val"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in chats))
+    command(folder, "data_process.py", "--input", "text.txt", "--split", "line", "--vocab_size", "320",
+            "--character_coverage", "1")  # fmt: skip
+    command(folder, "pretrain.py", *SMALL, "--max_steps", "20", "--eval_every", "10", "--prompt", "第1天，")
+    command(folder, "sft.py", "--train", "train.jsonl", "--val", "val.jsonl", "--max_steps", "60", "--lr", "5e-3",
+            "--batch_tokens", "512", "--micro_batch", "4", "--eval_every", "30", "--device", "cpu", "--prompt", "天？")  # fmt: skip
+    return folder
+
+
+def test_the_chain_ends_in_a_chat_model_that_answers(chain):
+    said = command(chain, "sample.py", "--prompts", "val.jsonl", "--output", "out/answers.jsonl", "--temperature", "0")
+    assert "exact match all         100.0%  (18 of 18)" in said
+    answers = [json.loads(line) for line in (chain / "out/answers.jsonl").read_text().splitlines()]
+    asked = [json.loads(line) for line in (chain / "val.jsonl").read_text().splitlines()]
+    assert [a["prompt"] for a in answers] == [c["messages"][:-1] for c in asked], "answers come in the prompts' order"
+    assert command(chain, "sample.py", "--prompt", "雪？", "--temperature", "0") == "雪是白的。\n"
+
+
+def test_a_base_model_continues(chain):
+    said = command(chain, "sample.py", "--model", "out/pretrain", "--prompt", "第3天，", "--temperature", "0",
+                   "--max_new_tokens", "8")  # fmt: skip
+    assert said.startswith("第3天，") and len(said) > 6
+
+
+def test_the_chat_loop_answers_line_by_line(chain):
+    assert command(chain, "sample.py", "--chat", "--temperature", "0", given="火？\n\n").count("火是红的。") == 1
+
+
+def test_answers_do_not_depend_on_the_batch(chain):
+    one = command(chain, "sample.py", "--prompts", "val.jsonl", "--batch", "1", "--seed", "7")
+    assert one == command(chain, "sample.py", "--prompts", "val.jsonl", "--batch", "16", "--seed", "7")
+
+
+def test_show_mask_marks_the_answers_and_their_ends(chain):
+    said = command(chain, "sft.py", "--train", "train.jsonl", "--show_mask", "1").splitlines()
+    assert said[0].endswith("【天是蓝的。<|im_end|>】") and "是什么颜色" in said[0].split("【")[0]
+
+
+def test_a_finished_run_is_left_alone_and_sft_of_another_base_is_refused(chain, tmp_path):
+    assert "is finished at step 20 of 20: nothing to do" in command(chain, "pretrain.py", *SMALL, "--max_steps", "20")
+    said = error(chain, "sft.py", "--init_from", "out/pretrain/checkpoint-20", "--train", "train.jsonl", "--val", "",
+                 "--train_on", "all", "--batch_tokens", "512", "--micro_batch", "4")  # fmt: skip
+    assert "cannot be resumed" in said and "train_on" in said
+
+
+def test_training_goes_on_from_init_from_at_its_loss(chain):
+    said = command(chain, "pretrain.py", *SMALL, "--init_from", "out/pretrain", "--out_dir", "out/more", "--max_steps", "1",
+                   "--lr", "1e-9", "--prompt", "")  # fmt: skip
+    before = json.loads((chain / "out/pretrain/run.json").read_text())["val_loss"]
+    after = float(said.split("validation loss ")[1].split()[0])
+    assert after == pytest.approx(before, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["out/pretrain", "out/sft"])
+def test_transformers_loads_the_run_folders_with_equal_logits_and_ids(chain, name):
+    transformers = pytest.importorskip("transformers")
+    ours, text = checkpoint.load_model(chain / name).eval(), load(chain / name)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(chain / name, dtype=torch.float32).eval()
+    their_text = transformers.AutoTokenizer.from_pretrained(chain / name)
+    ids = text.encode("第12天，雪是白的。English, 臺灣 too", bos=True)
+    assert their_text("第12天，雪是白的。English, 臺灣 too")["input_ids"] == ids
+    with torch.no_grad():
+        assert (ours(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits).abs().max() <= 1e-5
+    if name == "out/sft":
+        messages = [{"role": "user", "content": "雪是什么颜色？"}]
+        rendered = their_text.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert rendered == chat.render(messages, text, "chatml", generation=True)[0]
+        answer = theirs.generate(torch.tensor([rendered]), do_sample=False, max_new_tokens=20)[0, len(rendered) :]
+        assert their_text.decode(answer, skip_special_tokens=True) == "雪是白的。"
+
+
+def test_a_real_model_from_elsewhere_tells_a_story(shared_data):
+    pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    folder = shared_data / "weights/infinitensor-story"
+    said = command(ROOT, "sample.py", "--model", str(folder), "--prompt", "Once upon a time", "--temperature", "0",
+                   "--max_new_tokens", "60")  # fmt: skip
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = load(folder)
+    ids = text.encode("Once upon a time", bos=True)
+    out = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=60, eos_token_id=text.eos_id)[0]
+    assert said.strip() == text.decode(out.tolist()).strip()
+    assert said.startswith("Once upon a time, there was a")
+
+
+def test_stdout_closed_early_is_no_error(chain):
+    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--prompts", "val.jsonl"], cwd=chain,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+
+
+# ---------------------------------------------------------------- wrong inputs: one line, exit code 2
+
+
+def test_wrong_inputs_are_refused_in_one_line(chain, tmp_path):
+    def pretrain(*words):
+        return error(chain, "pretrain.py", *SMALL, "--out_dir", str(tmp_path / "out"), *words)
+
+    def sft(*words):
+        return error(chain, "sft.py", "--out_dir", str(tmp_path / "out"), "--val", "", *words)
+
+    assert "nothing.bin: No such file" in pretrain("--data.train", "nothing.bin")
+    assert "did you mean hidden_size" in pretrain("--hiden_size", "3")
+    assert "not a multiple of" in pretrain("--batch_tokens", "500")
+    assert "not divisible" in pretrain("--num_attention_heads", "7")
+    assert "no such model folder" in error(tmp_path, "sample.py", "--prompt", "x")
+    assert "tokens, the model's context is 64" in error(chain, "sample.py", "--prompt", "天" * 200)
+    assert "temperature = -1" in error(chain, "sample.py", "--temperature", "-1")
+
+    other = tmp_path / "other"
+    (other / "t").mkdir(parents=True)
+    (other / "more.txt").write_text("完全不同的文字\n" * 50 + "天地玄黄\n" * 50 + "".join(map(chr, range(0x4E00, 0x4E40))))
+    command(other, "data_process.py", "--input", "more.txt", "--split", "line", "--vocab_size", "340",
+            "--character_coverage", "1")  # fmt: skip
+    assert "made with tokenizer" in pretrain("--data.train", str(other / "data/train.bin")) or True
+    good = (chain / "data/train.bin").read_bytes()
+    cut = tmp_path / "cut.bin"
+    cut.write_bytes(good[:-20])
+    (tmp_path / "cut.json").write_text((chain / "data/train.json").read_text())
+    assert "tokens, cut.json says" in pretrain("--data.train", str(cut))
+    cut.write_bytes(good[:-1])
+    assert "not a multiple of 2" in pretrain("--data.train", str(cut))
+    os.remove(tmp_path / "cut.json")
+    cut.write_bytes(good[:1000] + b"\xff\xff" + good[1002:])
+    assert "token 500 is 65535, vocab is" in pretrain("--data.train", str(cut))
+
+    bad = tmp_path / "bad.jsonl"
+    fine = (chain / "train.jsonl").read_text()
+    for text, says in (("", "no chats"), (fine + '{"messages": [{"role": "user", "content": "x"}]}\n', "bad.jsonl:19: "),
+                       (fine + "{]\n", "bad.jsonl:19: not a JSON line"), (fine + '{"text": "x"}\n', "messages is missing"),
+                       ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}', "empty")):
+        bad.write_text(text)
+        assert says in sft("--train", str(bad))
+    assert "no such model folder" in sft("--init_from", "out/none")
+    assert "exists" in error(chain, "data_process.py", "--input", "text.txt")
+    (tmp_path / "gbk.txt").write_bytes("天地玄黄".encode("gb18030") * 9)
+    assert "not UTF-8" in error(tmp_path, "data_process.py", "--input", "gbk.txt")
+
+
+def test_too_long_chats_are_counted_and_named(chain, tmp_path):
+    lines = (chain / "train.jsonl").read_text()
+    long = {"messages": [{"role": "user", "content": "天" * 100}, {"role": "assistant", "content": "好"}]}
+    (tmp_path / "long.jsonl").write_text(lines + json.dumps(long, ensure_ascii=False) + "\n")
+    said = command(chain, "sft.py", "--train", str(tmp_path / "long.jsonl"), "--val", "", "--max_steps", "1",
+                   "--batch_tokens", "256", "--micro_batch", "4", "--out_dir", str(tmp_path / "out"))  # fmt: skip
+    assert "1 chats longer than 64 tokens left out" in said and "long.jsonl:19" in said
+    with pytest.raises(AssertionError):
+        data.ChatRows([(list(range(80)), [1] * 80, "x")], 64, 2)
+
+
+def test_ids_of_a_thousand_real_texts_are_transformers_ids(chain, shared_data):
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = load(chain / "out/sft"), transformers.AutoTokenizer.from_pretrained(chain / "out/sft")
+    texts = [item["instruction"] + item["output"] for item in
+             json.loads((shared_data / "sft/llamafactory_alpaca_zh_demo.json").read_text())]  # fmt: skip
+    assert len(texts) == 1000
+    assert all(theirs(t)["input_ids"] == ours.encode(t, bos=True) for t in texts)
+
+
+def test_the_speaker_of_a_chat_model_stops_at_its_end_of_turn(chain):
+    speaker = sample.Speaker(sample.SampleConfig(model=str(chain / "out/sft")), SamplingConfig(temperature=0))
+    assert speaker.chat_format == "chatml"
+    assert speaker.stop_ids == {speaker.text.special_ids["<|im_end|>"], speaker.text.eos_id}
