@@ -131,7 +131,7 @@ def test_the_writer_takes_no_id_that_would_wrap_around(tmp_path, ids):
 
 
 class Stopped(BaseException):
-    """As a KeyboardInterrupt would."""
+    """Comes up from anywhere, like a KeyboardInterrupt."""
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -157,8 +157,21 @@ def test_a_writer_that_fails_leaves_nothing_behind_and_the_older_bin_intact(tmp_
     monkeypatch.undo()
     left = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert left.pop("x.bin", None) == before.pop("x.bin", None)
-    # The old sidecar goes first: a bin without one is checked id by id, a bin with a wrong one would be trusted.
     assert left == before or (when == "at the rename" and left == {})
+
+
+def test_a_new_bin_never_stands_beside_the_sidecar_of_the_old_one(tmp_path, monkeypatch):
+    """A bin without a sidecar is checked id by id; one with a wrong sidecar would be trusted."""
+    path = write_bin(tmp_path / "x.bin")
+
+    def fail(*_):
+        raise Stopped
+
+    monkeypatch.setattr(files, "write_json", fail)
+    with pytest.raises(Stopped):
+        write_bin(path, [[9, 9, EOS]])
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+    assert np.fromfile(path, "<u2").tolist() == [9, 9, EOS]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -218,9 +231,10 @@ def test_a_bin_too_short_for_one_row_is_refused_with_the_minimum(tmp_path, token
         assert f"{path}: {tokens} tokens, needs at least seq_len + 1 = 9" in refusal(make)
 
 
-@pytest.mark.parametrize("at", [0, 8, 16])
-def test_an_id_out_of_range_is_refused_before_the_model_sees_it(tmp_path, at):
+@pytest.mark.parametrize("at", [0, 5, 8, 16])
+def test_an_id_out_of_range_is_refused_before_the_model_sees_it(tmp_path, monkeypatch, at):
     """With a sidecar when its row is read, without one when the bin is opened."""
+    monkeypatch.setattr(data, "BLOCK_BYTES", 4)  # the scan takes several pieces
     ids = list(range(1, 18))
     path = write_bin(tmp_path / "x.bin", [ids])
     ids[at] = 4001

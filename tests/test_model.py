@@ -154,6 +154,19 @@ def test_rows_of_a_batch_have_documents_of_their_own(tiny_model):
             torch.testing.assert_close(batch[row : row + 1], tiny_model(ids, docs=docs), rtol=1e-5, atol=1e-5)
 
 
+def test_positions_restart_at_each_document_and_after_the_padding(tiny_model, monkeypatch):
+    """RoPE sees only distances, so a shift would not show in the losses: it would only leave the trained range."""
+    seen, real = [], model_file.rope_table
+    monkeypatch.setattr(model_file, "rope_table", lambda positions, config: seen.append(positions.tolist()) or
+                        real(positions, config))  # fmt: skip
+    ids, docs = packed(3, 1, 4)
+    tiny_model(ids, docs=docs)
+    cache = Cache(tiny_model.config, 2, 5, pad=torch.tensor([0, 3]))
+    tiny_model(ids_of(2, 4), cache=cache)
+    tiny_model(ids_of(2, 1), cache=cache)
+    assert seen == [[[0, 1, 2, 0, 0, 1, 2, 3]], [[0, 1, 2, 3], [0, 0, 0, 0]], [[4], [1]]]
+
+
 # Cache ----------------------------------------------------------------------------------------------------------------
 
 
