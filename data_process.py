@@ -58,7 +58,8 @@ def demo(cfg: ProcessConfig) -> None:
     raw, entities = sanguo.read(sanguo.fetch(out / "cache"))
     chapters = [sanguo.clean(chapter) for chapter in raw]
     train, val = sanguo.split(chapters)
-    print(f"三国演义: {len(train)} chapters to train on, {len(val)} held out, {sum(len(c.text) for c in chapters):,} characters")
+    size = sum(len(c.text) for c in chapters)
+    print(f"三国演义: {len(train)} chapters to train on, {len(val)} held out, {size:,} characters")
     text = make_tokenizer(cfg, (c.text for c in train))
     write_bin(out / "train.bin", [c.text for c in train], text, cfg.processes)
     write_bin(out / "val.bin", [c.text for c in val], text, cfg.processes)

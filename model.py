@@ -333,7 +333,10 @@ def main() -> int:
         return 2
     try:
         with open(sys.argv[1], "rb") as f:
-            print(describe(ModelConfig(**tomllib.load(f)["model"])))
+            sizes = tomllib.load(f)["model"]
+        if not sizes.get("vocab_size"):
+            print("vocabulary: the tokenizer's; 4,096 are assumed here, what data_process.py trains")
+        print(describe(ModelConfig(**({"vocab_size": 4096} | sizes))))
     except (OSError, TypeError, ValueError, KeyError) as e:
         what = "no [model] section" if isinstance(e, KeyError) else e
         print(f"error: {sys.argv[1]}: {what}", file=sys.stderr)

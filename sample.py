@@ -68,21 +68,34 @@ class Speaker:
         if isinstance(prompt, str) and not self.chat_format:
             return self.text.encode(prompt, bos=True)
         if not self.chat_format:
-            raise UserError("a base model continues text, it cannot answer messages", "python sft.py makes a chat model")
+            raise UserError("a base model continues text, it has no answers", "python sft.py makes a chat model")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return list(chat.render(messages, self.text, self.chat_format, generation=True)[0])
 
     def stream(self, prompt: str | list[dict]) -> str:
         """Print the continuation or answer as it comes, and return it."""
-        ids, decoder, said = self.ids(prompt), self.text.stream(), []
+        ids, decoder, said = self.ids(prompt), self.text.stream(), ""
         tell_room(self, [ids])
+
+        def tell(piece: str) -> str:
+            # Some formats put a space between the role's name and the answer.
+            piece = piece.lstrip() if self.chat_format and not said else piece
+            print(piece, end="", flush=True)
+            return piece
+
         for step in generate(self.model, [ids], self.sampling, self.stop_ids):
             for _, token in step:
-                said.append(decoder.push(token))
-                print(said[-1], end="", flush=True)
-        said.append(decoder.flush())
-        print(said[-1], flush=True)
-        return "".join(said)
+                said += tell(decoder.push(token))
+        said += tell(decoder.flush() + "\n")
+        return self.trimmed(said[:-1])
+
+    def told(self, ids: list[int]) -> str:
+        """Text of generated ids."""
+        return self.trimmed(self.text.decode(ids))
+
+    def trimmed(self, text: str) -> str:
+        """An answer without the spaces that some formats put around it; a continuation as it is."""
+        return text.strip() if self.chat_format else text
 
 
 def main() -> None:
@@ -153,7 +166,7 @@ def answer_file(speaker: Speaker, cfg: SampleConfig) -> None:
     for first in range(0, len(order), cfg.batch):
         part = order[first : first + cfg.batch]
         for k, new in zip(part, complete(speaker.model, [ids[k] for k in part], speaker.sampling, speaker.stop_ids)):
-            answers[k] = speaker.text.decode(new)
+            answers[k] = speaker.told(new)
     for (_, prompt, reference, kind), text in zip(items, answers):
         line = {"prompt": prompt, "answer": text}
         if reference is not None:
@@ -184,8 +197,9 @@ def read_prompts(path: str):
         return
     for where, item in data.read_jsonl(path):
         prompt, reference = item.get("prompt", item.get("messages")), None
-        if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
-            prompt, reference = prompt[:-1], prompt[-1].get("content")
+        last = prompt[-1] if isinstance(prompt, list) and prompt else None
+        if isinstance(last, dict) and last.get("role") == "assistant":
+            prompt, reference = prompt[:-1], last.get("content")
         if not isinstance(prompt, (str, list)):
             raise UserError(f"{where}: needs a prompt (text) or messages (a list)", f"keys here: {', '.join(item)}")
         yield where, prompt, reference, str(item.get("kind", ""))

@@ -8,6 +8,7 @@ A line of a chat file: {"messages": [{"role": "user", "content": "..."}, {"role"
 Writes a Hugging Face folder with its chat template to out/sft; run.json in it names the chat format.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 
@@ -67,6 +68,8 @@ def main() -> None:
 def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro: list[str]) -> data.ChatRows:
     """Chat files rendered and packed; what does not fit is left out, counted and named in `intro`."""
     samples, too_long = [], []
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise errors.UserError(f"{', '.join(paths)}: the same file stands twice")
     for path in paths:
         for where, item in data.read_jsonl(path):
             if "messages" not in item:
@@ -77,7 +80,8 @@ def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro
                 raise errors.UserError(f"{where}: {e}") from None
             (samples if len(ids) <= seq_len + 1 else too_long).append((ids, mask, where))
     if not samples:
-        raise errors.UserError(f"{', '.join(paths)}: no chats of at most {seq_len} tokens", f"{len(too_long)} are longer")
+        raise errors.UserError(f"{', '.join(paths)}: no chats that fit into {seq_len} tokens",
+                               f"{len(too_long)} are longer")  # fmt: skip
     rows = data.ChatRows(samples, seq_len, text.eos_id, cfg.pack)
     intro.append(f"{', '.join(paths)}: {len(samples)} chats in {len(rows)} rows of {seq_len}")
     if too_long:

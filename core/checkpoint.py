@@ -377,7 +377,7 @@ class Run:
                 shutil.rmtree(leftover, ignore_errors=True)
             line = f"{what} could not be saved: {getattr(e, 'strerror', None) or e}"
             if self.failures == 3:
-                raise StorageError(f"{self.folder}: {line}, for the third time", "older checkpoints are whole") from None
+                raise StorageError(f"{self.folder}: {line}, the third time", "older checkpoints are whole") from None
             warn(f"warning: {line}; older ones are whole, training goes on")
 
     def _commit(self, model: Llama, optimizers: list, scaler, state: dict) -> None:

@@ -43,10 +43,10 @@ def load(doc: str, sections: dict[str, type], argv: list[str], default: str | No
         files = [str(Path(__file__).resolve().parent.parent / default)]
     for path in files:
         for section, keys in _read_toml(path).items():
-            if section not in sections:
-                raise UserError(f"{path}: unknown section [{section}]", _near(section, sections))
             if not isinstance(keys, dict):
                 raise UserError(f"{path}: {section} stands outside a section", f"sections are {', '.join(sections)}")
+            if section not in sections:
+                raise UserError(f"{path}: unknown section [{section}]", _near(section, sections))
             for key, value in keys.items():
                 values[section][key] = _convert(sections[section], section, key, value, path)
                 origin[section, key] = path

@@ -139,10 +139,10 @@ class TokenBin:
     def __init__(self, path: str | Path, vocab_size: int, tokenizer_sha256: str = "", warn=print):
         self.path, self.vocab_size = Path(path), vocab_size
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 -- open as long as this object lives
         except OSError as e:
             raise UserError(f"{path}: {e.strerror}", "make it with python data_process.py") from None
-        entry = os.fstat(self._fd)
+        entry = os.fstat(self._file.fileno())
         if not stat.S_ISREG(entry.st_mode):
             raise UserError(f"{path}: not a file")
         size = entry.st_size
@@ -177,10 +177,10 @@ class TokenBin:
         """
         size = self.dtype.itemsize
         if hasattr(os, "pread"):
-            raw = os.pread(self._fd, count * size, start * size)
-        else:
-            os.lseek(self._fd, start * size, os.SEEK_SET)
-            raw = os.read(self._fd, count * size)
+            raw = os.pread(self._file.fileno(), count * size, start * size)
+        else:  # Windows
+            self._file.seek(start * size)
+            raw = self._file.read(count * size)
         if len(raw) != count * size:
             raise UserError(f"{self.path}: cut short at token {start + len(raw) // size} while being read")
         ids = np.frombuffer(raw, self.dtype).astype(np.int64)
@@ -301,6 +301,7 @@ class ChatRows:
             digest.update(ids.tobytes() + mask.tobytes())
         if not self.packs:
             raise UserError("no chats to train on")
+        digest.update(str(self.packs).encode())  # the rows' numbers mean another order in another packing
         self.digest = digest.hexdigest()
         self.bytes_per_token = 0.0
 

@@ -88,7 +88,7 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
         raise UserError(f"device = {device!r} is not a device", "auto, cpu or cuda") from None
     if place.type == "cuda":
         if not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"device {device} is not there", f"{torch.cuda.device_count()} CUDA devices are; --device cpu")
+            raise UserError(f"no device {device}, {torch.cuda.device_count()} CUDA devices are there", "--device cpu")
         torch.cuda.set_device(place)
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     present = [n for n in names if n in os.environ]

@@ -12,11 +12,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from core.checkpoint import Run, verify
@@ -78,7 +78,8 @@ class Log:
         self.speak, self.files = speak, []
         if speak:
             folder.mkdir(parents=True, exist_ok=True)
-            self.files = [open(folder / n, "a", encoding="utf-8", buffering=1) for n in ("log.txt", "metrics.jsonl")]
+            names = ("log.txt", "metrics.jsonl")
+            self.files = [open(folder / n, "a", encoding="utf-8", buffering=1) for n in names]  # noqa: SIM115
         self.bar = None
 
     def progress(self, total: int, done: int) -> None:
@@ -90,20 +91,16 @@ class Log:
         if not self.speak:
             return
         self._write(0, line + "\n")
-        try:
+        with suppress(OSError, ValueError):  # nobody reads our output any more: no reason to stop a week of training
             tqdm.write(line) if self.bar else print(line, flush=True)
-        except (OSError, ValueError):
-            pass  # nobody reads our output any more: no reason to stop a week of training
 
     def metrics(self, **values) -> None:
         if self.speak:
             self._write(1, json.dumps(values, allow_nan=False) + "\n")
 
     def _write(self, which: int, text: str) -> None:
-        try:
+        with suppress(OSError):  # a full disk must not stop training here; saving a checkpoint will tell
             self.files[which].write(text)
-        except OSError:
-            pass  # a full disk must not stop training here; saving a checkpoint will tell
 
     def close(self) -> None:
         for f in self.files:
@@ -181,8 +178,8 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
         model.compile()
     module = ranks.wrap(model)
     log(f"steps {max_steps}, each {per_step} rows x {rows.seq_len} positions = {micro_batches} micro-batches x "
-        f"{ranks.world} ranks x {cfg.micro_batch} rows; {max_steps * per_step / len(rows):.2f} epochs of {len(rows)} rows; "
-        f"{ranks.device}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
+        f"{ranks.world} ranks x {cfg.micro_batch} rows; {max_steps * per_step / len(rows):.2f} epochs of {len(rows)} "
+        f"rows; {ranks.device}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
     log.progress(max_steps, state["step"])
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     stop = StopSignals()
@@ -243,8 +240,9 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
                     f"{speed:,.0f} tokens/s left {_clock((max_steps - step) * seconds)}"
                     + (f" scale {scaler.get_scale():g}" if scaler else ""))  # fmt: skip
                 window, window_s = [], 0.0
+            scale = {"scale": scaler.get_scale()} if scaler else {}
             log.metrics(step=step, loss=_plain(mean), lr=lr, grad_norm=_plain(norm), targets=int(totals[1]),
-                        seconds=round(time.monotonic() - began, 6), **({"scale": scaler.get_scale()} if scaler else {}))  # fmt: skip
+                        seconds=round(time.monotonic() - began, 6), **scale)  # fmt: skip
             if (step % cfg.eval_every == 0 or last) and not stopping:
                 _validate(model, loss_fn, val_rows, cfg, ranks, autocast, run, log, state, samples)
             if step % cfg.save_every == 0 or last or stopping:
@@ -327,7 +325,8 @@ def _validate(model, loss_fn, val_rows, cfg, ranks, autocast, run: Run, log: Log
         better = state["best"] is None or loss < state["best"]
         state["best"] = loss if better else state["best"]
         log(f"step {state['step']} validation loss {loss:.4f}"
-            + (f" bits/byte {bits:.4f}" if bits is not None else "") + (" (best so far)" if better else ""))  # fmt: skip
+            + (f" bits/byte {bits:.4f}" if bits is not None else "")
+            + (" (best so far)" if better else ""))  # fmt: skip
         log.metrics(**facts)
     if samples and ranks.first:
         model.eval()

@@ -89,10 +89,11 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig
         stop_ids: an id in here ends its row and is not given out.
     Yields:
         Once per step, (row, id) of every row that goes on. A row ends at a stop id, after max_new_tokens, or where
-        the model's context is full.
+        it fills the model's context.
     Raises:
         UserError: an empty or too long prompt, an id out of range, logits that are not numbers.
     """
+    assert prompts
     context, vocab = model.config.max_position_embeddings, model.config.vocab_size
     for prompt in prompts:
         if not prompt:
@@ -106,17 +107,19 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig
     longest = max(map(len, prompts))
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (B, T), left-padded
-    room = min(context, longest + cfg.max_new_tokens)
-    cache = Cache(model.config, len(prompts), room, pad, device=device, dtype=dtype)
+    # No row can use more than this, and each of its steps is a step of every row.
+    steps = min(cfg.max_new_tokens, context - min(map(len, prompts)) + 1)
+    cache = Cache(model.config, len(prompts), longest + steps, pad, device=device, dtype=dtype)
     seen = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         seen[row, list(prompt)] = True
     # A generator per row: what a row draws does not depend on its neighbours. Drawn on the CPU, the same on any device.
     generators = [torch.Generator().manual_seed(cfg.seed) for _ in prompts]
     alive = [True] * len(prompts)
-    for made in range(cfg.max_new_tokens):
-        # Past the context the longest row would have no position left; shorter rows end with it.
-        if longest + made > context or not any(alive):
+    for made in range(steps):
+        # The next id is drawn after the last position, and a position past the context was never trained.
+        alive = [on and len(prompt) + made <= context for on, prompt in zip(alive, prompts)]
+        if not any(alive):
             return
         logits = model.forward(ids, cache=cache)[:, -1]  # (B, V)
         if not logits.isfinite().all():

@@ -17,9 +17,9 @@ from core.errors import UserError
 class OptimConfig:
     optimizer: str = "adamw"  # adamw, or muon: Muon for the blocks' matrices and AdamW for the rest
     lr: float = 3e-4  # at the top of the schedule
-    min_lr: float = 0.1  # at its end, as a share of lr (Chinchilla, https://arxiv.org/abs/2203.15556)
+    min_lr: float = 3e-5  # at its end; a tenth of lr is usual (Chinchilla, https://arxiv.org/abs/2203.15556)
     warmup_steps: int = 100
-    schedule: str = "cosine"  # cosine, or wsd: warm up, stay, and fall linearly in the last decay_share of the steps
+    schedule: str = "cosine"  # cosine, or wsd: warm up, stay, and fall linearly in the last decay_share of the rest
     decay_share: float = 0.2  # https://arxiv.org/abs/2405.18392: 20 % is as good as a whole cosine
     weight_decay: float = 0.1  # on matrices; norms and biases have none
     beta1: float = 0.9
@@ -35,9 +35,10 @@ class OptimConfig:
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}, must be above 0")
-        for name in ("min_lr", "decay_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, must be from 0 to 1")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr = {self.min_lr}, must be from 0 to lr = {self.lr}")
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"decay_share = {self.decay_share}, must be from 0 to 1")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, must be at least 0 and below 1")
@@ -55,7 +56,7 @@ def learning_rate(step: int, max_steps: int, cfg: OptimConfig) -> float:
         share = 0.5 * (1 + math.cos(math.pi * after))
     else:
         share = min(1.0, (1 - after) / cfg.decay_share) if cfg.decay_share else 1.0
-    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * share)
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * share
 
 
 def make_optimizers(model: nn.Module, cfg: OptimConfig) -> list[torch.optim.Optimizer]:

@@ -71,7 +71,7 @@ def run(out_dir, model=None, rows="bin", loss_fn=next_token_loss, val=True, opti
     defaults = {"max_steps": 10, "batch_tokens": 8 * SEQ_LEN, "micro_batch": 2, "save_every": 5, "eval_every": 5,
                 "log_every": 1, "device": "cpu"}  # fmt: skip
     cfg = engine.TrainConfig(out_dir=str(out_dir), **defaults | options)
-    optim = OptimConfig(optimizer=optimizer, lr=lr, warmup_steps=2, grad_clip=grad_clip)
+    optim = OptimConfig(optimizer=optimizer, lr=lr, min_lr=lr / 10, warmup_steps=2, grad_clip=grad_clip)
     ranks = distributed.start("cpu", timeout_s=60)
     train_rows = chat_rows() if rows == "chats" else bin_rows(out_dir.parent)
     val_rows = bin_rows(out_dir.parent, tail=True) if val else None

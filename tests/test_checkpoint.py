@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import small_run
 import torch
-import torch._dynamo  # noqa: F401 -- optimizers import it on first use, a second that each forked child would pay again
+import torch._dynamo
 from safetensors.torch import load_file, save_file
 
-import small_run
 from core import checkpoint, files
 from core.errors import StorageError, UserError
 
@@ -241,7 +241,7 @@ def test_three_failed_saves_in_a_row_end_with_exit_code_4(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.files, "replace", failing)
-    with pytest.raises(StorageError, match="third time") as caught:
+    with pytest.raises(StorageError, match="the third time") as caught:
         small_run.run(tmp_path / "run", max_steps=9, save_every=1, val=False, eval_every=99)
     assert caught.value.exit_code == 4
 
@@ -349,7 +349,7 @@ def test_nan_in_weights_is_refused_by_name(tmp_path):
     state = load_file(folder / "model.safetensors")
     state["model.norm.weight"][3] = float("nan")
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(UserError, match="model.norm.weight holds NaN"):
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN"):
         checkpoint.load_model(folder)
 
 

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import small_run
 import torch
 from safetensors.torch import load_file
 
-import small_run
 from core import engine
 from core.data import Batch
 from core.distributed import Ranks
@@ -184,7 +184,7 @@ def test_metrics_hold_the_learning_rate_of_every_step_and_the_best_model_is_publ
     small_run.run(tmp_path / "run", max_steps=10, samples=lambda m: seen.append(m.training) or "a sample")
     from core.optim import OptimConfig
 
-    optim = OptimConfig(lr=3e-3, warmup_steps=2)
+    optim = OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=2)
     assert metrics(tmp_path / "run", "lr") == [learning_rate(s, 10, optim) for s in range(10)]
     about = json.loads((tmp_path / "run/run.json").read_text())
     losses = metrics(tmp_path / "run", "val_loss")

@@ -17,7 +17,7 @@ def randn(*shape, seed=1):
 
 # Schedule -------------------------------------------------------------------------------------------------------------
 
-COSINE = OptimConfig(lr=1e-3, min_lr=0.1, warmup_steps=10, schedule="cosine")
+COSINE = OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=10, schedule="cosine")
 WSD = dataclasses.replace(COSINE, schedule="wsd", decay_share=0.2)
 
 
@@ -58,8 +58,8 @@ def test_no_warm_up_begins_at_the_top():
 
 
 @pytest.mark.parametrize("bad", [
-    {"optimizer": "sgd"}, {"schedule": "linear"}, {"lr": 0.0}, {"lr": -1e-3}, {"eps": 0.0}, {"min_lr": 1.1},
-    {"min_lr": -0.1}, {"decay_share": 1.5}, {"beta1": -0.1}, {"beta1": 1.0}, {"beta2": 1.0}, {"warmup_steps": -1},
+    {"optimizer": "sgd"}, {"schedule": "linear"}, {"lr": 0.0}, {"lr": -1e-3}, {"eps": 0.0}, {"min_lr": 1e-3},
+    {"min_lr": -1e-5}, {"decay_share": 1.5}, {"beta1": -0.1}, {"beta1": 1.0}, {"beta2": 1.0}, {"warmup_steps": -1},
     {"weight_decay": -0.1}, {"grad_clip": -1.0},
     *({k: math.nan} for k in ("lr", "min_lr", "decay_share", "weight_decay", "beta1", "beta2", "eps", "grad_clip")),
     {"lr": math.inf}, {"weight_decay": math.inf},
