@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -123,7 +123,9 @@ def make_tokenizer(cfg: ProcessConfig, texts: Iterator[str]):
     else:
         model = folder / "tokenizer.model"
         lines = islice((line for text in texts for line in text.split("\n")), 1_000_000)
-        train_tokenizer(lines, model, cfg.vocab_size, character_coverage=cfg.character_coverage)
+        # Often enough to become one token each: a chat spells its roles in every turn, and Chinese text has few letters.
+        roles = ["user", "assistant", "system"] * 1000
+        train_tokenizer(chain(roles, lines), model, cfg.vocab_size, character_coverage=cfg.character_coverage)
         tokenizer.load(model).save(folder)
     text = tokenizer.load(folder)
     print(f"{folder}: {text.vocab_size} tokens, sha256 {text.sha256[:12]}")

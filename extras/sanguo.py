@@ -417,12 +417,16 @@ FAMOUS = (
 )
 
 
+# A name goes with a name after few repetitions; a number with its title, and a title with its number, need many.
+TRAIN_PHRASINGS = {"courtesy": 5, "continue": 4, "title": 10, "chapter": 10}
+
+
 def chats(
     chapters: list[Chapter],
     entities: dict,
     persons: int = 130,
     continues: int = 110,
-    train_phrasings: int = 10,
+    train_phrasings: dict[str, int] | None = None,
     val_phrasings: int = 2,
     heldout: float = 0.05,
     seed: int = 0,
@@ -434,7 +438,7 @@ def chats(
         entities: the table of `read`.
         persons: how many courtesy names, the most mentioned persons first.
         continues: how many sentences to continue.
-        train_phrasings: how many training phrasings each question is asked in.
+        train_phrasings: how many training phrasings each question of a kind is asked in; None: TRAIN_PHRASINGS.
         val_phrasings: how many held-out phrasings each trained question is asked in.
         heldout: share of the facts of each kind that are never trained on, 0 to 0.7.
         seed: chooses the held-out facts and the phrasings.
@@ -472,7 +476,7 @@ def chats(
     for kind, fact, training, validation, forms, answer in questions:
         asked = {"heldout": rng.sample(validation, val_phrasings)}
         if fact not in held:
-            asked = {"train": rng.sample(training, train_phrasings), "val": rng.sample(validation, val_phrasings)}
+            asked = {"train": rng.sample(training, (train_phrasings or TRAIN_PHRASINGS)[kind]), "val": rng.sample(validation, val_phrasings)}
         for name, phrasings in asked.items():
             for i, phrasing in enumerate(phrasings):
                 question = phrasing.format(**forms[i % len(forms)])
