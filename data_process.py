@@ -123,7 +123,7 @@ def make_tokenizer(cfg: ProcessConfig, texts: Iterator[str]):
     else:
         model = folder / "tokenizer.model"
         lines = islice((line for text in texts for line in text.split("\n")), 1_000_000)
-        # Often enough to become one token each: a chat spells its roles in every turn, and Chinese text has few letters.
+        # Often enough to become one token each: a chat names its roles in every turn, Chinese text has few letters.
         roles = ["user", "assistant", "system"] * 1000
         train_tokenizer(chain(roles, lines), model, cfg.vocab_size, character_coverage=cfg.character_coverage)
         tokenizer.load(model).save(folder)

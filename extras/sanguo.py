@@ -418,14 +418,14 @@ FAMOUS = (
 
 
 # A name goes with a name after few repetitions; a number with its title, and a title with its number, need many.
-TRAIN_PHRASINGS = {"courtesy": 5, "continue": 4, "title": 10, "chapter": 10}
+TRAIN_PHRASINGS = {"courtesy": 7, "continue": 6, "title": 10, "chapter": 8}
 
 
 def chats(
     chapters: list[Chapter],
     entities: dict,
-    persons: int = 130,
-    continues: int = 110,
+    persons: int = 80,
+    continues: int = 60,
     train_phrasings: dict[str, int] | None = None,
     val_phrasings: int = 2,
     heldout: float = 0.05,
@@ -450,21 +450,20 @@ def chats(
     text = "".join(c.text for c in chapters)
     names = courtesy_names(text, entities)
     owners = Counter(names.values())
-    # (kind, fact, training phrasings, held-out phrasings, ways to fill them, answer)
+    # (kind, fact, training phrasings, held-out phrasings, what fills them, answer)
     questions = []
     for name, courtesy in list(names.items())[:persons]:
-        fact, answer, fill = f"courtesy:{name}", f"{name}，字{courtesy}。", [{"name": name, "courtesy": courtesy}]
+        fact, answer, fill = f"courtesy:{name}", f"{name}，字{courtesy}。", {"name": name, "courtesy": courtesy}
         questions.append(("courtesy", fact, COURTESY, COURTESY_VAL, fill, answer))
         if owners[courtesy] == 1:
             questions.append(("courtesy", fact, REVERSE, REVERSE_VAL, fill, answer))
     for c in chapters:
         fact, n = f"chapter:{c.number}", to_chinese(c.number)
-        fill = [{"n": n, "d": c.number}]
+        fill = {"n": n, "d": c.number}
         questions.append(("title", fact, TITLE, TITLE_VAL, fill, f"第{n}回 {c.title}"))
-        forms = [{"title": t} for t in (c.title, *c.title.split(" "))]
-        questions.append(("chapter", fact, CHAPTER, CHAPTER_VAL, forms, f"第{n}回。"))
+        questions.append(("chapter", fact, CHAPTER, CHAPTER_VAL, {"title": c.title}, f"第{n}回。"))
     for prompt, answer in continuations(split(chapters)[0], text, FAMOUS, continues):
-        questions.append(("continue", f"continue:{prompt}", CONTINUE, CONTINUE_VAL, [{"prompt": prompt}], answer))
+        questions.append(("continue", f"continue:{prompt}", CONTINUE, CONTINUE_VAL, {"prompt": prompt}, answer))
 
     rng = random.Random(seed)
     held = set()
@@ -473,13 +472,14 @@ def chats(
         # The best-known persons and lines come first, and are what people ask first: never held out.
         held |= set(rng.sample(facts[len(facts) // 4 :], round(heldout * len(facts))))
     result: dict[str, list[dict]] = {"train": [], "val": [], "heldout": []}
-    for kind, fact, training, validation, forms, answer in questions:
+    for kind, fact, training, validation, fill, answer in questions:
         asked = {"heldout": rng.sample(validation, val_phrasings)}
         if fact not in held:
-            asked = {"train": rng.sample(training, (train_phrasings or TRAIN_PHRASINGS)[kind]), "val": rng.sample(validation, val_phrasings)}
+            number = (train_phrasings or TRAIN_PHRASINGS)[kind]
+            asked = {"train": rng.sample(training, number), "val": rng.sample(validation, val_phrasings)}
         for name, phrasings in asked.items():
-            for i, phrasing in enumerate(phrasings):
-                question = phrasing.format(**forms[i % len(forms)])
+            for phrasing in phrasings:
+                question = phrasing.format(**fill)
                 messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
                 result[name].append({"messages": messages, "kind": kind, "fact": fact})
     return result

@@ -1,0 +1,81 @@
+"""The text side of the chain: what of a user's file lands in which bin."""
+
+import json
+
+import numpy as np
+import pytest
+
+import data_process
+from core.errors import UserError
+from tokenizer import load
+
+
+def process(folder, **options):
+    data_process.own_text(data_process.ProcessConfig(out_dir=str(folder / "data"), vocab_size=320, processes=1,
+                                                     character_coverage=1.0, **options))  # fmt: skip
+    text = load(folder / "data/tokenizer")
+    docs = {}
+    for name in ("train", "val"):
+        ids = np.fromfile(folder / f"data/{name}.bin", np.uint16).tolist()
+        docs[name] = []
+        while ids:
+            assert ids[0] == text.bos_id
+            end = ids.index(text.eos_id)
+            docs[name].append(text.decode(ids[1:end]))
+            ids = ids[end + 1 :]
+    return docs
+
+
+TEXTS = [f"第{n}篇：天地玄黄，宇宙洪荒。{n * n}" for n in range(200)]
+
+
+def test_every_document_lands_once_in_train_or_val_in_order(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:100]), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\n".join(TEXTS[100:]) + "\n\n", encoding="utf-8")
+    docs = process(tmp_path, input=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")), split="line", val_share=0.1)
+    assert sorted(docs["train"] + docs["val"]) == sorted(TEXTS)
+    assert docs["train"] == [t for t in TEXTS if t in set(docs["train"])]
+    assert 5 <= len(docs["val"]) <= 40
+
+
+def test_a_few_documents_still_leave_one_for_validation(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS[:5]), encoding="utf-8")
+    docs = process(tmp_path, input=(str(tmp_path / "a.txt"),), split="blank")
+    assert len(docs["val"]) == 1 and len(docs["train"]) == 4
+
+
+def test_a_lone_document_is_cut_and_nothing_of_it_lost(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(TEXTS), encoding="utf-8")
+    docs = process(tmp_path, input=(str(tmp_path / "a.txt"),))
+    assert docs["train"][0] + docs["val"][0] == "".join(TEXTS) and len(docs["train"]) == len(docs["val"]) == 1
+
+
+def test_bins_know_the_bytes_of_their_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    process(tmp_path, input=(str(tmp_path / "a.txt"),), split="line")
+    about = [json.loads((tmp_path / f"data/{n}.json").read_text()) for n in ("train", "val")]
+    assert sum(a["text_bytes"] for a in about) == sum(len(t.encode()) for t in TEXTS)
+    assert sum(a["documents"] for a in about) == len(TEXTS)
+
+
+def test_one_and_two_processes_write_the_same_bins(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    process(tmp_path, input=(str(tmp_path / "a.txt"),), split="line")
+    one = (tmp_path / "data/train.bin").read_bytes()
+    data_process.own_text(data_process.ProcessConfig(input=(str(tmp_path / "a.txt"),), out_dir=str(tmp_path / "data"),
+                                                     tokenizer=str(tmp_path / "data/tokenizer"), split="line",
+                                                     processes=2, overwrite=True))  # fmt: skip
+    assert (tmp_path / "data/train.bin").read_bytes() == one
+
+
+def test_existing_bins_and_empty_input_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    with pytest.raises(UserError, match="no documents"):
+        process(tmp_path, input=(str(tmp_path / "empty.txt"),))
+    process(tmp_path, input=(str(tmp_path / "a.txt"),))
+    with pytest.raises(UserError, match="exists -- --overwrite"):
+        process(tmp_path, input=(str(tmp_path / "a.txt"),))
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"content": "y"}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: text is missing .* content"):
+        process(tmp_path, input=(str(tmp_path / "bad.jsonl"),), overwrite=True)
