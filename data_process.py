@@ -24,6 +24,8 @@ from core.errors import UserError
 from extras import sanguo
 from tokenizer.train import train as train_tokenizer
 
+DEMO = "三国演义"  # the source that the demo's bins name
+
 
 @dataclass(frozen=True)
 class ProcessConfig:
@@ -36,7 +38,7 @@ class ProcessConfig:
     split: str = "file"  # text files: a document is the whole file, a line, or what stands between blank lines
     val_share: float = 0.01  # documents held out for validation, chosen by the hash of their text
     processes: int = 2  # that tokenize
-    overwrite: bool = False  # replace bins that are already in out_dir
+    overwrite: bool = False  # replace bins that are already in out_dir (the demo replaces its own without asking)
 
     def __post_init__(self):
         if self.split not in ("file", "line", "blank"):
@@ -55,20 +57,22 @@ def main() -> None:
 def demo(cfg: ProcessConfig) -> None:
     """The novel 三国演义: chapters for the bins, chats on its facts for fine-tuning."""
     out = Path(cfg.out_dir)
+    if not cfg.overwrite and data.source_of(out / "train.bin") not in ("", DEMO):
+        raise UserError(f"{out / 'train.bin'} holds another text", "--overwrite replaces it; or another --out_dir")
     raw, entities = sanguo.read(sanguo.fetch(out / "cache"))
     chapters = [sanguo.clean(chapter) for chapter in raw]
     train, val = sanguo.split(chapters)
     size = sum(len(c.text) for c in chapters)
     print(f"三国演义: {len(train)} chapters to train on, {len(val)} held out, {size:,} characters")
     text = make_tokenizer(cfg, (c.text for c in train))
-    write_bin(out / "train.bin", [c.text for c in train], text, cfg.processes)
-    write_bin(out / "val.bin", [c.text for c in val], text, cfg.processes)
+    write_bin(out / "train.bin", [c.text for c in train], text, cfg.processes, DEMO)
+    write_bin(out / "val.bin", [c.text for c in val], text, cfg.processes, DEMO)
     for name, chats in sanguo.chats(chapters, entities).items():
         write_chats(out / f"sft_{name}.jsonl", chats)
 
 
 def own_text(cfg: ProcessConfig) -> None:
-    """The user's files: one pass for the vocabulary and the split, one for the bins."""
+    """The user's files, read anew for the split, the vocabulary and each bin: one file's text in memory at most."""
     out = Path(cfg.out_dir)
     for name in ("train.bin", "val.bin"):
         if (out / name).exists() and not cfg.overwrite:
@@ -85,7 +89,8 @@ def own_text(cfg: ProcessConfig) -> None:
     if lone:
         print("one document: its last 5 % are held out for validation")
     for name, part in parts.items():
-        write_bin(out / f"{name}.bin", (p for t in documents(cfg) for p in part(t) if p), text, cfg.processes)
+        write_bin(out / f"{name}.bin", (p for t in documents(cfg) for p in part(t) if p), text, cfg.processes,
+                  ", ".join(cfg.input))  # fmt: skip
 
 
 def documents(cfg: ProcessConfig) -> Iterator[str]:
@@ -132,9 +137,9 @@ def make_tokenizer(cfg: ProcessConfig, texts: Iterator[str]):
     return text
 
 
-def write_bin(path: Path, texts, text, processes: int) -> None:
+def write_bin(path: Path, texts, text, processes: int, source: str) -> None:
     """Tokenize documents into one bin, each as bos, its ids, eos."""
-    with data.BinWriter(path, text.vocab_size, text.eos_id, text.sha256) as out:
+    with data.BinWriter(path, text.vocab_size, text.eos_id, text.sha256, source) as out:
         sizes = []  # of the texts that are on their way through encode_batch, which keeps their order
 
         def passing():

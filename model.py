@@ -236,6 +236,11 @@ class Llama(nn.Module):
         Returns:
             Without targets: logits (B, T, V). With targets: losses (B, T) fp32 in nats, zero where ignored.
         """
+        x = self.hidden(ids, docs, cache)  # (B, T, C)
+        return self.lm_head(x) if targets is None else self._losses(x, targets)
+
+    def hidden(self, ids: Tensor, docs: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """What the head reads: (B, T, C). Arguments as in `forward`."""
         positions, mask = self._positions_and_mask(ids, docs, cache)
         rope = rope_table(positions, self.config)
         x = self.model.embed_tokens(ids)  # (B, T, C)
@@ -247,7 +252,7 @@ class Llama(nn.Module):
         x = self.model.norm(x)
         if cache is not None:
             cache.used += ids.shape[1]
-        return self.lm_head(x) if targets is None else self._losses(x, targets)
+        return x
 
     def _positions_and_mask(self, ids: Tensor, docs: Tensor | None, cache: Cache | None):
         """Position of each token in its document (B or 1, T), and the mask of allowed keys, None for plain causal."""
@@ -319,7 +324,7 @@ def describe(config: ModelConfig) -> str:
         f"at {config.max_position_embeddings} positions)",
         f"bytes, fp32     {4 * total:>15,}  weights",
         f"                {4 * total:>15,}  gradients",
-        f"                {8 * total:>15,}  AdamW's two moments",
+        f"                {8 * total:>15,}  two moments (AdamW; Muon has one)",
     ]
     return "\n".join(rows)
 

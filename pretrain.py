@@ -39,25 +39,24 @@ def main() -> None:
     sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": engine.TrainConfig}
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo.toml")
     ranks = distributed.start(cfg.train.device)
-    text = tokenizer.load(cfg.data.init_from or cfg.data.tokenizer)
-    model = build(cfg, text).to(ranks.device)
+    base = cfg.data.init_from and checkpoint.model_folder(cfg.data.init_from)
+    text = tokenizer.load(base or cfg.data.tokenizer)
+    model = (checkpoint.load_model(base) if base else new_model(cfg, text)).to(ranks.device)
     seq_len = cfg.data.seq_len or model.config.max_position_embeddings
-    rows = data.BinRows(data.TokenBin(cfg.data.train, model.config.vocab_size, text.sha256), seq_len,
-                        cfg.data.docs, text.eos_id)  # fmt: skip
-    val_rows = cfg.data.val and data.BinRows(data.TokenBin(cfg.data.val, model.config.vocab_size, text.sha256),
-                                             seq_len, cfg.data.docs, text.eos_id, tail=True)  # fmt: skip
-    identity = {"model": dataclasses.asdict(model.config), "tokenizer": text.sha256, "docs": cfg.data.docs}
+    paths = [path for path in (cfg.data.train, cfg.data.val) if path]
+    bins = [data.TokenBin(path, model.config.vocab_size, text.sha256) for path in paths]
+    rows, *val_rows = (data.BinRows(b, seq_len, cfg.data.docs, text.eos_id, tail=b is not bins[0]) for b in bins)
+    identity = {"model": dataclasses.asdict(model.config), "tokenizer": text.sha256, "docs": cfg.data.docs,
+                "base": checkpoint.weights_digest(base) if base else ""}  # fmt: skip
     intro = [config.show(cfg), describe(model.config), rows.describe()]
-    engine.train(model, next_token_loss, rows, val_rows or None, cfg.train, cfg.optim, ranks, text, identity,
-                 {"command": "pretrain", "options": config.as_dict(cfg), "intro": intro},
+    engine.train(model, next_token_loss, rows, val_rows[0] if val_rows else None, cfg.train, cfg.optim, ranks, text,
+                 identity, {"command": "pretrain", "options": config.as_dict(cfg), "intro": intro},
                  samples=(lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None)  # fmt: skip
     ranks.close()
 
 
-def build(cfg, text) -> Llama:
-    """A new model of the configured size with the tokenizer's vocabulary, or the one in init_from."""
-    if cfg.data.init_from:
-        return checkpoint.load_model(cfg.data.init_from)
+def new_model(cfg, text) -> Llama:
+    """A model of the configured size with the tokenizer's vocabulary and fresh weights."""
     size = cfg.model.vocab_size or text.vocab_size
     if size < text.vocab_size:
         raise errors.UserError(f"vocab_size {size} is smaller than the tokenizer's {text.vocab_size}",

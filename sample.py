@@ -74,7 +74,8 @@ class Speaker:
 
     def stream(self, prompt: str | list[dict]) -> str:
         """Print the continuation or answer as it comes, and return it."""
-        ids, decoder, said = self.ids(prompt), self.text.stream(), ""
+        ids, said = self.ids(prompt), ""
+        decoder = self.decoder(ids)
         tell_room(self, [ids])
 
         def tell(piece: str) -> str:
@@ -89,9 +90,17 @@ class Speaker:
         said += tell(decoder.flush() + "\n")
         return self.trimmed(said[:-1])
 
-    def told(self, ids: list[int]) -> str:
+    def decoder(self, prompt_ids: list[int]):
+        """Where generated ids become text: after a base model's prompt their first space is text, in an answer not."""
+        decoder = self.text.stream()
+        for token in [] if self.chat_format else prompt_ids:
+            decoder.push(token)
+        return decoder
+
+    def told(self, prompt_ids: list[int], new_ids: list[int]) -> str:
         """Text of generated ids."""
-        return self.trimmed(self.text.decode(ids))
+        decoder = self.decoder(prompt_ids)
+        return self.trimmed("".join(map(decoder.push, new_ids)) + decoder.flush())
 
     def trimmed(self, text: str) -> str:
         """An answer without the spaces that some formats put around it; a continuation as it is."""
@@ -166,7 +175,7 @@ def answer_file(speaker: Speaker, cfg: SampleConfig) -> None:
     for first in range(0, len(order), cfg.batch):
         part = order[first : first + cfg.batch]
         for k, new in zip(part, complete(speaker.model, [ids[k] for k in part], speaker.sampling, speaker.stop_ids)):
-            answers[k] = speaker.told(new)
+            answers[k] = speaker.told(ids[k], new)
     for (_, prompt, reference, kind), text in zip(items, answers):
         line = {"prompt": prompt, "answer": text}
         if reference is not None:

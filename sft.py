@@ -1,7 +1,7 @@
 """Base model and chats in, chat model out: the loop and the model of pretraining, a loss on the answers only.
 
     python sft.py                                                 # configs/demo-sft.toml: the facts of the demo
-    python sft.py --init_from out/pretrain --train chats.jsonl --out_dir out/my-chat
+    python sft.py configs/sft.toml --init_from out/llama-92m --train chats.jsonl --out_dir out/my-chat
     python sft.py --show_mask 3                                   # print samples, trained tokens marked, and stop
 
 A line of a chat file: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.

@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 import struct
+import tempfile
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from core import files
 from core.errors import StorageError, UserError
 from model import Llama, ModelConfig
+from tokenizer import chat
 
 FORMAT = 1
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,17 +64,19 @@ def save_model(folder: Path, model: Llama, tokenizer, about: dict) -> None:
         special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         config |= special
         if about.get("chat_format"):
-            from tokenizer.chat import end_ids
-
-            special["eos_token_id"] = sorted(end_ids(tokenizer, about["chat_format"]))
+            special["eos_token_id"] = sorted(chat.end_ids(tokenizer, about["chat_format"]))
         files.write_json(folder / "generation_config.json", {"_from_model_config": False, **special})
-        tokenizer.save(folder, chat_format=about.get("chat_format"))
-    files.write_json(folder / "config.json", config)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
+            tokenizer.save(temporary, chat_format=about.get("chat_format"))
+            for path in sorted(Path(temporary).iterdir()):
+                files.replace(folder / path.name, lambda p, path=path: shutil.copyfile(path, p))
     weights = model_tensors(model)
     bad = [name for name, t in weights.items() if not t.isfinite().all()]
     assert not bad, f"non-finite weights would have been saved: {bad[0]}"
     files.replace(folder / "model.safetensors", lambda p: save_file(weights, p, metadata={"format": "pt"}))
     files.write_json(folder / "run.json", {"format": FORMAT, **about})
+    # Last: a folder with a config.json has all the rest.
+    files.write_json(folder / "config.json", config)
 
 
 def model_tensors(model: Llama) -> dict[str, Tensor]:
@@ -95,7 +99,8 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
     folder = Path(folder)
     config = load_config(folder)
     shards = _shards(folder)
-    described = Llama(config) if config.vocab_size < 1 else _on_meta(config)
+    with torch.device("meta"):  # names and shapes without memory
+        described = Llama(config)
     size = sum(p.numel() for p in described.parameters())
     on_disk = sum(s.stat().st_size for s in shards)
     # Every stored weight takes at least half a byte; a config that asks for far more was not written for these files.
@@ -118,11 +123,6 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
     for p in described.parameters():
         p.requires_grad_(True)
     return described
-
-
-def _on_meta(config: ModelConfig) -> Llama:
-    with torch.device("meta"):
-        return Llama(config)
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -278,7 +278,7 @@ class Run:
     def __init__(self, folder: str | Path, identity: dict, about: dict, tokenizer, keep: int = 2, write: bool = True):
         self.folder, self.identity, self.about, self.tokenizer = Path(folder), identity, about, tokenizer
         self.keep, self.write = max(2, keep), write
-        self.failures = 0
+        self.failures: dict[str, int] = {}  # in a row, by what was to be saved
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
@@ -333,6 +333,8 @@ class Run:
                             "--resume no starts anew (the old run is kept), or take another --out_dir")  # fmt: skip
         for section, values in state["about"].get("options", {}).items():
             for key, value in values.items():
+                if key in ("resume", "log_every"):
+                    continue
                 now = self.about.get("options", {}).get(section, {}).get(key)
                 if json.dumps(value) != json.dumps(now):
                     warn(f"resuming with another {section}.{key}: was {value!r}, now {now!r}")
@@ -351,34 +353,46 @@ class Run:
             scaler.load_state_dict(state["scaler"])
         return state
 
-    def save(self, model: Llama, optimizers: list, scaler, state: dict, warn) -> None:
-        """Commit checkpoint-<state["step"]>. A disk that refuses is told and survived, until the third time in a row.
+    def save(self, model: Llama, optimizers: list, scaler, state: dict, warn, must: bool = False) -> bool:
+        """Commit checkpoint-<state["step"]>.
 
+        A disk that refuses is told and survived, until the third time in a row; with `must`, the first time ends it.
+
+        Returns:
+            Whether it was saved.
         Raises:
-            StorageError: three saves in a row have failed.
+            StorageError: the disk has refused once too often.
         """
-        self._survive(f"checkpoint {state['step']}", warn, lambda: self._commit(model, optimizers, scaler, state))
+        return self._survive("a checkpoint", warn, must, lambda: self._commit(model, optimizers, scaler, state))
 
-    def publish(self, model: Llama, facts: dict, warn) -> None:
+    def publish(self, model: Llama, facts: dict, warn, must: bool = False) -> bool:
         """Write the model into the run folder itself, where sample.py, sft.py and transformers look for it."""
-        self._survive("the best model", warn,
-                      lambda: save_model(self.folder, model, self.tokenizer, self.about | facts))  # fmt: skip
+        return self._survive("the best model", warn, must,
+                             lambda: save_model(self.folder, model, self.tokenizer, self.about | facts))  # fmt: skip
 
-    def _survive(self, what: str, warn, action) -> None:
-        """Do something with the disk, on the first rank; a refusal is told and survived until the third in a row."""
+    def _survive(self, what: str, warn, must: bool, action) -> bool:
         if not self.write:
-            return
+            return True
         try:
             action()
-            self.failures = 0
+            self.failures[what] = 0
+            return True
         except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
-            self.failures += 1
+            self.failures[what] = self.failures.get(what, 0) + 1
             for leftover in self.folder.glob(".tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             line = f"{what} could not be saved: {getattr(e, 'strerror', None) or e}"
-            if self.failures == 3:
-                raise StorageError(f"{self.folder}: {line}, the third time", "older checkpoints are whole") from None
-            warn(f"warning: {line}; older ones are whole, training goes on")
+            if must or self.failures[what] == 3:
+                raise StorageError(f"{self.folder}: {line}", "checkpoints from before are whole") from None
+            warn(f"warning: {line}; those from before are whole, training goes on")
+            return False
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename the checkpoints later than `step`, so that a run rolled back to it does not meet them again."""
+        later = [self.path(s) for s in checkpoint_steps(self.folder) if s > step] if self.write else []
+        for path in later:
+            os.rename(path, path.with_name(f"set-aside-{path.name}-{os.getpid()}"))
+        return later
 
     def _commit(self, model: Llama, optimizers: list, scaler, state: dict) -> None:
         final = self.path(state["step"])

@@ -14,7 +14,6 @@ import inspect
 import math
 import sys
 import tomllib
-import types
 import typing
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,8 +77,9 @@ def show(cfg: SimpleNamespace) -> str:
 def _split(argv: list[str], sections: dict[str, type], doc: str) -> tuple[list[str], list[tuple[str, str, str]]]:
     """Words of the command line -> TOML paths, and (section, key, text) of each flag."""
     files, flags = [], []
-    words = iter(argv)
-    for word in words:
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         if word in ("-h", "--help"):
             print(_help(doc, sections), flush=True)  # a reader gone away (`| head`) shows here, not at exit
             sys.exit(0)
@@ -91,12 +91,12 @@ def _split(argv: list[str], sections: dict[str, type], doc: str) -> tuple[list[s
         name, equals, text = word[2:].partition("=")
         section, key = _find(name.replace("-", "_"), sections)
         if not equals:
-            if _field_type(sections[section], key) is bool:
+            if _field_type(sections[section], key) is bool and (not words or words[0].lower() not in ("true", "false")):
                 text = "true"
+            elif not words:
+                raise UserError(f"--{name} needs a value")
             else:
-                text = next(words, None)
-                if text is None:
-                    raise UserError(f"--{name} needs a value")
+                text = words.pop(0)
         flags.append((section, key, text))
     return files, flags
 
@@ -146,8 +146,6 @@ def _convert(cls: type, section: str, key: str, value, where: str):
     if key not in _fields(cls):
         raise UserError(f"{where}: unknown key {section}.{key}", _near(key, _fields(cls)))
     kind = _field_type(cls, key)
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # `str | None`: only a value of the first is written
-        kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:  # tuple[str, ...]: a TOML list, or comma-separated text
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list):

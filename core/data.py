@@ -27,7 +27,7 @@ from core import files
 from core.errors import UserError
 from model import IGNORE
 
-BLOCK_BYTES = 16 << 20  # a hash per block names the damaged part of a large file
+BLOCK_BYTES = 16 << 20  # a hash per block: a later check can name the damaged part of a large file
 FORMAT = 1
 
 
@@ -68,12 +68,13 @@ class BinWriter:
         vocab_size: every id is below it.
         eos_id: the id that ends each document.
         tokenizer_sha256: hash of the tokenizer's model file; training refuses another one.
+        source: what the documents are, for people.
     """
 
-    def __init__(self, path: Path, vocab_size: int, eos_id: int, tokenizer_sha256: str):
+    def __init__(self, path: Path, vocab_size: int, eos_id: int, tokenizer_sha256: str, source: str = ""):
         self.path = Path(path)
         self.about = {"format": FORMAT, "dtype": dtype_for(vocab_size).name, "vocab_size": vocab_size,
-                      "eos_id": eos_id, "tokenizer_sha256": tokenizer_sha256}  # fmt: skip
+                      "eos_id": eos_id, "tokenizer_sha256": tokenizer_sha256, "source": source}  # fmt: skip
         self.dtype = dtype_for(vocab_size)
         self.tokens = self.documents = self.text_bytes = 0
         self._hashes: list[str] = []
@@ -163,7 +164,7 @@ class TokenBin:
             if tokenizer_sha256 and about["tokenizer_sha256"] != tokenizer_sha256:
                 theirs, ours = about["tokenizer_sha256"][:12], tokenizer_sha256[:12]
                 raise UserError(f"{path}: made with tokenizer {theirs}, this run has {ours}",
-                                "make the bin again with this tokenizer")  # fmt: skip
+                                "python data_process.py --input ... --tokenizer FOLDER --overwrite")  # fmt: skip
             self.digest = hashlib.sha256("".join(about["blocks_sha256"]).encode()).hexdigest()
         else:
             warn(f"warning: {path} has no {sidecar.name}: every id is checked once, bits per byte are not known")
@@ -197,6 +198,14 @@ class TokenBin:
         for start in range(0, self.tokens, BLOCK_BYTES):
             digest.update(self.read(start, min(BLOCK_BYTES, self.tokens - start)).tobytes())
         return digest.hexdigest()
+
+
+def source_of(path: Path) -> str:
+    """What a bin's sidecar says its documents are; "" where there is no bin."""
+    if not path.exists():
+        return ""
+    sidecar = path.with_suffix(".json")
+    return str(_read_sidecar(sidecar).get("source", "?")) if sidecar.exists() else "?"
 
 
 def _read_sidecar(path: Path) -> dict:

@@ -8,17 +8,20 @@ Knows nothing of text, of what the rows mean, or of how the model is built.
 
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from core import files
 from core.checkpoint import Run, verify
 from core.data import BinRows, ChatRows, batch, step_rows
 from core.distributed import Ranks
@@ -33,7 +36,7 @@ class TrainConfig:
     max_steps: int = 0  # optimizer steps; 0: as many as `epochs` take
     epochs: float = 1.0  # passes over the data, where max_steps is 0
     batch_tokens: int = 8192  # positions per optimizer step, over all micro-batches and ranks
-    micro_batch: int = 8  # rows of one forward and backward pass on one rank; memory grows with it
+    micro_batch: int = 8  # at most so many rows in one forward and backward pass on a rank; memory grows with it
     seed: int = 1
     device: str = "auto"  # auto: CUDA where there is one, else CPU
     dtype: str = "auto"  # auto, fp32, bf16, fp16: of the matrix products; weights are always kept in fp32
@@ -65,7 +68,8 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
         return known[wanted]
     if device.type == "cuda":
         # Before Ampere (8.0) bf16 is emulated; fp16 has matrix units from Volta (7.0) on.
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        capability = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
     # bf16 on a CPU pays only with AMX tiles (3.5x there); without them it is emulated (0.15x of fp32 on AVX2).
     amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     return torch.bfloat16 if amx else torch.float32
@@ -102,6 +106,17 @@ class Log:
         with suppress(OSError):  # a full disk must not stop training here; saving a checkpoint will tell
             self.files[which].write(text)
 
+    def rewind(self, step: int) -> None:
+        """Take the records after `step` out of metrics.jsonl: the run goes on from there and will write them again."""
+        if not self.speak:
+            return
+        path = Path(self.files[1].name)
+        self.files[1].close()
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        files.write_text(path, "".join(keep))
+        self.files[1] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
     def close(self) -> None:
         for f in self.files:
             f.close()
@@ -109,21 +124,24 @@ class Log:
             self.bar.close()
 
 
-def plan(cfg: TrainConfig, rows: BinRows | ChatRows, seq_len: int, ranks: Ranks) -> tuple[int, int, int]:
-    """Rows per step, micro-batches per rank and step, and steps.
+def plan(cfg: TrainConfig, rows: BinRows | ChatRows, ranks: Ranks) -> tuple[int, int, int, int]:
+    """Rows per step, rows per micro-batch, micro-batches per rank and step, and steps.
+
+    A micro-batch has at most cfg.micro_batch rows, and as many as divide a rank's share of the step without a rest.
 
     Raises:
-        UserError: batch_tokens is not rows of seq_len, micro-batches and ranks without a rest.
+        UserError: batch_tokens cannot be dealt out to the ranks in whole rows.
     """
-    share = cfg.micro_batch * ranks.world * seq_len
+    share = ranks.world * rows.seq_len
     if cfg.batch_tokens % share:
-        lower = max(share, cfg.batch_tokens // share * share)
-        raise UserError(
-            f"batch_tokens {cfg.batch_tokens} is not a multiple of micro_batch {cfg.micro_batch} x ranks {ranks.world} "
-            f"x seq_len {seq_len} = {share}", f"--batch_tokens {lower}, or another --micro_batch")  # fmt: skip
-    per_step = cfg.batch_tokens // seq_len
+        nearest = max(share, cfg.batch_tokens // share * share)
+        raise UserError(f"batch_tokens {cfg.batch_tokens} is not a multiple of ranks {ranks.world} x seq_len "
+                        f"{rows.seq_len} = {share}", f"--batch_tokens {nearest}")  # fmt: skip
+    mine = cfg.batch_tokens // share  # rows of one rank's share
+    micro = next(n for n in range(min(cfg.micro_batch, mine), 0, -1) if mine % n == 0)
+    per_step = mine * ranks.world
     steps = cfg.max_steps or max(1, round(cfg.epochs * len(rows) / per_step))
-    return per_step, per_step // (cfg.micro_batch * ranks.world), steps
+    return per_step, micro, mine // micro, steps
 
 
 def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: BinRows | ChatRows | None,
@@ -145,7 +163,8 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: B
         StorageError: checkpoints could not be written three times in a row.
         UserError: the folder belongs to another run, or the batch cannot be divided.
     """
-    identity = identity | {"seed": cfg.seed, "data": rows.digest, "seq_len": rows.seq_len}
+    identity = identity | {"seed": cfg.seed, "data": rows.digest, "seq_len": rows.seq_len,
+                           "optimizer": optim.optimizer}  # fmt: skip
     intro = about.pop("intro", [])
     run = Run(cfg.out_dir, identity, about, tokenizer, cfg.keep, write=ranks.first)
     if cfg.resume == "no" and (aside := run.start_anew()):
@@ -161,14 +180,14 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: B
 
 
 def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, log: Log, samples) -> None:
-    per_step, micro_batches, max_steps = plan(cfg, rows, rows.seq_len, ranks)
+    per_step, micro, micro_batches, max_steps = plan(cfg, rows, ranks)
     dtype = choose_dtype(cfg.dtype, ranks.device)
     optimizers = make_optimizers(model, optim)
     parameters = [p for p in model.parameters() if p.requires_grad]
     # fp16 gradients underflow unless the loss is scaled up; the scale adapts. A first scale of 2^16 is torch's own.
     scaler = torch.amp.GradScaler(ranks.device.type) if dtype == torch.float16 else None
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    state = {"step": 0, "rows_seen": 0, "best": None, "overflows": 0}
+    state = {"step": 0, "rows_seen": 0, "best": None, "overflows": 0, "validated": True}
     state |= _resume(cfg, run, model, optimizers, scaler, ranks, log)
     ranks.same(json.dumps([run.identity, state, max_steps]), "configuration, data or checkpoint")
     if state["step"] >= max_steps:
@@ -178,11 +197,14 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
         model.compile()
     module = ranks.wrap(model)
     log(f"steps {max_steps}, each {per_step} rows x {rows.seq_len} positions = {micro_batches} micro-batches x "
-        f"{ranks.world} ranks x {cfg.micro_batch} rows; {max_steps * per_step / len(rows):.2f} epochs of {len(rows)} "
+        f"{ranks.world} ranks x {micro} rows; {max_steps * per_step / len(rows):.2f} epochs of {len(rows)} "
         f"rows; {ranks.device}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
     log.progress(max_steps, state["step"])
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     stop = StopSignals()
+    validate = partial(_validate, model, loss_fn, val_rows, cfg, ranks, autocast, run, log, state, samples)
+    if not state["validated"]:  # the run was stopped where a validation was due
+        validate()
     model.train()
     window, window_s = [], 0.0  # mean losses and seconds of the steps since the last log line
     with stop:
@@ -197,8 +219,8 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
             loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
             count = torch.zeros((), dtype=torch.float64, device=ranks.device)
             for m in range(micro_batches):
-                first = (m * ranks.world + ranks.rank) * cfg.micro_batch
-                data = batch(rows, indices[first : first + cfg.micro_batch]).to(ranks.device)
+                first = (m * ranks.world + ranks.rank) * micro
+                data = batch(rows, indices[first : first + micro]).to(ranks.device)
                 with ranks.no_sync(module, when=m < micro_batches - 1):
                     with autocast:
                         loss = loss_fn(module, data)
@@ -243,10 +265,12 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
             scale = {"scale": scaler.get_scale()} if scaler else {}
             log.metrics(step=step, loss=_plain(mean), lr=lr, grad_norm=_plain(norm), targets=int(totals[1]),
                         seconds=round(time.monotonic() - began, 6), **scale)  # fmt: skip
-            if (step % cfg.eval_every == 0 or last) and not stopping:
-                _validate(model, loss_fn, val_rows, cfg, ranks, autocast, run, log, state, samples)
+            if step % cfg.eval_every == 0 or last:
+                state["validated"] = not stopping
+                if not stopping:
+                    validate(must=last)
             if step % cfg.save_every == 0 or last or stopping:
-                run.save(model, optimizers, scaler, state, warn=log)
+                run.save(model, optimizers, scaler, state, warn=log, must=last or stopping)
                 ranks.barrier()
             if stopping:
                 raise Interrupted(f"saved {run.path(step)}, the same command goes on from there")
@@ -267,7 +291,10 @@ def _resume(cfg: TrainConfig, run: Run, model, optimizers, scaler, ranks: Ranks,
         return {}
     state = run.restore(path, model, optimizers, scaler, warn=log)
     log(f"resumed from {path}")
-    return {k: state[k] for k in ("step", "rows_seen", "best", "overflows")}
+    if cfg.resume != "auto" and (later := run.set_aside_after(state["step"])):
+        log(f"set aside: {', '.join(p.name for p in later)}")
+    log.rewind(state["step"])
+    return {k: state[k] for k in ("step", "rows_seen", "best", "overflows", "validated")}
 
 
 def _finish_gradients(parameters: list, optimizers: list, scaler, correction: float, optim: OptimConfig) -> float:
@@ -316,14 +343,14 @@ def evaluate(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, cfg: Tra
     return loss, nats / math.log(2) / (positions * rows.bytes_per_token)
 
 
-def _validate(model, loss_fn, val_rows, cfg, ranks, autocast, run: Run, log: Log, state: dict, samples) -> None:
+def _validate(model, loss_fn, val_rows, cfg, ranks, autocast, run: Run, log: Log, state: dict, samples,
+              must: bool = False) -> None:  # fmt: skip
     """Measure, print early samples, and publish the model into the run folder unless an earlier one was better."""
     facts, better = {"step": state["step"]}, True
     if val_rows is not None:
         loss, bits = evaluate(model, loss_fn, val_rows, cfg, ranks, autocast)
         facts |= {"val_loss": _plain(loss)} | ({"val_bits_per_byte": _plain(bits)} if bits is not None else {})
-        better = state["best"] is None or loss < state["best"]
-        state["best"] = loss if better else state["best"]
+        better = math.isfinite(loss) and (state["best"] is None or loss < state["best"])
         log(f"step {state['step']} validation loss {loss:.4f}"
             + (f" bits/byte {bits:.4f}" if bits is not None else "")
             + (" (best so far)" if better else ""))  # fmt: skip
@@ -332,8 +359,9 @@ def _validate(model, loss_fn, val_rows, cfg, ranks, autocast, run: Run, log: Log
         model.eval()
         log(samples(model))
         model.train()
-    if better:
-        run.publish(model, facts, warn=log)
+    if better and run.publish(model, facts, log, must):
+        state["best"] = facts.get("val_loss")
+    state["validated"] = True
 
 
 class StopSignals:
@@ -349,6 +377,7 @@ class StopSignals:
     def _handle(self, number, frame) -> None:
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"stopping after this step; once more stops at once, without saving\n")
 
     def __exit__(self, *error) -> None:
         for number, handler in self._before.items():

@@ -49,22 +49,6 @@ class Interrupted(UserError):
     exit_code = 75
 
 
-def require(module: str, package: str, why: str):
-    """Import an optional package, or say how to install it.
-
-    Args:
-        module: the module's import name.
-        package: what `pip install` calls it.
-        why: the feature that needs it, for the message.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{why} needs the package {package}", f"pip install {package}") from None
-
-
 def run(main) -> None:
     """Call `main()` and turn what it raises into an exit code. `--debug` on the command line shows tracebacks."""
     debug = "--debug" in sys.argv
@@ -83,6 +67,10 @@ def run(main) -> None:
         # The reader of our output went away (`| head`): not an error. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        code = _fail("out of GPU memory -- a smaller --micro_batch, or --gradient_checkpointing", 2, debug)
     except OSError as e:
         name = f"{e.filename}: " if e.filename else ""
         if e.errno in STORAGE_ERRNOS:

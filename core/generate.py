@@ -29,7 +29,7 @@ class SamplingConfig:
 
     def __post_init__(self):
         # Written so that NaN fails every test.
-        # The bounds above keep fp32 from overflowing, and lie far beyond what is of use.
+        # The bounds keep fp32 from overflowing, and lie far beyond what is of use.
         if not 0 <= self.temperature <= 100:
             raise ValueError(f"temperature = {self.temperature}, must be from 0 to 100")
         if self.max_new_tokens < 0 or self.top_k < 0:
@@ -121,7 +121,8 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig
         alive = [on and len(prompt) + made <= context for on, prompt in zip(alive, prompts)]
         if not any(alive):
             return
-        logits = model.forward(ids, cache=cache)[:, -1]  # (B, V)
+        # Logits of the last position only: those of a whole batch of prompts would be gigabytes.
+        logits = model.lm_head(model.hidden(ids, cache=cache)[:, -1])  # (B, V)
         if not logits.isfinite().all():
             raise UserError("the model's logits are not finite numbers", "its weights may be damaged; try --dtype fp32")
         p = next_probabilities(logits, seen, cfg)

@@ -241,9 +241,59 @@ def test_three_failed_saves_in_a_row_end_with_exit_code_4(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.files, "replace", failing)
-    with pytest.raises(StorageError, match="the third time") as caught:
+    with pytest.raises(StorageError, match="a checkpoint could not be saved") as caught:
         small_run.run(tmp_path / "run", max_steps=9, save_every=1, val=False, eval_every=99)
     assert caught.value.exit_code == 4
+
+
+def test_the_last_save_must_succeed(tmp_path, monkeypatch):
+    real = files.replace
+
+    def failing(path, write):
+        if "optimizer" in str(path):
+            raise OSError(28, "No space left on device")
+        real(path, write)
+
+    monkeypatch.setattr(checkpoint.files, "replace", failing)
+    with pytest.raises(StorageError, match="a checkpoint could not be saved: No space left"):
+        small_run.run(tmp_path / "run", max_steps=2, save_every=2, val=False)
+
+
+def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
+    small_run.run(tmp_path / "run", max_steps=6, save_every=2, keep=3, val=False)
+    unbroken = state_of(tmp_path / "run", 6)
+    small_run.run(tmp_path / "run", max_steps=6, save_every=2, keep=3, val=False, resume=str(tmp_path / "run/checkpoint-2"))
+    assert len(list((tmp_path / "run").glob("set-aside-checkpoint-*"))) == 2
+    assert checkpoint.checkpoint_steps(tmp_path / "run") == [2, 4, 6]
+    assert_equal(unbroken, state_of(tmp_path / "run", 6))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [s for s in steps if s <= 6] == [1, 2, 3, 4, 5, 6], "no step is recorded twice"
+
+
+def test_another_optimizer_cannot_take_over_a_checkpoint(tmp_path):
+    small_run.run(tmp_path / "run", max_steps=2, val=False)
+    with pytest.raises(UserError, match="optimizer was 'adamw', now 'muon'"):
+        small_run.run(tmp_path / "run", max_steps=4, val=False, optimizer="muon")
+
+
+def test_a_validation_that_a_stop_put_off_is_made_up_for(tmp_path, monkeypatch):
+    from core.distributed import Ranks
+    from core.errors import Interrupted
+
+    plain, calls = Ranks.sum, []
+
+    def asked_at_step_five(self, t):
+        calls.extend([1] * (t.numel() == 3))
+        return t + torch.tensor([0, 0, 1.0], dtype=t.dtype) if t.numel() == 3 and len(calls) == 5 else plain(self, t)
+
+    monkeypatch.setattr(Ranks, "sum", asked_at_step_five)
+    with pytest.raises(Interrupted):
+        small_run.run(tmp_path / "a/run", max_steps=10)
+    small_run.run(tmp_path / "a/run", max_steps=10)
+    small_run.run(tmp_path / "b/run", max_steps=10)
+    losses = [[json.loads(line) for line in (tmp_path / f"{r}/run/metrics.jsonl").read_text().splitlines()] for r in "ab"]
+    assert [m["val_loss"] for m in losses[0] if "val_loss" in m] == [m["val_loss"] for m in losses[1] if "val_loss" in m]
+    assert_equal(state_of(tmp_path / "a/run", 10), state_of(tmp_path / "b/run", 10))
 
 
 def test_files_reach_the_disk_in_the_order_write_fsync_rename_fsync_folder(tmp_path, monkeypatch):
@@ -262,7 +312,7 @@ def test_files_reach_the_disk_in_the_order_write_fsync_rename_fsync_folder(tmp_p
     small_run.run(tmp_path / "run", max_steps=1, val=False, eval_every=99)
     commit = done.index(("rename", "checkpoint-1"))
     assert done[commit + 1] == ("fsync", "run")
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
+    for name in ("tokenizer.model", "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
         put = [k for k, d in enumerate(done[:commit]) if d == ("replace", name)][-1]
         assert any(d[0] == "fsync" and d[1].endswith(name) for d in done[:put]), name
 

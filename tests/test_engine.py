@@ -161,15 +161,26 @@ def test_a_non_finite_loss_stops_with_the_rows_named_and_the_weights_untouched(t
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_with_one_that_can(tmp_path):
-    with pytest.raises(UserError, match="not a multiple of micro_batch 3 x ranks 1 x seq_len 32 = 96 -- --batch_tokens 192"):
-        small_run.run(tmp_path / "run", micro_batch=3)
+    with pytest.raises(UserError, match="batch_tokens 100 is not a multiple of ranks 1 x seq_len 32 = 32 -- --batch_tokens 96"):
+        small_run.run(tmp_path / "run", batch_tokens=100)
 
 
-def test_epochs_become_steps():
-    rows = [None] * 100
-    cfg = engine.TrainConfig(epochs=2, batch_tokens=320, micro_batch=5)
-    assert engine.plan(cfg, rows, 32, Ranks(0, 1, torch.device("cpu"))) == (10, 2, 20)
-    assert engine.plan(cfg, rows, 32, Ranks(0, 2, torch.device("cpu"))) == (10, 1, 20)
+class Rows:
+    """A hundred rows of 32."""
+
+    seq_len = 32
+
+    def __len__(self):
+        return 100
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch", "expected"), [
+    (1, 5, (10, 5, 2, 20)), (2, 5, (10, 5, 1, 20)), (1, 8, (10, 5, 2, 20)), (1, 4, (10, 2, 5, 20)),
+    (5, 8, (10, 2, 1, 20)), (10, 8, (10, 1, 1, 20)),
+])  # fmt: skip
+def test_epochs_become_steps_and_micro_batches_divide_them(ranks, micro_batch, expected):
+    cfg = engine.TrainConfig(epochs=2, batch_tokens=320, micro_batch=micro_batch)
+    assert engine.plan(cfg, Rows(), Ranks(0, ranks, torch.device("cpu"))) == expected
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path):
@@ -184,7 +195,7 @@ def test_metrics_hold_the_learning_rate_of_every_step_and_the_best_model_is_publ
     small_run.run(tmp_path / "run", max_steps=10, samples=lambda m: seen.append(m.training) or "a sample")
     from core.optim import OptimConfig
 
-    optim = OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=2)
+    optim = OptimConfig(lr=3e-3, min_lr=3e-3 / 10, warmup_steps=2)
     assert metrics(tmp_path / "run", "lr") == [learning_rate(s, 10, optim) for s in range(10)]
     about = json.loads((tmp_path / "run/run.json").read_text())
     losses = metrics(tmp_path / "run", "val_loss")

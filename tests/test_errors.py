@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from core.errors import Diverged, Interrupted, StorageError, UserError, require
+from core.errors import Diverged, Interrupted, StorageError, UserError
 
 START = "import errno, os, sys, time\nfrom core import config, errors, files\nfrom tokenizer import TokenizerError\n"
 
@@ -71,10 +71,3 @@ def test_a_reader_that_goes_away_is_not_an_error(root, body):
 def test_every_refusal_is_a_user_error_with_its_own_code():
     assert [c("x").exit_code for c in (UserError, Diverged, StorageError, Interrupted)] == [2, 3, 4, 75]
     assert all(issubclass(c, UserError) for c in (Diverged, StorageError, Interrupted))
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it():
-    assert require("json", "json", "reading") is sys.modules["json"]
-    with pytest.raises(UserError) as e:
-        require("no_such_package_at_all", "no-such", "exporting")
-    assert str(e.value) == "exporting needs the package no-such -- pip install no-such"

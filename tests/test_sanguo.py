@@ -371,7 +371,7 @@ def test_continuations_are_the_novels_own_words_from_training_chapters(chats, bo
     text, whole = "".join(c.text for c in train), "".join(c.text for c in book)
     items = [i for i in chats["train"] + chats["heldout"] if i["kind"] == "continue"]
     pairs = {(i["fact"].removeprefix("continue:"), i["messages"][1]["content"]) for i in items}
-    assert len(pairs) == 60 and ("话说天下大势，", "分久必合，合久必分。") in pairs
+    assert len(pairs) == 50 and ("话说天下大势，", "分久必合，合久必分。") in pairs
     for prompt, answer in pairs:
         assert prompt + answer in text and whole.count(prompt) == 1
         assert 4 <= len(answer) <= 21
