@@ -17,7 +17,7 @@ Sources: Llama 2 https://arxiv.org/abs/2307.09288, RMSNorm https://arxiv.org/abs
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -338,10 +338,11 @@ def main() -> int:
         return 2
     try:
         with open(sys.argv[1], "rb") as f:
-            sizes = tomllib.load(f)["model"]
-        if not sizes.get("vocab_size"):
-            print("vocabulary: the tokenizer's; 4,096 are assumed here, what data_process.py trains")
-        print(describe(ModelConfig(**({"vocab_size": 4096} | sizes))))
+            config = ModelConfig(**tomllib.load(f)["model"])
+        text = describe(replace(config, vocab_size=config.vocab_size or 4096))
+        if not config.vocab_size:
+            text = "vocabulary: the tokenizer's; 4,096 are assumed here, what data_process.py trains\n" + text
+        print(text)
     except (OSError, TypeError, ValueError, KeyError) as e:
         what = "no [model] section" if isinstance(e, KeyError) else e
         print(f"error: {sys.argv[1]}: {what}", file=sys.stderr)

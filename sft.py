@@ -11,6 +11,7 @@ Writes a Hugging Face folder with its chat template to out/sft; run.json in it n
 import os
 import sys
 from dataclasses import dataclass
+from itertools import groupby
 
 import tokenizer
 from core import checkpoint, config, data, distributed, engine, errors
@@ -92,13 +93,9 @@ def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro
 
 def marked(text, ids, mask) -> str:
     """A sample as text with its trained tokens between 【 and 】."""
-    out, inside = [], False
-    for token, trained in zip(ids.tolist(), mask.tolist()):
-        if trained != inside:
-            out.append("【" if trained else "】")
-            inside = trained
-        out.append(text.id_to_piece(token))
-    return "".join(out) + ("】" if inside else "")
+    runs = groupby(zip(ids.tolist(), mask.tolist()), key=lambda pair: pair[1])
+    texts = [(trained, text.decode([i for i, _ in run], skip_special=False)) for trained, run in runs]
+    return "".join(f"【{part}】" if trained else part for trained, part in texts)
 
 
 def answer(model: Llama, text, cfg: ChatConfig) -> str:

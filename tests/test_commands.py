@@ -17,7 +17,7 @@ from tokenizer import chat, load
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = {"天": "蓝的。", "火": "红的。", "雪": "白的。", "叶": "绿的。", "夜": "黑的。", "金": "黄的。"}
-SMALL = ["--hidden_size", "64", "--intermediate_size", "96", "--num_hidden_layers", "2", "--max_position_embeddings", "64",
+SMALL = ["--hidden_size", "64", "--intermediate_size", "96", "--num_attention_heads", "4", "--num_hidden_layers", "2", "--max_position_embeddings", "64",
          "--batch_tokens", "512", "--micro_batch", "4", "--device", "cpu"]  # fmt: skip
 
 
@@ -49,20 +49,20 @@ def chain(tmp_path_factory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in chats))
     command(folder, "data_process.py", "--input", "text.txt", "--split", "line", "--vocab_size", "320",
             "--character_coverage", "1")  # fmt: skip
-    command(folder, "pretrain.py", *SMALL, "--max_steps", "20", "--eval_every", "10", "--prompt", "第1天，")
-    command(folder, "sft.py", "--train", "train.jsonl", "--val", "val.jsonl", "--max_steps", "100", "--lr", "5e-3",
-            "--batch_tokens", "512", "--micro_batch", "4", "--eval_every", "30", "--device", "cpu", "--prompt", "天？",
+    command(folder, "pretrain.py", *SMALL, "--max_steps", "120", "--eval_every", "60", "--prompt", "第1天，")
+    command(folder, "sft.py", "--train", "train.jsonl", "--val", "val.jsonl", "--max_steps", "200", "--lr", "1e-2",
+            "--batch_tokens", "512", "--micro_batch", "4", "--eval_every", "100", "--device", "cpu", "--prompt", "天？",
             "--chat_format", "chatml", "--epochs", "1")  # fmt: skip
     return folder
 
 
 def test_the_chain_ends_in_a_chat_model_that_answers(chain):
     said = command(chain, "sample.py", "--prompts", "val.jsonl", "--output", "out/answers.jsonl", "--temperature", "0")
-    assert "exact match all         100.0%  (18 of 18)" in said
+    assert "exact match all        100.0%  (18 of 18)" in said
     answers = [json.loads(line) for line in (chain / "out/answers.jsonl").read_text().splitlines()]
     asked = [json.loads(line) for line in (chain / "val.jsonl").read_text().splitlines()]
     assert [a["prompt"] for a in answers] == [c["messages"][:-1] for c in asked], "answers come in the prompts' order"
-    assert command(chain, "sample.py", "--prompt", "雪？", "--temperature", "0") == "雪是白的。\n"
+    assert command(chain, "sample.py", "--prompt", "雪？", "--temperature", "0").startswith("雪是白的。\n")
 
 
 def test_a_base_model_continues(chain):
@@ -81,13 +81,13 @@ def test_answers_do_not_depend_on_the_batch(chain):
 
 
 def test_show_mask_marks_the_answers_and_their_ends(chain):
-    said = command(chain, "sft.py", "--train", "train.jsonl", "--show_mask", "1", "--chat_format", "chatml").splitlines()
-    assert said[0].endswith("【天是蓝的。<|im_end|>】") and "是什么颜色" in said[0].split("【")[0]
+    said = command(chain, "sft.py", "--train", "train.jsonl", "--show_mask", "1", "--chat_format", "chatml")
+    assert said.endswith("【天是蓝的。<|im_end|>】\n") and "是什么颜色" in said.split("【")[0]
 
 
 def test_a_finished_run_is_left_alone_and_sft_of_another_base_is_refused(chain, tmp_path):
-    assert "is finished at step 20 of 20: nothing to do" in command(chain, "pretrain.py", *SMALL, "--max_steps", "20")
-    said = error(chain, "sft.py", "--init_from", "out/pretrain/checkpoint-20", "--train", "train.jsonl", "--val", "",
+    assert "is finished at step 120 of 120: nothing to do" in command(chain, "pretrain.py", *SMALL, "--max_steps", "120")
+    said = error(chain, "sft.py", "--init_from", "out/pretrain/checkpoint-120", "--train", "train.jsonl", "--val", "",
                  "--train_on", "all", "--chat_format", "chatml", "--batch_tokens", "512")  # fmt: skip
     assert "cannot be resumed" in said and "train_on" in said
 
@@ -129,11 +129,11 @@ def test_a_real_model_from_elsewhere_tells_a_story(shared_data):
     ids = text.encode("Once upon a time", bos=True)
     out = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=60, eos_token_id=text.eos_id)[0]
     assert said.strip() == text.decode(out.tolist()).strip()
-    assert said.startswith("Once upon a time, there was a")
+    assert said.startswith("Once upon a time, a little girl named Lily lived in a small house")
 
 
 def test_stdout_closed_early_is_no_error(chain):
-    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--prompts", "val.jsonl"], cwd=chain,
+    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "--prompts", "val.jsonl", "--max_new_tokens", "9"], cwd=chain,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 0
@@ -183,7 +183,7 @@ def test_wrong_inputs_are_refused_in_one_line(chain, tmp_path):
     other = tmp_path / "other"
     (other / "t").mkdir(parents=True)
     (other / "more.txt").write_text("完全不同的文字\n" * 50 + "天地玄黄\n" * 50 + "".join(map(chr, range(0x4E00, 0x4E40))))
-    command(other, "data_process.py", "--input", "more.txt", "--split", "line", "--vocab_size", "340",
+    command(other, "data_process.py", "--input", "more.txt", "--split", "line", "--vocab_size", "350",
             "--character_coverage", "1")  # fmt: skip
     assert "made with tokenizer" in pretrain("--data.train", str(other / "data/train.bin"), "--vocab_size", "400")
     good = (chain / "data/train.bin").read_bytes()

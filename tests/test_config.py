@@ -18,7 +18,6 @@ class Train:
     compile: bool = False
     train: tuple[str, ...] = ("a", "b")
     sizes: tuple[int, ...] = ()
-    note: str | None = None
 
     def __post_init__(self):
         if self.max_steps < 0:
@@ -98,7 +97,7 @@ def test_the_default_file_is_read_only_where_no_other_is_named(monkeypatch, tmp_
     (["--out_dir=a=b"], "out_dir", "a=b"), (["--out_dir", "--x"], "out_dir", "--x"),
     (["--out_dir", "7"], "out_dir", "7"), (["--train.train", "c"], "train", ("c",)),
     (["--train.train=c,d"], "train", ("c", "d")), (["--train.train="], "train", ()),
-    (["--sizes", "1,2"], "sizes", (1, 2)), (["--note", "x"], "note", "x"),
+    (["--sizes", "1,2"], "sizes", (1, 2)),
 ])  # fmt: skip
 def test_a_flag_becomes_the_type_that_the_field_declares(argv, key, value):
     got = getattr(load(*argv).train, key)

@@ -316,7 +316,7 @@ def test_python_model_py_prints_what_it_counts(tmp_path, root, tiny_config):
 
 @pytest.mark.parametrize("text", [
     None, "[data]\n", "hidden_size", "\xff", "[model]\nhidden_size = 3\n", "[model]\nhiden_size = 3\n", "model = 3\n",
-    "[model]\nvocab_size = 9\nhidden_size = 'x'\n", "[model]\nvocab_size = 9\nhidden_size = 256.0\n", "[model]\n",
+    "[model]\nvocab_size = 9\nhidden_size = 'x'\n", "[model]\nvocab_size = 9\nhidden_size = 256.0\n",
     "[model]\nvocab_size = 9\nhidden_size = 16777216\nnum_attention_heads = 16777216\nhead_dim = 16777216\n",
 ])  # fmt: skip
 def test_a_config_that_cannot_be_described_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, text):
