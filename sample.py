@@ -87,8 +87,9 @@ class Speaker:
         for step in generate(self.model, [ids], self.sampling, self.stop_ids):
             for _, token in step:
                 said += tell(decoder.push(token))
-        said += tell(decoder.flush() + "\n")
-        return self.trimmed(said[:-1])
+        said += tell(decoder.flush())
+        print(flush=True)
+        return self.trimmed(said)
 
     def decoder(self, prompt_ids: list[int]):
         """Where generated ids become text: after a base model's prompt their first space is text, in an answer not."""
