@@ -140,16 +140,10 @@ def make_tokenizer(cfg: ProcessConfig, texts: Iterator[str]):
 def write_bin(path: Path, texts, text, processes: int, source: str) -> None:
     """Tokenize documents into one bin, each as bos, its ids, eos."""
     with data.BinWriter(path, text.vocab_size, text.eos_id, text.sha256, source) as out:
-        sizes = []  # of the texts that are on their way through encode_batch, which keeps their order
-
-        def passing():
-            for t in texts:
-                sizes.append(len(t.encode()))
-                yield t
-
-        for ids in tqdm(text.encode_batch(passing(), processes, bos=True, eos=True), desc=path.name, unit="doc",
-                        disable=not sys.stderr.isatty()):  # fmt: skip
-            out.add(ids, sizes.pop(0))
+        with tqdm(desc=path.name, unit="doc", disable=not sys.stderr.isatty()) as bar:
+            for ids, sizes, text_bytes in text.encode_chunks(texts, processes, bos=True, eos=True):
+                out.add(ids, text_bytes, documents=len(sizes))
+                bar.update(len(sizes))
     print(f"{path}: {out.documents:,} documents, {out.tokens:,} tokens, {out.text_bytes / out.tokens:.2f} bytes each")
 
 

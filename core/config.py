@@ -97,6 +97,11 @@ def _split(argv: list[str], sections: dict[str, type], doc: str) -> tuple[list[s
                 raise UserError(f"--{name} needs a value")
             else:
                 text = words.pop(0)
+                # A list takes all words up to the next option, so that `--input texts/*.txt` works.
+                while _is_list(sections[section], key) and words and not words[0].startswith("--"):
+                    if words[0].endswith(".toml"):
+                        break
+                    text += "," + words.pop(0)
         flags.append((section, key, text))
     return files, flags
 
@@ -131,6 +136,10 @@ def _field_type(cls: type, key: str):
     return typing.get_type_hints(cls)[key]
 
 
+def _is_list(cls: type, key: str) -> bool:
+    return typing.get_origin(_field_type(cls, key)) is tuple
+
+
 def _read_toml(path: str) -> dict:
     try:
         with open(path, "rb") as f:
@@ -146,7 +155,7 @@ def _convert(cls: type, section: str, key: str, value, where: str):
     if key not in _fields(cls):
         raise UserError(f"{where}: unknown key {section}.{key}", _near(key, _fields(cls)))
     kind = _field_type(cls, key)
-    if typing.get_origin(kind) is tuple:  # tuple[str, ...]: a TOML list, or comma-separated text
+    if _is_list(cls, key):  # tuple[str, ...]: a TOML list, or comma-separated text
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list):
             raise UserError(f"{where}: {section}.{key} = {value!r} is not a list")

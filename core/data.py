@@ -86,16 +86,16 @@ class BinWriter:
         self._file = open(self._temporary, "wb")
         return self
 
-    def add(self, ids: Sequence[int], text_bytes: int) -> None:
-        """Append one document: its ids, bos and eos included, and the UTF-8 bytes of its text."""
-        array = np.asarray(ids, dtype=np.int64)
+    def add(self, ids: Sequence[int], text_bytes: int, documents: int = 1) -> None:
+        """Append whole documents: their ids in a row, bos and eos included, and the UTF-8 bytes of their text."""
+        array = np.asarray(ids)
         # numpy wraps around silently when an id does not fit the dtype.
         assert array.size and array.min() >= 0 and array.max() < self.about["vocab_size"], "id outside the vocabulary"
-        self._block += array.astype(self.dtype).tobytes()
+        self._block += array.astype(self.dtype, copy=False).tobytes()
         while len(self._block) >= BLOCK_BYTES:
             self._flush(BLOCK_BYTES)
         self.tokens += array.size
-        self.documents += 1
+        self.documents += documents
         self.text_bytes += text_bytes
 
     def _flush(self, size: int) -> None:

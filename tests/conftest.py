@@ -14,7 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # a bare `pytest` puts only the tests' own folder there
     sys.path.insert(0, str(ROOT))
 
+from texts import BOOK, change  # noqa: E402
+
 from model import Llama, ModelConfig  # noqa: E402
+from tokenizer import load  # noqa: E402
+from tokenizer.sentencepiece_model import write_model  # noqa: E402
+from tokenizer.train import train  # noqa: E402
 
 torch.set_num_threads(1)
 # Derandomized: the same examples in every run. No deadline: a busy machine is not a failure.
@@ -63,3 +68,19 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is not here")
     return path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A vocabulary of ours."""
+    return load(train(BOOK, tmp_path_factory.mktemp("small") / "tokenizer.model", 600))
+
+
+@pytest.fixture(scope="session")
+def small_with_prefix(small, tmp_path_factory):
+    """The same with the dummy prefix that Llama and ChatGLM have."""
+    model = small.model
+    normalizer = (*(f for f in model.normalizer if f[0] != 3), (3, 0, 1))
+    path = tmp_path_factory.mktemp("prefix") / "tokenizer.model"
+    path.write_bytes(write_model(change(model, normalizer=normalizer)))
+    return load(path)

@@ -1,10 +1,7 @@
 """Promises of `tokenizer`: texts come back, ids equal sentencepiece's and transformers', bad files end in one line."""
 
-import dataclasses
-import json
 import os
-import random
-import shutil
+import signal
 import subprocess
 import sys
 from itertools import islice
@@ -13,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from texts import ANY_TEXT, BOOK, DATA, HARD, RELAXED, change, real_model, real_texts
 
 from tokenizer import TokenizerError, load
+from tokenizer.parallel import map_in_order
 from tokenizer.sentencepiece_model import (
     BPE,
     CONTROL,
@@ -29,63 +28,10 @@ from tokenizer.sentencepiece_model import (
 )
 from tokenizer.train import CONTROL_PIECES, train
 
-DATA = Path(__file__).resolve().parents[2] / "shared/data"
-
-# A made-up text with Chinese, English, digits and runs of one character, so that merges of several shapes are learned.
-BOOK = [
-    "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空，青山依旧在，几度夕阳红。",
-    "白发渔樵江渚上，惯看秋月春风。一壶浊酒喜相逢，古今多少事，都付笑谈中。",
-    "The quick brown fox jumps over the lazy dog; the dog sleeps, the fox laughs: haha, hahaha!",
-    "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦；及秦灭之后，楚、汉分争，又并入于汉。",
-    "    if x == 1:\n        return x  # 一二三\n......。。。。。。======\n",
-] * 20
-
-HARD = [
-    "", " ", "  ", "\n", "\0", "a\0b", SPACE, f"a{SPACE}b", f"{SPACE} {SPACE}", "  两头有空格  ",
-    "\t\r\n\x0b\u2028", "\ufffd", "\ufeff", "e\u0301", "Ａ１　", "\U0010ffff",
-    "😀👨‍👩‍👧", "𠀀龘䶮", "<s>", "</s>", "<|im_start|>user", "<0xE4>", "<unk>",
-]  # fmt: skip
-
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.text(st.sampled_from(f"  {SPACE}a:.。=h\n汉😀<s>|0"))
-RELAXED = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A vocabulary of ours."""
-    return load(train(BOOK, tmp_path_factory.mktemp("small") / "tokenizer.model", 600))
-
-
-@pytest.fixture(scope="session")
-def small_with_prefix(small, tmp_path_factory):
-    """The same with the dummy prefix that Llama and ChatGLM have."""
-    model = small._backend.model
-    normalizer = (*(f for f in model.normalizer if f[0] != 3), (3, 0, 1))
-    path = tmp_path_factory.mktemp("prefix") / "tokenizer.model"
-    path.write_bytes(write_model(change(model, normalizer=normalizer)))
-    return load(path)
-
 
 @pytest.fixture(params=["small", "small_with_prefix"])
 def tok(request):
     return request.getfixturevalue(request.param)
-
-
-def real_model(name):
-    path = DATA / "tokenizers" / name
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    return path
-
-
-def real_texts(count):
-    path = DATA / "derived/cmrc2019_stories.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    texts = []
-    for name in ("derived/cmrc2019_stories.jsonl", "medical/medicalgpt_medical_sft_1K.jsonl"):
-        texts += [str(v) for line in (DATA / name).open(encoding="utf-8") for v in json.loads(line).values()]
-    return random.Random(0).sample(texts, min(count, len(texts)))
 
 
 # Encoding and decoding ------------------------------------------------------------------------------------------------
@@ -155,7 +101,7 @@ def test_control_ids_are_left_out_of_text_unless_asked_for(small):
 
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_a_vocabulary_without_a_piece_for_the_space_still_gives_texts_back(small, tmp_path, prefix):
-    model = small._backend.model
+    model = small.model
     pieces = [p for p in model.pieces if SPACE not in p.text]
     path = tmp_path / "tokenizer.model"
     path.write_bytes(write_model(change(model, pieces=pieces, normalizer=(*model.normalizer, (3, 0, prefix)))))
@@ -207,12 +153,34 @@ def test_batch_encoding_reads_only_a_few_chunks_ahead(small):
     assert read < 2000
 
 
-def test_a_worker_that_fails_ends_the_batch_with_its_error(small, tmp_path):
-    path = Path(shutil.copy(small.path, tmp_path))
-    tok = load(path)
-    shutil.copy(train(BOOK, tmp_path / "other.model", 610), path)
-    with pytest.raises(TokenizerError, match="changed"):
-        list(tok.encode_batch(["好"] * 9, processes=2))
+def test_a_worker_that_fails_ends_the_batch_with_its_error(small):
+    with pytest.raises(TokenizerError, match="lone surrogate"):
+        list(small.encode_batch(["好"] * 9 + ["\ud800"], processes=2))
+
+
+def kill_itself(shared, chunk):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_work_with_a_line_instead_of_waiting_for_it():
+    with pytest.raises(TokenizerError, match="was killed -- out of memory"):
+        list(map_in_order(kill_itself, None, range(9), processes=2))
+
+
+def test_a_tokenizer_json_encodes_in_several_processes_too(small, tmp_path):
+    pytest.importorskip("tokenizers")
+    small.save(tmp_path)
+    tok = load(tmp_path / "tokenizer.json")
+    rows = tok.encode_batch([*HARD, *BOOK], processes=2, start_method="spawn")
+    assert [row.tolist() for row in rows] == [tok.encode(text) for text in [*HARD, *BOOK]]
+
+
+def test_chunks_hold_every_text_once_with_its_bytes(small):
+    texts = [*HARD, *BOOK * 60]
+    chunks = list(small.encode_chunks(texts, eos=True))
+    assert len(chunks) > 1 and sum(c.text_bytes for c in chunks) == sum(len(t.encode()) for t in texts)
+    assert [n for c in chunks for n in c.sizes] == [len(small.encode(t)) + 1 for t in texts]
+    assert all(len(c.ids) == sum(c.sizes) for c in chunks)
 
 
 # The model file -------------------------------------------------------------------------------------------------------
@@ -284,10 +252,6 @@ print(refused)
     assert int(done.stdout) > 100
 
 
-def change(model, **changes):
-    return dataclasses.replace(model, **changes)
-
-
 # A trie of the right length whose every node points outside.
 BAD_TABLE = b"\0\4\0\0" + b"\xff\xff\xff\x7f" * 256 + b"\0"
 BREAKS = {
@@ -308,7 +272,7 @@ BREAKS = {
 @pytest.mark.parametrize("reason", BREAKS)
 def test_a_model_that_breaks_a_promise_is_refused_with_the_reason(small, tmp_path, reason):
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(write_model(BREAKS[reason](small._backend.model)))
+    path.write_bytes(write_model(BREAKS[reason](small.model)))
     with pytest.raises(TokenizerError, match=reason) as caught:
         load(path)
     assert str(caught.value).startswith(str(path))
@@ -388,7 +352,7 @@ def test_the_two_files_of_a_saved_folder_give_the_same_ids(tok, tmp_path):
 
 @pytest.mark.parametrize("reason", ["normaliser", "unused", "no pieces of their own"])
 def test_a_model_that_tokenizer_json_cannot_express_is_saved_without_one_and_says_why(small, tmp_path, reason):
-    model = small._backend.model
+    model = small.model
     if reason == "normaliser":
         model = change(model, normalizer=(*model.normalizer, (4, 0, 1)))
     elif reason == "unused":
@@ -449,7 +413,7 @@ def test_a_choice_of_lines_depends_on_the_seed_alone(tmp_path):
 
 
 def test_a_trained_vocabulary_is_what_the_chat_formats_and_the_model_expect(small):
-    model = small._backend.model
+    model = small.model
     assert (small.vocab_size, model.unk_id, small.bos_id, small.eos_id, small.pad_id) == (600, 0, 1, 2, None)
     assert model.model_type == BPE and model.byte_fallback and not model.add_dummy_prefix
     assert set(CONTROL_PIECES) < set(small.special_ids)

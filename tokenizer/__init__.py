@@ -8,24 +8,26 @@ Does not know models or tensors, and never imports torch. The parts:
     backends.py              the two kinds of vocabulary file
     huggingface.py           the files that transformers reads
     chat.py                  messages -> ids and loss mask
+    parallel.py              several processes, results in order
     train.py                 texts -> a new vocabulary
+    inspect.py               what is in a vocabulary, and how well it fits a text
+    prune.py                 a vocabulary -> a smaller one
 """
 
 import codecs
-import functools
 import itertools
-import multiprocessing
-from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from . import chat, huggingface
 from .backends import SentencePieceBackend, TokenizerJsonBackend
-from .sentencepiece_model import TokenizerError
+from .parallel import map_in_order
+from .sentencepiece_model import Model, TokenizerError
 
-__all__ = ["StreamDecoder", "Tokenizer", "TokenizerError", "load"]
+__all__ = ["Encoded", "StreamDecoder", "Tokenizer", "TokenizerError", "load"]
 
 # Texts travel to the worker processes in chunks of about this many characters: large enough that starting a task
 # costs nothing, small enough that the chunks under way stay far below the memory of a token bin's writer.
@@ -64,6 +66,7 @@ class Tokenizer:
         pad_id: or None.
         special_ids: the control pieces, text -> id. Text never encodes to these.
         dtype: the smallest numpy dtype for its ids, uint16 or uint32.
+        model: the fields of its `.model`; None where it came from a tokenizer.json.
     """
 
     def __init__(self, backend):
@@ -75,6 +78,7 @@ class Tokenizer:
         self.eos_id: int = backend.eos_id
         self.pad_id: int | None = backend.pad_id
         self.special_ids: dict[str, int] = backend.special_ids
+        self.model: Model | None = getattr(backend, "model", None)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def __repr__(self) -> str:
@@ -100,51 +104,48 @@ class Tokenizer:
         _check_text(text)
         return [self.bos_id] * bos + self._backend.encode(text, continues) + [self.eos_id] * eos
 
-    def encode_batch(
+    def encode_chunks(
         self,
         texts: Iterable[str],
         processes: int = 1,
         bos: bool = False,
         eos: bool = False,
         start_method: str | None = None,
-    ) -> Iterator[np.ndarray]:
-        """Encode many texts in order, holding only a few chunks of them in memory.
+    ) -> Iterator["Encoded"]:
+        """Encode many texts in order, a chunk of them at a time, holding only a few chunks in memory.
 
         Args:
             texts: any iterable, read as the results are consumed.
-            processes: 1 for none but this one; more start that many workers, each with its own copy of the vocabulary.
+            processes, start_method: as in `map_in_order`.
             bos, eos: as in `encode`.
-            start_method: "fork", "spawn" or "forkserver"; None takes the platform's default.
 
         Returns:
-            an iterator of id arrays, one a text, each (number of ids,) of `self.dtype`.
+            an iterator of `Encoded`; together they hold every text once, in order.
 
         Raises:
-            TokenizerError: as `encode`.
+            TokenizerError: as `encode`; or a worker was killed.
         """
-        if processes <= 1:
-            for chunk in _chunks(texts):
-                yield from _split(*self._encode_chunk(chunk, bos, eos))
-            return
-        with multiprocessing.get_context(start_method).Pool(processes) as pool:
-            # Pool.imap would read all of `texts` at once; this window keeps the workers busy and the memory small.
-            waiting = deque()
-            for chunk in _chunks(texts):
-                waiting.append(pool.apply_async(_work, (str(self.path), self.sha256, chunk, bos, eos)))
-                if len(waiting) > 2 * processes:
-                    yield from _split(*waiting.popleft().get())
-            while waiting:
-                yield from _split(*waiting.popleft().get())
+        chunks = ((chunk, bos, eos) for chunk in _chunks(texts))
+        yield from map_in_order(Tokenizer._encode_chunk, self, chunks, processes, start_method)
 
-    def _encode_chunk(self, texts: list[str], bos: bool, eos: bool) -> tuple[np.ndarray, list[int]]:
-        """All ids of the texts in a row, and how many each text has: two objects to send instead of thousands."""
+    def encode_batch(self, texts: Iterable[str], processes: int = 1, **options) -> Iterator[np.ndarray]:
+        """The ids of each text, an array (number of ids,) of `self.dtype`; the rest as in `encode_chunks`."""
+        for chunk in self.encode_chunks(texts, processes, **options):
+            at = 0
+            for size in chunk.sizes:
+                yield chunk.ids[at : at + size]
+                at += size
+
+    def _encode_chunk(self, chunk: tuple[list[str], bool, bool]) -> "Encoded":
+        texts, bos, eos = chunk
+        text_bytes = sum(map(_check_text, texts))
         head, tail = [self.bos_id] * bos, [self.eos_id] * eos
         rows = self._backend.encode_many(texts)
         if bos or eos:
             rows = [head + row + tail for row in rows]
         sizes = [len(row) for row in rows]
         # np.fromiter refuses an id that does not fit the dtype, where .astype would wrap it silently.
-        return np.fromiter(itertools.chain.from_iterable(rows), self.dtype, sum(sizes)), sizes
+        return Encoded(np.fromiter(itertools.chain.from_iterable(rows), self.dtype, sum(sizes)), sizes, text_bytes)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Decode ids to text. Ids that are not valid UTF-8 together give U+FFFD.
@@ -159,17 +160,28 @@ class Tokenizer:
         Raises:
             TokenizerError: an id out of range.
         """
-        stream = self.stream(skip_special)
-        return "".join([stream.push(i) for i in ids]) + stream.flush()
+        return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
-    def stream(self, skip_special: bool = True) -> "StreamDecoder":
-        """A decoder that takes ids one by one; `skip_special` as in `decode`."""
+    def decode_bytes(self, ids: Iterable[int], skip_special: bool = True) -> bytes:
+        """The bytes that ids stand for; what encoding puts in front of a text is taken off. Otherwise as `decode`."""
+        ids = list(ids)
+        for i in ids and (min(ids), max(ids)):
+            _check_id(i, self.vocab_size)
+        table = self._id_bytes(skip_special)
+        data = b"".join([table[i] for i in ids])
+        return data.removeprefix(b" ") if self._backend.strips_space else data
+
+    def _id_bytes(self, skip_special: bool) -> list[bytes]:
         table = self._backend.id_bytes
         if not skip_special:
             table = list(table)
             for text, i in self.special_ids.items():
                 table[i] = text.encode()
-        return StreamDecoder(table, self._backend.strips_space)
+        return table
+
+    def stream(self, skip_special: bool = True) -> "StreamDecoder":
+        """A decoder that takes ids one by one; `skip_special` as in `decode`."""
+        return StreamDecoder(self._id_bytes(skip_special), self._backend.strips_space)
 
     def id_to_piece(self, id: int) -> str:
         """The vocabulary entry of an id as the file writes it (`▁` for a space in sentencepiece models)."""
@@ -196,6 +208,14 @@ class Tokenizer:
             chat.special_ids(self, chat_format)  # refuses what could not be rendered
             template = chat.template(chat_format)
         huggingface.save(self._backend, Path(folder), template)
+
+
+class Encoded(NamedTuple):
+    """The ids of several texts one after another, how many each text has, and the UTF-8 bytes of all the texts."""
+
+    ids: np.ndarray
+    sizes: list[int]
+    text_bytes: int
 
 
 class StreamDecoder:
@@ -228,11 +248,12 @@ def _check_id(id: int, vocab_size: int) -> None:
         raise TokenizerError(f"id {id} is out of range: this vocabulary has ids 0 to {vocab_size - 1}")
 
 
-def _check_text(text: str) -> None:
+def _check_text(text: str) -> int:
+    """The text's size in UTF-8 bytes; TokenizerError if it is no text."""
     if not isinstance(text, str):
         raise TokenizerError(f"expected a text, got {type(text).__name__}")
     try:
-        text.encode()
+        return len(text.encode())
     except UnicodeEncodeError as e:
         raise TokenizerError(
             f"the text has a lone surrogate U+{ord(text[e.start]):04X} at character {e.start} -- "
@@ -243,31 +264,10 @@ def _check_text(text: str) -> None:
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     chunk, chars = [], 0
     for text in texts:
-        _check_text(text)
         chunk.append(text)
-        chars += len(text) + 64  # so that a million empty texts are not one chunk
+        chars += (len(text) if isinstance(text, str) else 0) + 64  # so that a million empty texts are not one chunk
         if chars >= CHUNK_CHARS:
             yield chunk
             chunk, chars = [], 0
     if chunk:
         yield chunk
-
-
-def _split(ids: np.ndarray, sizes: list[int]) -> Iterator[np.ndarray]:
-    at = 0
-    for size in sizes:
-        yield ids[at : at + size]
-        at += size
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(path: str) -> Tokenizer:
-    return load(path)
-
-
-def _work(path: str, sha256: str, texts: list[str], bos: bool, eos: bool) -> tuple[np.ndarray, list[int]]:
-    """One chunk in a worker process, which loads the vocabulary with its first chunk."""
-    tokenizer = _loaded(path)
-    if tokenizer.sha256 != sha256:
-        raise TokenizerError(f"{path}: the file changed while texts were being encoded -- start again")
-    return tokenizer._encode_chunk(texts, bos, eos)

@@ -149,6 +149,9 @@ class TokenizerJsonBackend:
         for i in self.special_ids.values():
             self.id_bytes[i] = b""
 
+    def __reduce__(self):
+        return TokenizerJsonBackend, (self.path,)  # a pickled one forgets that special tokens in a text are text
+
     def _beside(self, name: str) -> dict:
         path = self.path.with_name(name)
         if not path.exists():

@@ -38,8 +38,7 @@ def save(backend, folder: Path, chat_template: str | None) -> None:
             # A stale one of another vocabulary would be worse than none.
             (folder / "tokenizer.json").unlink(missing_ok=True)
             del config["tokenizer_class"]
-            message = f"{folder}: no tokenizer.json written, other tools may split texts otherwise: {e}"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(f"no tokenizer.json written, other tools may split texts otherwise: {e}", stacklevel=3)
     else:
         (folder / "tokenizer.model").unlink(missing_ok=True)  # `load` would prefer it
         (folder / "tokenizer.json").write_bytes(backend.data)

@@ -5,18 +5,19 @@ Run: `python -m tokenizer.train --input book.txt more.txt --output out/tokenizer
 Does not know how texts are cleaned, and keeps no state: the same texts and options give the same bytes.
 """
 
-import argparse
 import io
 import os
 import random
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 
 from . import load
+from .inspect import read_lines
 from .sentencepiece_model import SPACE, TokenizerError
 
 # Control, never user-defined: user-defined pieces would be found inside texts, where anyone could forge a turn.
@@ -127,42 +128,36 @@ def _explain(error: str, vocab_size: int) -> str:
     return f"sentencepiece could not train a vocabulary: {error}"
 
 
+@dataclass(frozen=True)
+class VocabularyConfig:
+    input: tuple[str, ...] = ()  # UTF-8 text files
+    output: str = ""  # folder for tokenizer.model, tokenizer.json and their settings
+    vocab_size: int = 8000
+    character_coverage: float = 0.9999  # share of the text that gets characters as tokens; the rarest become bytes
+    seed: int = 0  # of the choice of lines, where there are too many
+
+    def __post_init__(self):
+        if not self.input or not self.output:
+            raise ValueError("input and output must be given")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a vocabulary and save it as a Hugging Face tokenizer folder.")
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="UTF-8 text files")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.model and tokenizer.json")
-    parser.add_argument("--vocab_size", type=int, required=True)
-    parser.add_argument("--character_coverage", type=float, default=0.9999)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    try:
-        path = train(
-            _files(args.input),
-            Path(args.output) / "tokenizer.model",
-            args.vocab_size,
-            character_coverage=args.character_coverage,
-            seed=args.seed,
-        )
-        tokenizer = load(path)
-        tokenizer.save(args.output)
-    except (OSError, TokenizerError) as e:
-        sys.exit(_fail(f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)))
+    from core import config
+
+    cfg = config.load(__doc__, {"train": VocabularyConfig}, sys.argv[1:]).train
+    path = train(
+        read_lines(cfg.input),
+        Path(cfg.output) / "tokenizer.model",
+        cfg.vocab_size,
+        character_coverage=cfg.character_coverage,
+        seed=cfg.seed,
+    )
+    tokenizer = load(path)
+    tokenizer.save(cfg.output)
     print(f"{path}: {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
 
 
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-def _files(paths: list[str]) -> Iterator[str]:
-    for path in paths:
-        try:
-            with open(path, encoding="utf-8") as file:
-                yield from file
-        except UnicodeDecodeError as e:
-            raise TokenizerError(f"{path}: not UTF-8: {e.reason} at byte {e.start} -- convert it first") from None
-
-
 if __name__ == "__main__":
-    main()
+    from core import errors
+
+    errors.run(main)

@@ -1,0 +1,161 @@
+"""Token bins and models that follow a tokenizer to its pruned vocabulary.
+
+In:  the tokenizer from before and the pruned one; bins and model folders of the first. Out: the same with the second.
+Run: `python -m tokenizer.prune ... --remap_bin train.bin --remap_model out/pretrain`
+Does not choose pieces.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+import tokenizer
+from core import checkpoint, data
+from core.errors import UserError
+from model import Llama
+from tokenizer import Tokenizer
+from tokenizer.parallel import map_in_order
+from tokenizer.sentencepiece_model import BYTE
+
+BLOCK_TOKENS = 1 << 20  # read, decoded and encoded at a time
+
+
+def run(old: Tokenizer, new: Tokenizer, folder: Path, bins: Sequence[str], models: Sequence[str],
+        processes: int) -> None:  # fmt: skip
+    """Rewrite bins and models under their own names into `folder`; nothing that is there is replaced."""
+    paths = [Path(path) for path in (*bins, *models)]
+    for path in paths:
+        if (folder / path.name).exists() or [p.name for p in paths].count(path.name) > 1:
+            raise UserError(f"{folder / path.name} would be written over", "remove it, or another --output")
+    for path in map(Path, bins):
+        remap_bin(path, folder / path.name, old, new, processes)
+    for path in map(Path, models):
+        remap_model(path, folder / path.name, old, new)
+
+
+# ---------------------------------------------------------------- bins
+
+
+def remap_bin(path: Path, output: Path, old: Tokenizer, new: Tokenizer, processes: int = 1) -> None:
+    """Rewrite a token bin as if its texts had been encoded with the new tokenizer.
+
+    That is what is done: each run of ids between two control ids is decoded and its text encoded. Bytes that are no
+    UTF-8 (a document cut inside a character) stay the bytes they are, and are counted.
+
+    Args:
+        path: a bin of the old tokenizer, with or without its .json.
+        output: the new bin.
+        processes: that decode and encode.
+
+    Raises:
+        UserError: not a bin of the old tokenizer; or a vocabulary whose ids do not say what the text was.
+    """
+    model = old.model
+    if not model.byte_fallback or model.charsmap or model.remove_extra_whitespaces:
+        raise UserError(f"{path}: {old.path} does not give texts back exactly (no byte fallback, or a normaliser)",
+                        "encode the texts again with data_process.py")  # fmt: skip
+    source = data.TokenBin(path, old.vocab_size, old.sha256)
+    broken = 0
+    with data.BinWriter(output, new.vocab_size, new.eos_id, new.sha256, f"{data.source_of(path)}, pruned") as out:
+        with tqdm(desc=str(output), total=source.tokens, unit="tok", unit_scale=True, disable=None) as bar:
+            blocks = whole_documents(source, old.eos_id)
+            for ids, taken, text_bytes, documents, bad in map_in_order(encode_anew, (old, new), blocks, processes):
+                out.add(ids, text_bytes, documents)
+                broken += bad
+                bar.update(taken)
+    print(f"{output}: {source.tokens:,} -> {out.tokens:,} tokens, {out.documents:,} documents"
+          + f", {broken:,} texts with bytes that are no UTF-8, kept as they were" * bool(broken))  # fmt: skip
+
+
+def whole_documents(source: data.TokenBin, eos_id: int) -> Iterator[np.ndarray]:
+    """The bin's ids in blocks that end where a document ends (the last one where the bin ends)."""
+    rest = np.zeros(0, source.dtype)
+    for start in range(0, source.tokens, BLOCK_TOKENS):
+        block = source.read(start, min(BLOCK_TOKENS, source.tokens - start)).astype(source.dtype)
+        ids = np.concatenate([rest, block])
+        ends = np.flatnonzero(ids == eos_id)
+        cut = ends[-1] + 1 if len(ends) else 0
+        if cut:
+            yield ids[:cut]
+        rest = ids[cut:]
+    if len(rest):
+        yield rest
+
+
+def encode_anew(tokenizers: tuple[Tokenizer, Tokenizer], ids: np.ndarray) -> tuple[np.ndarray, int, int, int, int]:
+    """One block of documents.
+
+    Returns:
+        the new ids, the number of old ones, the UTF-8 bytes of the texts, the number of documents and that of texts
+        with broken bytes.
+    """
+    old, new = tokenizers
+    names = {old.model.unk_id: new.model.unk_id} | {i: new.special_ids[text] for text, i in old.special_ids.items()}
+    at = np.flatnonzero(np.isin(ids, list(names)))
+    # What stands in front of the first control id, between two, and behind the last.
+    runs = [old.decode_bytes(ids[start:end].tolist()) for start, end in zip([0, *(at + 1)], [*at, len(ids)])]
+    whole, broken = [], {}
+    for k, run in enumerate(runs):
+        try:
+            whole.append(run.decode())
+        except UnicodeDecodeError:
+            whole.append("")
+            broken[k] = _encode_broken(new, run)
+    out = []
+    for k, row in enumerate(new.encode_batch(whole)):
+        out.append(broken.get(k, row))
+        if k < len(at):
+            out.append(np.array([names[int(ids[at[k]])]], new.dtype))
+    documents = int((ids == old.eos_id).sum()) + int(ids[-1] != old.eos_id)
+    return np.concatenate(out), len(ids), sum(map(len, runs)), documents, len(broken)
+
+
+def _encode_broken(new: Tokenizer, run: bytes) -> np.ndarray:
+    """Text around bytes that are no UTF-8; these become byte pieces."""
+    byte_ids = {int(p.text[3:5], 16): i for i, p in enumerate(new.model.pieces) if p.type == BYTE}
+    ids: list[int] = []
+    for n, part in enumerate(re.split("([\udc80-\udcff]+)", run.decode("utf-8", "surrogateescape"))):
+        if n % 2:
+            ids += [byte_ids[ord(char) - 0xDC00] for char in part]
+        else:
+            ids += new.encode(part, continues=bool(n))
+    return np.array(ids, new.dtype)
+
+
+# ---------------------------------------------------------------- models
+
+
+def remap_model(path: Path, output: Path, old: Tokenizer, new: Tokenizer) -> None:
+    """Write a model whose embedding and head have the rows of the pieces that stayed, the rest unchanged.
+
+    Args:
+        path: a model folder with the old tokenizer in it.
+        output: the new folder.
+
+    Raises:
+        UserError: no model there, or one with another tokenizer.
+    """
+    folder = checkpoint.model_folder(path)
+    theirs = tokenizer.load(folder)
+    if theirs.sha256 != old.sha256:
+        raise UserError(f"{folder}: its tokenizer is {theirs.sha256[:12]}, --input is {old.sha256[:12]}")
+    model = checkpoint.load_model(folder)
+    before = sum(p.numel() for p in model.parameters())
+    ids = {p.text: i for i, p in enumerate(old.model.pieces)}
+    take_rows(model, [ids[p.text] for p in new.model.pieces])
+    about = checkpoint.load_about(folder)
+    checkpoint.save_model(output, model, new, about | {"pruned_from_tokenizer": old.sha256})
+    print(f"{output}: {before:,} -> {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def take_rows(model: Llama, rows: list[int]) -> None:
+    """Leave only these rows, in this order, in the embedding and the head."""
+    embedding, head = model.model.embed_tokens, model.lm_head
+    embedding.weight = nn.Parameter(embedding.weight.detach()[rows])
+    head.weight = embedding.weight if model.config.tie_word_embeddings else nn.Parameter(head.weight.detach()[rows])
+    model.config = dataclasses.replace(model.config, vocab_size=len(rows))
