@@ -1,27 +1,28 @@
 """Text in, tokenizer and token bins out.
 
     python data_process.py                                    # the demo: a public-domain novel and questions on it
-    python data_process.py --input book.txt,notes.jsonl       # your own text, with a vocabulary trained on it
+    python data_process.py --input book.txt notes.jsonl       # your own text, with a vocabulary trained on it
     python data_process.py --input corpus.jsonl --tokenizer chatglm2/tokenizer.model
+    python data_process.py clean window tokenize --input *.jsonl.gz     # stages in order; without tokenize: JSON lines
+    python data_process.py inspect data/train.bin             # what is in a bin or JSONL file; verify checks its hashes
 
-Writes data/tokenizer/, data/train.bin and data/val.bin with their .json; the demo also data/sft_*.jsonl.
-A .jsonl file has a document a line, in the field `text_field`; any other file is UTF-8 text, cut as `split` says.
+Writes data/tokenizer/, data/train.bin and data/val.bin with their .json (the demo also data/sft_*.jsonl), and what
+became of every document: data/accounting.json, data/rejects.jsonl.
 """
 
-import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
-
-from tqdm import tqdm
 
 import tokenizer
 from core import config, data, errors, files
 from core.errors import UserError
 from extras import sanguo
+from extras.corpus import Doc, bins, pipeline, readers
+from extras.corpus.stages import OF_ITEMS, STAGES
 from tokenizer.train import train as train_tokenizer
 
 DEMO = "三国演义"  # the source that the demo's bins name
@@ -29,29 +30,72 @@ DEMO = "三国演义"  # the source that the demo's bins name
 
 @dataclass(frozen=True)
 class ProcessConfig:
-    input: tuple[str, ...] = ()  # files; none: the demo
     out_dir: str = "data"
     tokenizer: str = ""  # a folder or model file to use; "": train one on the text
     vocab_size: int = 4096  # of the trained one
     character_coverage: float = 0.998  # share of the text that gets characters as tokens; the rarest become bytes
-    text_field: str = "text"  # of .jsonl
-    split: str = "file"  # text files: a document is the whole file, a line, or what stands between blank lines
     val_share: float = 0.01  # documents held out for validation, chosen by the hash of their text
-    processes: int = 2  # that tokenize
-    overwrite: bool = False  # replace bins that are already in out_dir (the demo replaces its own without asking)
+    processes: int = 2  # that read, clean and tokenize
+    keep_rejected: bool = False  # rejects.jsonl also says what the rejected documents say
+    overwrite: bool = False  # replace what is already in out_dir (the demo replaces its own without asking)
 
     def __post_init__(self):
-        if self.split not in ("file", "line", "blank"):
-            raise ValueError(f"split = {self.split!r}, must be file, line or blank")
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share = {self.val_share}, must be between 0 and 1")
         if self.processes < 1 or self.vocab_size < 300:
             raise ValueError("processes must be at least 1, vocab_size at least 300: 256 bytes and some characters")
 
 
+RESULTS = {"tokenize": ("train.bin", "val.bin"), "sft": ("chats.jsonl",)}
+
+
 def main() -> None:
-    cfg = config.load(__doc__, {"process": ProcessConfig}, sys.argv[1:]).process
-    demo(cfg) if not cfg.input else own_text(cfg)
+    names, argv = split_words(sys.argv[1:])
+    cfg = config.load(__doc__, sections(), argv)
+    if names[0] in LOOKS:
+        LOOKS[names[0]](cfg)
+    elif cfg.read.input:
+        own_text(cfg, names)
+    else:
+        demo(cfg.process)
+
+
+def sections() -> dict[str, type]:
+    """Option sections: the command's own, the readers', and one a stage."""
+    stages = {name: type(stage.options) for name, stage in STAGES.items() if stage.options}
+    return {"process": ProcessConfig, "read": readers.ReadConfig, **stages}
+
+
+def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Stage names in front of the options -> (names, the rest); none: tokenize. Files behind inspect are its input."""
+    words = list(takewhile(lambda word: not word.startswith("-") and not word.endswith(".toml"), argv))
+    rest = argv[len(words) :]
+    if words and words[0] in LOOKS:
+        return words[:1], ["--input", *words[1:], *rest] if words[1:] else rest
+    known = [*STAGES, "tokenize", *LOOKS]
+    for word in words:
+        if word not in known or word in LOOKS:
+            raise UserError(f"{word!r} is not a stage", f"stages are {', '.join(known)}; files stand behind --input")
+    if len(set(words)) < len(words) or "tokenize" in words[:-1]:
+        raise UserError(f"{' '.join(words)}: each stage once, and tokenize last")
+    return words or ["tokenize"], rest
+
+
+def inspect(cfg) -> None:
+    """Explain bins and JSON lines."""
+    for path in map(Path, cfg.read.input):
+        beside = path.parent / "tokenizer"
+        folder = cfg.process.tokenizer or (beside if beside.is_dir() else None)
+        print("\n".join(bins.inspect(path, tokenizer.load(folder) if folder and path.suffix != ".jsonl" else None)))
+
+
+def verify(cfg) -> None:
+    """Compare bins with their hashes; each is named, and the first damaged one ends it."""
+    for path in map(Path, cfg.read.input):
+        print(bins.verify(path))
+
+
+LOOKS = {"inspect": inspect, "verify": verify}
 
 
 def demo(cfg: ProcessConfig) -> None:
@@ -71,58 +115,76 @@ def demo(cfg: ProcessConfig) -> None:
         write_chats(out / f"sft_{name}.jsonl", chats)
 
 
-def own_text(cfg: ProcessConfig) -> None:
-    """The user's files, read anew for the split, the vocabulary and each bin: one file's text in memory at most."""
-    out = Path(cfg.out_dir)
-    for name in ("train.bin", "val.bin"):
-        if (out / name).exists() and not cfg.overwrite:
+def own_text(cfg, names: list[str]) -> None:
+    """The user's files through the stages, into bins or into JSON lines."""
+    out = Path(cfg.process.out_dir)
+    results = RESULTS.get(names[-1], ("docs.jsonl",))
+    for name in results:
+        if (out / name).exists() and not cfg.process.overwrite:
             raise UserError(f"{out / name} exists", "--overwrite replaces it, --out_dir writes elsewhere")
-    hashes = [share_of(text) for text in documents(cfg)]
-    if not hashes:
-        raise UserError(f"{', '.join(cfg.input)}: no documents", "empty files?")
-    # At least one document is held out, however few there are; a lone one is cut.
-    border = max(cfg.val_share, min(hashes) * (1 + 1e-9))
-    lone = len(hashes) == 1
-    text = make_tokenizer(cfg, documents(cfg))
-    parts = {"train": lambda t: [t[: len(t) * 95 // 100]] if lone else [t] * (share_of(t) > border),
-             "val": lambda t: [t[len(t) * 95 // 100 :]] if lone else [t] * (share_of(t) <= border)}  # fmt: skip
-    if lone:
-        print("one document: its last 5 % are held out for validation")
-    for name, part in parts.items():
-        write_bin(out / f"{name}.bin", (p for t in documents(cfg) for p in part(t) if p), text, cfg.processes,
-                  ", ".join(cfg.input))  # fmt: skip
-
-
-def documents(cfg: ProcessConfig) -> Iterator[str]:
-    """The texts of all input files; blank ones are passed over."""
-    for path in cfg.input:
-        if path.endswith(".jsonl"):
-            for where, item in data.read_jsonl(path):
-                if not isinstance(item.get(cfg.text_field), str):
-                    raise UserError(f"{where}: {cfg.text_field} is missing or not text",
-                                    f"--text_field; keys here: {', '.join(item)}")  # fmt: skip
-                if item[cfg.text_field].strip():
-                    yield item[cfg.text_field]
-            continue
+        if (out / name).resolve() in [Path(path).resolve() for path in cfg.read.input]:
+            raise UserError(f"{out / name} is read and would be written over", "another --out_dir")
+    if names[-1] != "tokenize":
+        lines = write_lines(out / results[0], cfg, names)
+    else:
+        text, split = make_tokenizer(cfg.process, texts_of(cfg, names)), bins.Split(cfg.process.val_share)
         try:
-            with open(path, encoding="utf-8-sig") as f:
-                pieces = f if cfg.split == "line" else f.read().split("\n\n") if cfg.split == "blank" else [f.read()]
-                yield from (piece.strip("\n") for piece in pieces if piece.strip())
-        except OSError as e:
-            raise UserError(f"{path}: {e.strerror}") from None
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 at byte {e.start}", "iconv -f GB18030 -t UTF-8 converts") from None
+            lines = write_bins(cfg, names, text, split)
+        except bins.NothingHeldOut as e:
+            lines = write_bins(cfg, names, text, e.split)
+    print("\n".join(lines))
 
 
-def share_of(text: str) -> float:
-    """A number from 0 to 1 that depends on nothing but the text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / (1 << 56)
+def documents(cfg, names: list[str], books: pipeline.Books, finish=list) -> Iterator:
+    """What `finish` makes of the documents behind the last stage, chunk by chunk."""
+    stages = [STAGES[name]._replace(options=getattr(cfg, name, None)) for name in names if name in STAGES]
+    blocks = readers.blocks(cfg.read, books.accounts["read"])
+    return pipeline.run(blocks, cfg.read, stages, books, finish, cfg.process.processes, items=names[0] in OF_ITEMS)
+
+
+def open_books(cfg, names: list[str]) -> pipeline.Books:
+    return pipeline.Books(Path(cfg.process.out_dir), ["read", *names], cfg.process.keep_rejected)
+
+
+def texts_of(cfg, names: list[str]) -> Iterator[str]:
+    """The texts that the bins will be made of, for a vocabulary."""
+    with open_books(cfg, names) as books:
+        yield from (doc.text for docs in documents(cfg, names, books) for doc in docs)
+        books.check_some(names[-2] if names[1:] else "read", ", ".join(cfg.read.input))
+
+
+def write_bins(cfg, names: list[str], text: tokenizer.Tokenizer, split: bins.Split) -> list[str]:
+    with open_books(cfg, names) as books:
+        results = documents(cfg, names, books, bins.Tokenize(text, split))
+        lines = bins.write(books.folder, text, split, results, books, ", ".join(cfg.read.input))
+    return books.lines() + lines
+
+
+def write_lines(path: Path, cfg, names: list[str]) -> list[str]:
+    """JSON lines: the chats, or {"text", "source"} of each document."""
+    finish = chat_lines if names[-1] == "sft" else text_lines
+    with open_books(cfg, names) as books:
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", encoding="utf-8", newline="\n") as f:
+                for lines in documents(cfg, names, books, finish):
+                    f.writelines(lines)
+
+        files.replace(path, write)
+    return [*books.lines(), f"{path}: {books.accounts[names[-1]].out:,} documents"]
+
+
+def text_lines(docs: Iterable[Doc]) -> list[str]:
+    return [json.dumps({"text": doc.text, "source": doc.where}, ensure_ascii=False) + "\n" for doc in docs]
+
+
+def chat_lines(docs: Iterable[Doc]) -> list[str]:
+    return [doc.text + "\n" for doc in docs]
 
 
 def make_tokenizer(cfg: ProcessConfig, texts: Iterator[str]):
     """The tokenizer in data/tokenizer: a copy of the given one, or one trained on the texts' first million lines."""
     folder = Path(cfg.out_dir) / "tokenizer"
-    folder.mkdir(parents=True, exist_ok=True)
     if cfg.tokenizer:
         tokenizer.load(cfg.tokenizer).save(folder)
     else:
@@ -137,13 +199,11 @@ def make_tokenizer(cfg: ProcessConfig, texts: Iterator[str]):
     return text
 
 
-def write_bin(path: Path, texts, text, processes: int, source: str) -> None:
+def write_bin(path: Path, texts: Iterable[str], text: tokenizer.Tokenizer, processes: int, source: str) -> None:
     """Tokenize documents into one bin, each as bos, its ids, eos."""
     with data.BinWriter(path, text.vocab_size, text.eos_id, text.sha256, source) as out:
-        with tqdm(desc=path.name, unit="doc", disable=not sys.stderr.isatty()) as bar:
-            for ids, sizes, text_bytes in text.encode_chunks(texts, processes, bos=True, eos=True):
-                out.add(ids, text_bytes, documents=len(sizes))
-                bar.update(len(sizes))
+        for ids, sizes, text_bytes in text.encode_chunks(texts, processes, bos=True, eos=True):
+            out.add(ids, text_bytes, documents=len(sizes))
     print(f"{path}: {out.documents:,} documents, {out.tokens:,} tokens, {out.text_bytes / out.tokens:.2f} bytes each")
 
 

@@ -77,6 +77,7 @@ class BinWriter:
                       "eos_id": eos_id, "tokenizer_sha256": tokenizer_sha256, "source": source}  # fmt: skip
         self.dtype = dtype_for(vocab_size)
         self.tokens = self.documents = self.text_bytes = 0
+        self.sources: dict[str, dict[str, int]] = {}
         self._hashes: list[str] = []
         self._block = bytearray()
 
@@ -86,8 +87,15 @@ class BinWriter:
         self._file = open(self._temporary, "wb")
         return self
 
-    def add(self, ids: Sequence[int], text_bytes: int, documents: int = 1) -> None:
-        """Append whole documents: their ids in a row, bos and eos included, and the UTF-8 bytes of their text."""
+    def add(self, ids: Sequence[int], text_bytes: int, documents: int = 1, source: str = "") -> None:
+        """Append whole documents.
+
+        Args:
+            ids: of the documents in a row, bos and eos included.
+            text_bytes: of their text in UTF-8.
+            documents: how many.
+            source: the file they are from, to be counted by.
+        """
         array = np.asarray(ids)
         # numpy wraps around silently when an id does not fit the dtype.
         assert array.size and array.min() >= 0 and array.max() < self.about["vocab_size"], "id outside the vocabulary"
@@ -97,6 +105,10 @@ class BinWriter:
         self.tokens += array.size
         self.documents += documents
         self.text_bytes += text_bytes
+        if source:
+            counts = self.sources.setdefault(source, {"documents": 0, "tokens": 0, "text_bytes": 0})
+            for name, number in (("documents", documents), ("tokens", array.size), ("text_bytes", text_bytes)):
+                counts[name] += number
 
     def _flush(self, size: int) -> None:
         self._file.write(self._block[:size])
@@ -118,7 +130,7 @@ class BinWriter:
                 sidecar.unlink(missing_ok=True)
                 os.replace(self._temporary, self.path)
                 self.about |= {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes,
-                               "block_bytes": BLOCK_BYTES, "blocks_sha256": self._hashes}  # fmt: skip
+                               "sources": self.sources, "block_bytes": BLOCK_BYTES, "blocks_sha256": self._hashes}  # fmt: skip
                 files.write_json(sidecar, self.about)
         finally:
             self._file.close()
@@ -147,8 +159,7 @@ class TokenBin:
         if not stat.S_ISREG(entry.st_mode):
             raise UserError(f"{path}: not a file")
         size = entry.st_size
-        sidecar = self.path.with_suffix(".json")
-        about = _read_sidecar(sidecar) if sidecar.exists() else {}
+        sidecar, about = self.path.with_suffix(".json"), read_sidecar(self.path)
         self.dtype = np.dtype(about["dtype"]).newbyteorder("<") if about else dtype_for(vocab_size)
         if size % self.dtype.itemsize:
             raise UserError(f"{path}: {size} bytes is not a multiple of {self.dtype.itemsize}", "the file is damaged")
@@ -201,14 +212,15 @@ class TokenBin:
 
 
 def source_of(path: Path) -> str:
-    """What a bin's sidecar says its documents are; "" where there is no bin."""
+    """What a bin's sidecar says its documents are; "" where there is no bin, "?" where it has no sidecar."""
+    return str(read_sidecar(path).get("source", "?")) if path.exists() else ""
+
+
+def read_sidecar(path: str | Path) -> dict:
+    """What the .json beside a bin says, checked key by key; {} where there is none."""
+    path = Path(path).with_suffix(".json")
     if not path.exists():
-        return ""
-    sidecar = path.with_suffix(".json")
-    return str(_read_sidecar(sidecar).get("source", "?")) if sidecar.exists() else "?"
-
-
-def _read_sidecar(path: Path) -> dict:
+        return {}
     kinds = {"format": int, "dtype": str, "tokens": int, "vocab_size": int, "eos_id": int, "text_bytes": int,
              "tokenizer_sha256": str, "blocks_sha256": list}  # fmt: skip
     try:
@@ -348,12 +360,8 @@ def batch(rows: BinRows | ChatRows, indices: Sequence[int]) -> Batch:
     )
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("PATH:LINE", object) of each line of a JSONL file; only a newline ends a line, blank ones are passed over.
-
-    Raises:
-        UserError: no such file, a line that is not UTF-8, not JSON, not an object, or names a key twice.
-    """
+def parse_object(text: bytes | str) -> dict:
+    """A JSON object; ValueError where it is none, names a key twice (Python keeps the last), or holds a NaN."""
 
     def no_twins(pairs: list) -> dict:
         found = dict(pairs)
@@ -361,18 +369,35 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
             raise ValueError("a key stands twice")
         return found
 
+    def no_constant(name: str):
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, not an object")
+    return value
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("PATH:LINE", object) of each line of a JSONL file; only a newline ends a line, blank ones are passed over.
+
+    Raises:
+        UserError: no such file, a line that is not UTF-8, not JSON, not an object, or names a key twice.
+    """
+
     try:
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if not (line := line.strip()):
                     continue
                 try:
-                    value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=no_twins)
-                except (ValueError, RecursionError) as e:
-                    raise UserError(f"{path}:{number}: not a JSON line in UTF-8: {e}") from None
-                if not isinstance(value, dict):
-                    raise UserError(f"{path}:{number}: not a JSON object")
-                yield f"{path}:{number}", value
+                    yield f"{path}:{number}", parse_object(line)
+                except ValueError as e:
+                    raise UserError(f"{path}:{number}: not a JSON object in UTF-8: {e}") from None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}", "make it with python data_process.py") from None
 

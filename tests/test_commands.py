@@ -200,14 +200,14 @@ def test_wrong_inputs_are_refused_in_one_line(chain, tmp_path):
     bad = tmp_path / "bad.jsonl"
     fine = (chain / "train.jsonl").read_text()
     for text, says in (("", "no chats"), (fine + '{"messages": [{"role": "user", "content": "x"}]}\n', "bad.jsonl:19: "),
-                       (fine + "{]\n", "bad.jsonl:19: not a JSON line"), (fine + '{"text": "x"}\n', "messages is missing"),
+                       (fine + "{]\n", "bad.jsonl:19: not a JSON object"), (fine + '{"text": "x"}\n', "messages is missing"),
                        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}', "empty")):
         bad.write_text(text)
         assert says in sft("--train", str(bad))
     assert "no such model folder" in sft("--init_from", "out/none")
     assert "exists" in error(chain, "data_process.py", "--input", "text.txt")
-    (tmp_path / "gbk.txt").write_bytes("天地玄黄".encode("gb18030") * 9)
-    assert "not UTF-8" in error(tmp_path, "data_process.py", "--input", "gbk.txt")
+    (tmp_path / "latin.txt").write_bytes("café ".encode("latin-1") * 9)
+    assert "bytes that are no text" in error(tmp_path, "data_process.py", "--input", "latin.txt")
 
 
 def test_too_long_chats_are_counted_and_named(chain, tmp_path):

@@ -113,7 +113,7 @@ def test_the_sidecar_says_what_the_bin_is(tmp_path, monkeypatch):
     about, raw = json.loads((tmp_path / "x.json").read_text()), path.read_bytes()
     blocks = [hashlib.sha256(raw[i : i + 8]).hexdigest() for i in range(0, len(raw), 8)]
     assert about == {"format": 1, "dtype": "uint16", "vocab_size": VOCAB, "eos_id": EOS, "tokenizer_sha256": SHA, "source": "",
-                     "tokens": 18, "documents": 5, "text_bytes": 54, "block_bytes": 8,
+                     "tokens": 18, "documents": 5, "text_bytes": 54, "sources": {}, "block_bytes": 8,
                      "blocks_sha256": blocks}  # fmt: skip
 
 

@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 
 import data_process
+from core import config
 from core.errors import UserError
 from tokenizer import load
 
 
+def run(folder, **options):
+    options = {"out_dir": folder / "data", "processes": 1, "character_coverage": 1.0, **options}
+    flags = [f"--{key}={','.join(value) if isinstance(value, tuple) else value}" for key, value in options.items()]
+    data_process.own_text(config.load("", data_process.sections(), flags), ["tokenize"])
+
+
 def process(folder, **options):
-    data_process.own_text(data_process.ProcessConfig(out_dir=str(folder / "data"), vocab_size=320, processes=1,
-                                                     character_coverage=1.0, **options))  # fmt: skip
+    run(folder, **{"vocab_size": 320, **options})
     text = load(folder / "data/tokenizer")
     docs = {}
     for name in ("train", "val"):
@@ -62,9 +68,8 @@ def test_one_and_two_processes_write_the_same_bins(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     process(tmp_path, input=(str(tmp_path / "a.txt"),), split="line")
     one = (tmp_path / "data/train.bin").read_bytes()
-    data_process.own_text(data_process.ProcessConfig(input=(str(tmp_path / "a.txt"),), out_dir=str(tmp_path / "data"),
-                                                     tokenizer=str(tmp_path / "data/tokenizer"), split="line",
-                                                     processes=2, overwrite=True))  # fmt: skip
+    run(tmp_path, input=(str(tmp_path / "a.txt"),), tokenizer=tmp_path / "data/tokenizer", split="line", processes=2,
+        overwrite=True)  # fmt: skip
     assert (tmp_path / "data/train.bin").read_bytes() == one
 
 
@@ -76,6 +81,7 @@ def test_existing_bins_and_empty_input_are_refused(tmp_path):
     process(tmp_path, input=(str(tmp_path / "a.txt"),))
     with pytest.raises(UserError, match="exists -- --overwrite"):
         process(tmp_path, input=(str(tmp_path / "a.txt"),))
-    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"content": "y"}\n')
-    with pytest.raises(UserError, match=r"bad\.jsonl:2: text is missing .* content"):
+    (tmp_path / "bad.jsonl").write_text('{"content": "x"}\n{"content": "y"}\n')
+    with pytest.raises(UserError, match=r"no field text; there is content \(first: .*bad\.jsonl:1\)"):
         process(tmp_path, input=(str(tmp_path / "bad.jsonl"),), overwrite=True)
+

@@ -15,6 +15,7 @@ Does not know models or tensors, and never imports torch. The parts:
 """
 
 import codecs
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -125,8 +126,8 @@ class Tokenizer:
         Raises:
             TokenizerError: as `encode`; or a worker was killed.
         """
-        chunks = ((chunk, bos, eos) for chunk in _chunks(texts))
-        yield from map_in_order(Tokenizer._encode_chunk, self, chunks, processes, start_method)
+        work = functools.partial(Tokenizer.encode_texts, bos=bos, eos=eos)
+        yield from map_in_order(work, self, _chunks(texts), processes, start_method)
 
     def encode_batch(self, texts: Iterable[str], processes: int = 1, **options) -> Iterator[np.ndarray]:
         """The ids of each text, an array (number of ids,) of `self.dtype`; the rest as in `encode_chunks`."""
@@ -136,8 +137,8 @@ class Tokenizer:
                 yield chunk.ids[at : at + size]
                 at += size
 
-    def _encode_chunk(self, chunk: tuple[list[str], bool, bool]) -> "Encoded":
-        texts, bos, eos = chunk
+    def encode_texts(self, texts: list[str], bos: bool = False, eos: bool = False) -> "Encoded":
+        """Encode a list of texts at once; arguments and errors as `encode`."""
         text_bytes = sum(map(_check_text, texts))
         head, tail = [self.bos_id] * bos, [self.eos_id] * eos
         rows = self._backend.encode_many(texts)

@@ -1,0 +1,118 @@
+"""Raw corpora to clean documents: stages that account for every document.
+
+In:  files of any usual format. Out: a stream of `Doc`.
+Each stage is a function `stage(docs, account, options) -> docs` from a stream to a stream, in a file of its own:
+
+    readers.py      files -> documents
+    wiki.py         MediaWiki pages -> text
+    clean.py        rules on characters and lines, thresholds
+    dedup.py        exact and near duplicates
+    windows.py      long texts into overlapping windows, short ones joined
+    perplexity.py   what a trained model finds too surprising or too dull
+    chats.py        question-answer files of many formats -> one chat format
+    pipeline.py     stages one after another, in several processes
+    stages.py       their names on the command line
+    bins.py         documents -> token bins; a look into files
+
+A stage that is called with a document either yields it (once, several times, changed or not) or rejects it by name.
+`Account` counts both, and a run whose totals do not add up is a bug, said and ended with code 1.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+
+class Doc(NamedTuple):
+    """One document.
+
+    text: what it says; of a chat file the JSON line.
+    where: "FILE:LINE" where it begins in the input.
+    """
+
+    text: str
+    where: str
+
+
+class Reject(NamedTuple):
+    """A document that a stage left out."""
+
+    stage: str
+    where: str
+    reason: str  # a few words, the same for the same cause: they are counted
+    text: str = ""  # the document, where rejected texts are to be kept
+
+
+class Account:
+    """What one stage did with its documents: everything that came in is kept or rejected.
+
+    Attributes:
+        stage: its name.
+        seen: documents in.
+        kept: documents of which something came out.
+        out: documents out (more than kept where one is cut into several, fewer where several are joined).
+        rejected: reason -> documents.
+        changed: rule -> documents that it changed.
+        rejects: not yet written down, see `take_rejects`.
+    """
+
+    def __init__(self, stage: str, keep_texts: bool = False):
+        self.stage, self.keep_texts = stage, keep_texts
+        self.seen = self.kept = self.out = 0
+        self.rejected: Counter[str] = Counter()
+        self.changed: Counter[str] = Counter()
+        self.rejects: list[Reject] = []
+
+    def reject(self, doc: Doc, reason: str) -> None:
+        """Leave a document out and say why; call it instead of yielding anything for it."""
+        self.rejected[reason] += 1
+        self.rejects.append(Reject(self.stage, doc.where, reason, doc.text if self.keep_texts else ""))
+
+    def note(self, doc: Doc, what: str, text: str) -> None:
+        """Write down what was taken out of a document that stays, where texts are kept; it is no reject."""
+        if self.keep_texts:
+            self.rejects.append(Reject(self.stage, doc.where, what, text))
+
+    def take_rejects(self) -> list[Reject]:
+        """The rejects since the last call, to be written down."""
+        taken, self.rejects = self.rejects, []
+        return taken
+
+    def add(self, other: "Account") -> None:
+        """Take over the numbers of the same stage from another process or block."""
+        self.seen += other.seen
+        self.kept += other.kept
+        self.out += other.out
+        self.rejected.update(other.rejected)
+        self.changed.update(other.changed)
+        self.rejects += other.rejects
+
+    @property
+    def missing(self) -> int:
+        """Documents that are neither kept nor rejected: not 0 is a bug."""
+        return self.seen - self.kept - sum(self.rejected.values())
+
+    def as_dict(self) -> dict:
+        """Plain data for a report."""
+        # In an order that does not depend on which process was first.
+        rejected, changed = (dict(sorted(c.items(), key=lambda p: (-p[1], p[0]))) for c in (self.rejected, self.changed))
+        return {"stage": self.stage, "in": self.seen, "kept": self.kept, "out": self.out, "rejected": rejected,
+                "changed": changed}  # fmt: skip
+
+
+def each(docs: Iterable[Doc], account: Account, work) -> Iterator[Doc]:
+    """A stage out of a function on one document.
+
+    Args:
+        docs: the stream.
+        account: of the stage.
+        work: Doc -> iterable of Doc; to leave a document out it calls `account.reject` and gives nothing.
+    """
+    for doc in docs:
+        account.seen += 1
+        some = False
+        for result in work(doc):
+            some = True
+            account.out += 1
+            yield result
+        account.kept += some

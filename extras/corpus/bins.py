@@ -1,0 +1,214 @@
+"""Documents to token bins, and a look into bins and JSON lines.
+
+In:  what the stages give. Out: train.bin and val.bin; lines that explain a file; a check of its hashes.
+Does not know where documents come from.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from core import data
+from core.errors import UserError
+from extras.corpus import Doc
+from extras.corpus.pipeline import Books
+from tokenizer import Encoded, Tokenizer
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents are held out for validation.
+
+    Args:
+        border: those whose hash is at most this: the choice depends on nothing but a document's text.
+        cut: instead the end of every document, where there are too few of them to hold one out.
+    """
+
+    border: float
+    cut: bool = False
+
+
+class NothingHeldOut(Exception):
+    """One of the two bins would have been empty; `split` is the next thing to try."""
+
+    def __init__(self, split: Split):
+        super().__init__()
+        self.split = split
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """The documents of a chunk as ids: what a worker process does last."""
+
+    tokenizer: Tokenizer
+    split: Split
+
+    def __call__(self, docs: Iterable[Doc]) -> tuple[list[tuple[bool, str, Encoded]], float, int]:
+        """[(held out?, file, ids of documents in a row)], the least hash, and the number of documents."""
+        parts, least, number = [], 1.0, 0
+        for doc in docs:
+            number += 1
+            share, file = share_of(doc.text), doc.where.rpartition(":")[0]
+            least = min(least, share)
+            if self.split.cut:
+                at = len(doc.text) * 95 // 100
+                parts += [(False, file, doc.text[:at]), (True, file, doc.text[at:])]
+            else:
+                parts.append((share <= self.split.border, file, doc.text))
+        parts = sorted((p for p in parts if p[2]), key=lambda part: part[0])  # order stays within each
+        rows = [(*key, self.tokenizer.encode_texts([text for *_, text in group], bos=True, eos=True))
+                for key, group in groupby(parts, key=lambda part: part[:2])]  # fmt: skip
+        return rows, least, number
+
+
+def share_of(text: str) -> float:
+    """A number from 0 to 1 that depends on nothing but the text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / (1 << 56)
+
+
+def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, books: Books, source: str) -> list[str]:
+    """Write train.bin and val.bin, both or none.
+
+    Args:
+        folder: of both.
+        tokenizer: that made the results.
+        split: of `Tokenize`.
+        results: of `Tokenize`, in order.
+        books: with an account "tokenize".
+        source: what the documents are, for people.
+
+    Returns:
+        lines on the two bins.
+
+    Raises:
+        NothingHeldOut: one of them would be empty; nothing was written.
+        UserError: no documents.
+    """
+    least, account = 1.0, books.accounts["tokenize"]
+    with ExitStack() as stack:
+        bins = [stack.enter_context(data.BinWriter(folder / name, tokenizer.vocab_size, tokenizer.eos_id,
+                                                   tokenizer.sha256, source))
+                for name in ("train.bin", "val.bin")]  # fmt: skip
+        with tqdm(desc=str(folder), unit="doc", unit_scale=True, disable=None) as bar:
+            for rows, smallest, number in results:
+                for held_out, file, encoded in rows:
+                    bins[held_out].add(encoded.ids, encoded.text_bytes, len(encoded.sizes), file)
+                least = min(least, smallest)
+                for name in ("seen", "kept", "out"):
+                    setattr(account, name, getattr(account, name) + number)
+                bar.update(number)
+        books.check_some("tokenize", source)
+        if not (bins[0].tokens and bins[1].tokens):
+            if split.cut:
+                raise UserError(f"{source}: too little text to hold any of it out")
+            # At least one document is held out, however few there are; a lone one is cut.
+            alone = account.kept == 1 or not bins[0].tokens
+            raise NothingHeldOut(Split(least * (1 + 1e-9), alone))
+    lines = ["too few documents to hold one out: the last 5 % of each are"] if split.cut else []
+    return lines + [f"{b.path}: {b.documents:,} documents, {b.tokens:,} tokens, "
+                    f"{b.text_bytes / b.tokens:.2f} bytes each" for b in bins]  # fmt: skip
+
+
+# ---------------------------------------------------------------- looking into files
+
+
+def inspect(path: Path, tokenizer: Tokenizer | None, show: int = 60) -> list[str]:
+    """Lines that explain a bin or a JSONL file: counts, first and last tokens as text, lengths, share per source.
+
+    Args:
+        path: a .bin (with the .json beside it, or not) or a .jsonl.
+        tokenizer: that made the bin; None: ids are shown instead of text.
+        show: tokens from either end.
+
+    Raises:
+        UserError: no such file, or a damaged one.
+    """
+    return _inspect_jsonl(path) if path.suffix == ".jsonl" else _inspect_bin(path, tokenizer, show)
+
+
+def _inspect_bin(path: Path, tokenizer: Tokenizer | None, show: int) -> list[str]:
+    about = data.read_sidecar(path)
+    size = about.get("vocab_size") or (tokenizer.vocab_size if tokenizer else 1 << 16)
+    bin = data.TokenBin(path, size, tokenizer.sha256 if tokenizer else "")
+    eos_id = about.get("eos_id", tokenizer.eos_id if tokenizer else 2)
+    ends, counts, highest = [], 0, 0
+    for start in range(0, bin.tokens, data.BLOCK_BYTES):
+        ids = bin.read(start, min(data.BLOCK_BYTES, bin.tokens - start))
+        ends.append(np.flatnonzero(ids == eos_id) + start)
+        highest = max(highest, int(ids.max(initial=0)))
+        counts = counts + np.bincount(ids, minlength=size)
+    ends = np.concatenate([np.zeros(0, np.int64), *ends])
+    lengths = np.diff(ends, prepend=-1)
+    text = tokenizer.decode if tokenizer else lambda ids: " ".join(map(str, ids))
+    lines = [f"{path}: {bin.tokens:,} tokens, {bin.dtype.name}, {len(ends):,} documents",
+             *(f"  {key} {about[key]}" for key in ("source", "vocab_size", "tokenizer_sha256", "text_bytes")
+               if key in about),
+             f"  {np.count_nonzero(counts):,} of {size:,} ids occur, the highest is {highest:,}",
+             f"  first: {text(bin.read(0, min(show, bin.tokens)).tolist())!r}",
+             f"  last:  {text(bin.read(max(0, bin.tokens - show), min(show, bin.tokens)).tolist())!r}",
+             *_histogram(lengths, "tokens")]  # fmt: skip
+    return lines + _shares(about.get("sources", {}), "tokens")
+
+
+def _inspect_jsonl(path: Path) -> list[str]:
+    keys, lengths, sources = Counter(), [], {}
+    first = last = None
+    for _, item in data.read_jsonl(path):
+        first, last = first or item, item
+        keys.update(item.keys())
+        size = len(json.dumps(item, ensure_ascii=False)) if "text" not in item else len(str(item["text"]))
+        lengths.append(size)
+        file = str(item.get("source", "")).rpartition(":")[0]
+        found = sources.setdefault(file, {"documents": 0, "characters": 0})
+        found["documents"] += 1
+        found["characters"] += size
+    if first is None:
+        return [f"{path}: no documents"]
+    return [f"{path}: {len(lengths):,} documents",
+            "  fields: " + ", ".join(f"{k} ({n:,})" for k, n in keys.most_common()),
+            f"  first: {json.dumps(first, ensure_ascii=False)[:300]}",
+            f"  last:  {json.dumps(last, ensure_ascii=False)[:300]}",
+            *_histogram(np.array(lengths), "characters"), *_shares(sources, "characters")]  # fmt: skip
+
+
+def _histogram(lengths: np.ndarray, unit: str) -> list[str]:
+    """How many documents have how many tokens, in classes that double."""
+    if not len(lengths):
+        return []
+    classes, counts = np.unique(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
+    return [f"  up to {1 << c:>9,} {unit}: {n:>9,} {'#' * max(1, round(40 * n / counts.max()))}"
+            for c, n in zip(classes.tolist(), counts.tolist())]  # fmt: skip
+
+
+def _shares(sources: dict, unit: str) -> list[str]:
+    total = sum(s[unit] for s in sources.values())
+    return [f"  {s[unit] / max(1, total):>6.1%} {name or '?'}: {s['documents']:,} documents, {s[unit]:,} {unit}"
+            for name, s in sorted(sources.items(), key=lambda pair: -pair[1][unit])]  # fmt: skip
+
+
+def verify(path: Path) -> str:
+    """Compare a bin with the block hashes beside it; a line that says it is whole.
+
+    Raises:
+        UserError: no sidecar, another size, or damaged blocks, each named with its bytes.
+    """
+    about = data.read_sidecar(path)
+    if not about:
+        raise UserError(f"{path}: no {path.with_suffix('.json').name} beside it to compare it with")
+    bin = data.TokenBin(path, about["vocab_size"])  # compares the size
+    block_bytes, wanted, bad = about.get("block_bytes", data.BLOCK_BYTES), about["blocks_sha256"], []
+    with open(path, "rb") as f:
+        found = [hashlib.sha256(block).hexdigest() for block in iter(lambda: f.read(block_bytes), b"")]
+    bad = [k for k in range(max(len(found), len(wanted))) if found[k : k + 1] != wanted[k : k + 1]]
+    if bad:
+        places = ", ".join(f"block {k} (bytes {k * block_bytes:,} to {(k + 1) * block_bytes - 1:,})" for k in bad[:10])
+        raise UserError(f"{path}: damaged in {len(bad)} of {len(wanted)} blocks: {places}", "make it again, or copy it")
+    return f"{path}: whole, {bin.tokens:,} tokens in {len(wanted)} blocks"

@@ -1,0 +1,13 @@
+"""The stages by the names that the command line has for them."""
+
+from extras.corpus import chats, clean, perplexity, windows
+from extras.corpus.pipeline import Stage
+
+STAGES = {
+    "clean": Stage("clean", clean.clean, clean.CleanConfig()),
+    "filter": Stage("filter", perplexity.filter, perplexity.FilterConfig(), in_order=True),
+    "window": Stage("window", windows.window, windows.WindowConfig()),
+    "concat": Stage("concat", windows.concat, windows.ConcatConfig(), in_order=True),
+    "sft": Stage("sft", chats.chats, chats.ChatsConfig()),
+}
+OF_ITEMS = ("sft", "wiki")  # these know their fields: they get an item's JSON, not the text in it
