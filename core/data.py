@@ -130,7 +130,8 @@ class BinWriter:
                 sidecar.unlink(missing_ok=True)
                 os.replace(self._temporary, self.path)
                 self.about |= {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes,
-                               "sources": self.sources, "block_bytes": BLOCK_BYTES, "blocks_sha256": self._hashes}  # fmt: skip
+                               "sources": self.sources, "block_bytes": BLOCK_BYTES,
+                               "blocks_sha256": self._hashes}  # fmt: skip
                 files.write_json(sidecar, self.about)
         finally:
             self._file.close()

@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +210,7 @@ def test_a_file_cut_anywhere_is_named_and_with_keep_going_its_beginning_is_kept(
     path, rng = tmp_path / f"a.jsonl.{({gzip.compress: 'gz', bz2.compress: 'bz2', lzma.compress: 'xz'})[pack]}", random.Random(0)
     for _ in range(40):
         path.write_bytes(whole[: rng.randrange(1, len(whole))])
-        with pytest.raises(UserError, match="damaged or cut short|a.jsonl"):
+        with pytest.raises(UserError, match=r"a[.]jsonl.*(damaged or cut short|not a)"):
             read(path)
         texts, _, account = read(path, keep_going=True)
         assert texts == TEXTS[: len(texts)]
@@ -278,7 +279,7 @@ def test_concat_joins_neighbours_and_loses_nothing(lengths, limit):
     joined = list(windows.concat(docs, account, windows.ConcatConfig(limit)))
     assert "\n".join(d.text for d in joined) == "\n".join(d.text for d in docs)
     assert all(len(d.text) <= limit or "\n" not in d.text for d in joined)
-    assert all(len(a.text) + 1 + len(b.text.split("\n")[0]) > limit for a, b in zip(joined, joined[1:]))
+    assert all(len(a.text) + 1 + len(b.text.split("\n")[0]) > limit for a, b in pairwise(joined))
     assert (account.seen, account.kept, account.out) == (len(docs), len(docs), len(joined))
 
 
@@ -360,7 +361,7 @@ def test_totals_add_up_in_every_stage_and_rejects_name_their_lines(tmp_path, cor
     accounts = run(out, "clean", "window", "concat", "tokenize", input=tuple(corpus), split="line", window_chars=20,
                    window_step=15, vocab_size=320, processes=1)  # fmt: skip
     assert [a["stage"] for a in accounts] == ["read", "clean", "window", "concat", "tokenize"]
-    for before, after in zip(accounts, accounts[1:]):
+    for before, after in pairwise(accounts):
         assert before["out"] == after["in"]
     assert all(a["in"] == a["kept"] + sum(a["rejected"].values()) for a in accounts)
     assert accounts[0]["in"] == 60 + 1 + 5 + 300 + 3 and sum(accounts[0]["rejected"].values()) == 2
@@ -437,7 +438,7 @@ def test_stages_that_make_no_chain_are_refused(words, message):
 def test_output_is_never_written_over_its_input(tmp_path):
     (tmp_path / "docs.jsonl").write_text(jsonl(TEXTS), encoding="utf-8")
     for options in ({}, {"overwrite": True}):
-        with pytest.raises(UserError, match="exists|written over"):
+        with pytest.raises(UserError, match=r"exists|written over"):
             run(tmp_path, "clean", input=tmp_path / "docs.jsonl", **options)
     assert (tmp_path / "docs.jsonl").read_text(encoding="utf-8") == jsonl(TEXTS)
 

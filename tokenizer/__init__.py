@@ -142,11 +142,10 @@ class Tokenizer:
         text_bytes = sum(map(_check_text, texts))
         head, tail = [self.bos_id] * bos, [self.eos_id] * eos
         rows = self._backend.encode_many(texts)
-        if bos or eos:
-            rows = [head + row + tail for row in rows]
-        sizes = [len(row) for row in rows]
+        sizes = [bos + len(row) + eos for row in rows]
+        flat = itertools.chain.from_iterable(part for row in rows for part in (head, row, tail))
         # np.fromiter refuses an id that does not fit the dtype, where .astype would wrap it silently.
-        return Encoded(np.fromiter(itertools.chain.from_iterable(rows), self.dtype, sum(sizes)), sizes, text_bytes)
+        return Encoded(np.fromiter(flat, self.dtype, sum(sizes)), sizes, text_bytes)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Decode ids to text. Ids that are not valid UTF-8 together give U+FFFD.

@@ -4,6 +4,7 @@ In:  a function, an object that all its calls share, an iterable of chunks. Out:
 Does not know what the chunks are.
 """
 
+import gc
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -59,6 +60,7 @@ def map_in_order(
 def _start(shared) -> None:
     global _shared
     _shared = shared
+    gc.freeze()  # what is there stays: the collector need not look through a vocabulary again and again
 
 
 def _call(work: Callable, chunk):

@@ -95,7 +95,8 @@ class Account:
     def as_dict(self) -> dict:
         """Plain data for a report."""
         # In an order that does not depend on which process was first.
-        rejected, changed = (dict(sorted(c.items(), key=lambda p: (-p[1], p[0]))) for c in (self.rejected, self.changed))
+        counts = (self.rejected, self.changed)
+        rejected, changed = (dict(sorted(c.items(), key=lambda pair: (-pair[1], pair[0]))) for c in counts)
         return {"stage": self.stage, "in": self.seen, "kept": self.kept, "out": self.out, "rejected": rejected,
                 "changed": changed}  # fmt: skip
 

@@ -65,7 +65,7 @@ def clean(docs: Iterable[Doc], account: Account, cfg: CleanConfig) -> Iterator[D
         if reason := too_poor(text, cfg, count_words):
             account.reject(doc, reason)
         else:
-            yield doc._replace(text=text)
+            yield Doc(text, doc.where)
 
     return each(docs, account, one)
 

@@ -533,22 +533,21 @@ def parse(block: Block, cfg: ReadConfig, account: Account, items: bool = False) 
     """
     for line, record in _records(block):
         account.seen += 1
-        doc = Doc("", f"{block.path}:{line}")
+        where = f"{block.path}:{line}"
         try:
             text = _text_of(record, block.kind, cfg, items)
         except _Bad as e:
-            account.reject(doc._replace(text=record.decode("utf-8", "replace") if isinstance(record, bytes) else ""),
-                           str(e))  # fmt: skip
+            account.reject(Doc(record.decode("utf-8", "replace") if isinstance(record, bytes) else "", where), str(e))
             continue
         if CONTROL.search(text):
             account.changed["control characters removed"] += 1
             text = CONTROL.sub("", text)
-        if not text.strip():
-            account.reject(doc, "empty")
+        if not text or text.isspace():
+            account.reject(Doc("", where), "empty")
             continue
         account.kept += 1
         account.out += 1
-        yield doc._replace(text=text)
+        yield Doc(text, where)
 
 
 class _Bad(Exception):
@@ -572,11 +571,10 @@ def _text_of(record: bytes | dict, kind: str, cfg: ReadConfig, items: bool) -> s
             text = record.decode("utf-8", "strict" if cfg.errors == "reject" else "replace")
         except UnicodeDecodeError:
             raise _Bad("bytes that are no text in this encoding") from None
-        text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
         if kind in ("lines", "texts"):
-            return text.strip("\n")
+            return _line_ends(text.removeprefix("\ufeff")).strip("\n")
         try:
-            record = data.parse_object(text)
+            record = data.parse_object(text.removeprefix("\ufeff"))
         except ValueError as e:
             raise _Bad(f"not a JSON object: {re.sub('[0-9]+', 'N', str(e))[:80]}") from None
     text = _json_bytes(record).decode("utf-8", "surrogatepass") if items else _fields(record, cfg)
@@ -586,7 +584,11 @@ def _text_of(record: bytes | dict, kind: str, cfg: ReadConfig, items: bool) -> s
         if cfg.errors == "replace":
             return text.encode("utf-8", "replace").decode()
         raise _Bad("a lone surrogate, or bytes that are no text in this encoding") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return _line_ends(text)
+
+
+def _line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _fields(item: dict, cfg: ReadConfig) -> str:

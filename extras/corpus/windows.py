@@ -22,7 +22,7 @@ class WindowConfig:
 
 def window(docs: Iterable[Doc], account: Account, cfg: WindowConfig) -> Iterator[Doc]:
     """The stage; short documents pass as they are."""
-    return each(docs, account, lambda doc: (doc._replace(text=text) for text in
+    return each(docs, account, lambda doc: (Doc(text, doc.where) for text in
                                             windows(doc.text, cfg.window_chars, cfg.window_step)))  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def concat(docs: Iterable[Doc], account: Account, cfg: ConcatConfig) -> Iterator
     for doc in docs:
         account.seen, account.kept = account.seen + 1, account.kept + 1
         if joined and len(joined.text) + len(cfg.concat_by) + len(doc.text) <= cfg.concat_chars:
-            joined = joined._replace(text=joined.text + cfg.concat_by + doc.text)
+            joined = Doc(joined.text + cfg.concat_by + doc.text, joined.where)
             continue
         if joined:
             account.out += 1
