@@ -22,7 +22,7 @@ from model import Llama, ModelConfig, describe
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = "data/train.bin"
+    train: tuple[str, ...] = ("data/train.bin",)  # several are mixed: wiki.bin:0.7,medical.bin:0.3
     val: str = "data/val.bin"  # "": no validation
     tokenizer: str = "data/tokenizer"
     seq_len: int = 0  # positions per row; 0: the model's max_position_embeddings
@@ -43,13 +43,19 @@ def main() -> None:
     text = tokenizer.load(base or cfg.data.tokenizer)
     model = (checkpoint.load_model(base) if base else new_model(cfg, text)).to(ranks.device)
     seq_len = cfg.data.seq_len or model.config.max_position_embeddings
-    paths = [path for path in (cfg.data.train, cfg.data.val) if path]
-    bins = [data.TokenBin(path, model.config.vocab_size, text.sha256) for path in paths]
-    rows, *val_rows = (data.BinRows(b, seq_len, cfg.data.docs, text.eos_id, tail=b is not bins[0]) for b in bins)
+    train, shares = data.parse_mix(cfg.data.train)
+
+    def open_rows(path: str, tail: bool) -> data.BinRows:
+        bin = data.TokenBin(path, model.config.vocab_size, text.sha256)
+        return data.BinRows(bin, seq_len, cfg.data.docs, text.eos_id, tail)
+
+    parts = [open_rows(path, tail=False) for path in train]
+    rows = data.MixedRows(parts, shares) if len(parts) > 1 else parts[0]
+    val_rows = open_rows(cfg.data.val, tail=True) if cfg.data.val else None
     identity = {"model": dataclasses.asdict(model.config), "tokenizer": text.sha256, "docs": cfg.data.docs,
                 "base": checkpoint.weights_digest(base) if base else ""}  # fmt: skip
     intro = [config.show(cfg), describe(model.config), rows.describe()]
-    engine.train(model, next_token_loss, rows, val_rows[0] if val_rows else None, cfg.train, cfg.optim, ranks, text,
+    engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text,
                  identity, {"command": "pretrain", "options": config.as_dict(cfg), "intro": intro},
                  samples=(lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None)  # fmt: skip
     ranks.close()

@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import data, files
-from core.data import BinRows, BinWriter, ChatRows, TokenBin, permute, read_jsonl, row_number, step_rows
+from core.data import (
+    BinRows,
+    BinWriter,
+    ChatRows,
+    MixedRows,
+    TokenBin,
+    parse_mix,
+    permute,
+    read_jsonl,
+    row_number,
+    step_rows,
+)
 from core.errors import UserError
 from model import IGNORE
 
@@ -497,3 +508,55 @@ def test_a_bad_line_is_refused_with_its_file_and_number(tmp_path, line):
 def test_a_missing_file_and_a_folder_of_chats_are_refused(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
         assert refusal(lambda p=path: list(read_jsonl(p))).startswith(f"{path}: ")
+
+
+# Mixtures -------------------------------------------------------------------------------------------------------------
+
+
+def mixture(tmp_path, sizes, shares):
+    parts = []
+    for n, size in enumerate(sizes):
+        path = write_bin(tmp_path / f"{n}.bin", [[10 * (n + 1) + k % 10 for k in range(size * 4 + 1)]])
+        parts.append(BinRows(open_bin(path), 4, docs=False, eos_id=EOS))
+    return parts, MixedRows(parts, shares)
+
+
+@pytest.mark.parametrize("sizes, shares, counts", [
+    ([6, 3], None, [6, 3]), ([6, 3], [1, 1], [6, 6]), ([6, 3], [1, 3], [6, 18]), ([2, 9], [0.7, 0.3], [21, 9]),
+    ([5, 5, 5], [2, 1, 1], [10, 5, 5]),
+])  # fmt: skip
+def test_a_mixture_shows_every_row_and_each_bin_in_its_share(tmp_path, sizes, shares, counts):
+    parts, mixed = mixture(tmp_path, sizes, shares)
+    assert len(mixed) == sum(counts)
+    seen = [[] for _ in sizes]
+    for i in range(len(mixed)):
+        ids, targets, _ = mixed.row(i)
+        part = int(ids[0]) // 10 - 1
+        (at,) = [k for k in range(sizes[part]) if (parts[part].row(k)[0] == ids).all() and f"tokens {k * 4} to" in mixed.where(i)]
+        assert (parts[part].row(at)[1] == targets).all()
+        seen[part].append(at)
+    assert [len(rows) for rows in seen] == counts
+    assert all(set(rows) == set(range(size)) for rows, size in zip(seen, sizes))
+    assert all(max(map(rows.count, rows)) - min(map(rows.count, rows)) <= 1 for rows in seen)
+
+
+def test_a_mixture_with_other_shares_is_another_run(tmp_path):
+    digests = {mixture(tmp_path, [6, 3], shares)[1].digest for shares in (None, [1, 1], [1, 2])}
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize("entries, wanted", [
+    (["a.bin"], (["a.bin"], None)), (["a.bin:0.7", "b.bin:.3"], (["a.bin", "b.bin"], [0.7, 0.3])),
+    (["C:\\x.bin:2", "C:\\y.bin:1"], (["C:\\x.bin", "C:\\y.bin"], [2, 1])), (["C:\\x.bin"], (["C:\\x.bin"], None)),
+])  # fmt: skip
+def test_shares_stand_behind_the_path(entries, wanted):
+    assert parse_mix(entries) == wanted
+
+
+@pytest.mark.parametrize("entries, message", [
+    (["a.bin:1", "b.bin"], "all or none"), (["a.bin:0", "b.bin:1"], "none is 0"), (["a.bin", "./a.bin"], "named twice"),
+    ([], "empty"),
+])  # fmt: skip
+def test_mixtures_that_make_no_sense_are_refused(entries, message):
+    with pytest.raises(UserError, match=message):
+        parse_mix(entries)
