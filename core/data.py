@@ -110,6 +110,13 @@ class BinWriter:
             for name, number in (("documents", documents), ("tokens", array.size), ("text_bytes", text_bytes)):
                 counts[name] += number
 
+    def flush(self) -> None:
+        """Force all that was added to disk, after the last `add`: of several bins all can fail before one appears."""
+        if self._block:
+            self._flush(len(self._block))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def _flush(self, size: int) -> None:
         self._file.write(self._block[:size])
         self._hashes.append(hashlib.sha256(self._block[:size]).hexdigest())
@@ -120,10 +127,7 @@ class BinWriter:
             if error is None:
                 if not self.tokens:
                     raise UserError(f"{self.path}: no documents to write", "is the corpus empty?")
-                if self._block:
-                    self._flush(len(self._block))
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self.flush()
                 self._file.close()
                 sidecar = self.path.with_suffix(".json")
                 # In this order a kill leaves either pair whole, or a bin without sidecar, never a wrong pair.

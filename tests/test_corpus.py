@@ -5,24 +5,30 @@ import gzip
 import io
 import json
 import lzma
+import math
 import os
 import random
-import resource
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_process
-from core import config
+from core import checkpoint, config
 from core.errors import UserError
-from extras.corpus import Account, Doc, bins, clean, pipeline, readers, windows
+from extras.corpus import Account, Doc, bins, clean, pipeline, readers, stages, windows
+from model import ModelConfig
+from tokenizer import TokenizerError
+from tokenizer.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [f"第{n}篇：天地玄黄，宇宙洪荒。{n * n}\n第二行，{'长' * (n % 7)}" for n in range(60)]
@@ -391,7 +397,7 @@ def test_a_stage_that_loses_a_document_is_found_out(tmp_path, corpus, monkeypatc
                 account.kept += 1
                 yield doc
 
-    monkeypatch.setitem(data_process.STAGES, "window", pipeline.Stage("window", loses, windows.WindowConfig()))
+    monkeypatch.setitem(stages.STAGES, "window", pipeline.Stage("window", loses, windows.WindowConfig()))
     with pytest.raises(AssertionError, match="window: 2 documents are neither kept nor rejected"):
         run(tmp_path / "out", "window", input=tuple(corpus), split="line", processes=1)
 
@@ -441,6 +447,114 @@ def test_output_is_never_written_over_its_input(tmp_path):
         with pytest.raises(UserError, match=r"exists|written over"):
             run(tmp_path, "clean", input=tmp_path / "docs.jsonl", **options)
     assert (tmp_path / "docs.jsonl").read_text(encoding="utf-8") == jsonl(TEXTS)
+
+
+# Forks from a process of its own, which has no threads: a lock that one of pytest's holds would stay locked in the child.
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import data_process
+from core import config
+from extras.corpus import readers
+
+readers.BLOCK_BYTES = 1000
+whole, out, files = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+
+def run(folder, processes):
+    cfg = config.load("", data_process.sections(), ["--out_dir", str(folder), "--input", files, "--split", "line",
+                      "--vocab_size", "320", "--overwrite", "--processes", str(processes)])
+    data_process.own_text(cfg, ["clean", "tokenize"])
+
+run(whole, 1)
+began = time.monotonic()
+run(whole, 2)
+usual, rng, killed, published = time.monotonic() - began, random.Random(0), 0, 0
+wanted = {n: (whole / n).read_bytes() for n in ("train.bin", "val.bin")}
+for n in range(400):
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)  # its workers are killed with it
+        run(out, 1 + n % 2)
+        os._exit(0)
+    time.sleep(0.01 + rng.uniform(0, usual))
+    os.killpg(pid, signal.SIGKILL)
+    killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    for name in wanted:
+        if (out / name).with_suffix(".json").exists():
+            published += 1
+            assert (out / name).read_bytes() == wanted[name], name
+    if killed == 50:
+        break
+run(out, 4)
+print("killed", killed, "published", published, file=sys.stderr)
+"""
+
+
+@pytest.mark.heavy
+def test_fifty_kills_at_random_moments_leave_whole_bins_or_none_and_the_rerun_writes_the_same(tmp_path, corpus):
+    args = [tmp_path / "whole", tmp_path / "out", ",".join(map(str, corpus))]
+    done = subprocess.run([sys.executable, "-c", KILLS, *map(str, args)], capture_output=True, text=True, cwd=ROOT,
+                          timeout=200)  # fmt: skip
+    assert done.returncode == 0 and "killed 50 published" in done.stderr, done.stderr[-2000:]
+    assert "published 0" not in done.stderr
+    for name in ("train.bin", "val.bin", "train.json", "val.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list((tmp_path / "out").glob(".tmp-*"))
+
+
+def test_a_full_disk_ends_with_code_4_and_publishes_nothing(tmp_path, corpus):
+    script = """
+import resource, signal, sys
+import data_process
+from core import errors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+errors.run(data_process.main)
+"""
+    text = "".join(f"第{n}行，{n * n}，文字足够长了，可以留下来。\n" for n in range(3000))
+    (tmp_path / "big.txt").write_text(text, encoding="utf-8")
+    run(tmp_path / "first", input=tmp_path / "big.txt", split="line", vocab_size=320)
+    args = ["--input", tmp_path / "big.txt", "--split", "line", "--tokenizer", tmp_path / "first/tokenizer", "--out_dir",
+            tmp_path / "out"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 4 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_a_killed_worker_ends_the_command_with_one_line(tmp_path, corpus, monkeypatch):
+    def dies(docs, account, options):
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield from docs
+
+    monkeypatch.setitem(stages.STAGES, "window", pipeline.Stage("window", dies, windows.WindowConfig()))
+    began = time.monotonic()
+    with pytest.raises(TokenizerError, match="a worker process was killed"):
+        run(tmp_path / "out", "window", input=tuple(corpus), split="line", processes=2)
+    assert time.monotonic() - began < 5 and not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.heavy
+def test_the_filter_drops_what_a_trained_model_finds_too_surprising(tmp_path, make_model):
+    """Oracle: bits per byte from the plain logits."""
+    text = data_process.tokenizer.load(train(["天地玄黄，宇宙洪荒。"] * 50, tmp_path / "t/tokenizer.model", 280))
+    model = make_model(ModelConfig(vocab_size=280, hidden_size=32, intermediate_size=52, num_hidden_layers=2,
+                                   num_attention_heads=4, max_position_embeddings=16))  # fmt: skip
+    checkpoint.save_model(tmp_path / "model", model, text, {})
+    docs = ["天地玄黄，宇宙洪荒。" * n for n in (1, 2, 9)] + ["kwx@#%&zq", "天"]
+    bits = []
+    for doc in docs:
+        ids, nats = torch.tensor(text.encode(doc, bos=True, eos=True)), 0.0
+        for start in range(0, len(ids) - 1, 16):
+            window = ids[start : start + 17]
+            logits = model(window[None, :-1])[0].log_softmax(-1)
+            nats -= logits[torch.arange(len(window) - 1), window[1:]].sum().item()
+        bits.append(nats / math.log(2) / len(doc.encode()))
+    border = sorted(bits)[2]
+    (tmp_path / "a.jsonl").write_text(jsonl(docs), encoding="utf-8")
+    run(tmp_path / "out", "filter", input=tmp_path / "a.jsonl", perplexity=tmp_path / "model", min_bits=0,
+        max_bits=border * 1.0001)  # fmt: skip
+    kept = [json.loads(line)["text"] for line in (tmp_path / "out/docs.jsonl").open(encoding="utf-8")]
+    assert kept == [doc for doc, b in zip(docs, bits) if b <= border] and len(kept) == 3
 
 
 # Looking --------------------------------------------------------------------------------------------------------------
@@ -501,4 +615,3 @@ print("peak", max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_
     assert done.returncode == 0, done.stderr
     assert "2 rejected: longer than 16777216 bytes (first:" in done.stdout and f"{tmp_path / 'a.jsonl'}:61)" in done.stdout
     assert int(done.stdout.split("peak ")[1]) < 512
-    assert resource.RLIMIT_AS is not None

@@ -112,6 +112,8 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
             # At least one document is held out, however few there are; a lone one is cut.
             alone = account.kept == 1 or not bins[0].tokens
             raise NothingHeldOut(Split(least * (1 + 1e-9), alone))
+        for bin in bins:
+            bin.flush()
     lines = ["too few documents to hold one out: the last 5 % of each are"] if split.cut else []
     return lines + [f"{b.path}: {b.documents:,} documents, {b.tokens:,} tokens, "
                     f"{b.text_bytes / b.tokens:.2f} bytes each" for b in bins]  # fmt: skip

@@ -140,6 +140,7 @@ class Books:
         self.accounts = {name: Account(name, keep_texts) for name in stages}
         self.first: dict[tuple[str, str], str] = {}  # (stage, reason) -> where it stands first
         folder.mkdir(parents=True, exist_ok=True)
+        files.clear_leftovers(folder)
         self._temporary = folder / f".tmp-{os.getpid()}-rejects.jsonl"
         self._file = open(self._temporary, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 -- closed by __exit__
 

@@ -25,7 +25,7 @@ from typing import BinaryIO, NamedTuple
 
 from core import data
 from core.errors import UserError
-from extras.corpus import Account, Doc
+from extras.corpus import Account, Doc, wiki
 
 BLOCK_BYTES = 1 << 20  # large enough that handing a block to a worker costs nothing beside reading it
 HEAD_BYTES = 1 << 18  # what is looked at to tell the encoding and the kind of JSON
@@ -191,13 +191,16 @@ def _blocks_of(path: str, suffixes: list[str], stream: BinaryIO, cfg: ReadConfig
     kind = cfg.format
     if kind == "auto":
         kind = FORMATS.get(suffixes[-1] if suffixes else "", "text")
+    if kind == "text" and cfg.format == "auto":  # dumps in parts have names like .xml-p1p1000.bz2
+        start = _read_fully(stream, 512)
+        stream = _Joined(start, stream)
+        if b"<mediawiki" in start.replace(b"\0", b""):
+            kind = "wiki"
     if kind == "parquet":
         yield from _parquet(path, stream)
         return
     if kind == "wiki":
-        from extras.corpus import wiki
-
-        pages = ((n, _json_bytes(json.loads(wiki.page_doc(page).text)))
+        pages = ((n, wiki.page_doc(page).text.encode("utf-8", "surrogatepass"))
                  for n, page in enumerate(wiki.pages(stream, path), 1))  # fmt: skip
         yield from _grouped(path, "items", pages)
         return

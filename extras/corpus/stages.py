@@ -1,10 +1,12 @@
 """The stages by the names that the command line has for them."""
 
-from extras.corpus import chats, clean, perplexity, windows
+from extras.corpus import chats, clean, dedup, perplexity, wiki, windows
 from extras.corpus.pipeline import Stage
 
 STAGES = {
+    "wiki": Stage("wiki", wiki.wiki, wiki.WikiConfig()),
     "clean": Stage("clean", clean.clean, clean.CleanConfig()),
+    "dedup": Stage("dedup", dedup.dedup, dedup.DedupConfig(), in_order=True),
     "filter": Stage("filter", perplexity.filter, perplexity.FilterConfig(), in_order=True),
     "window": Stage("window", windows.window, windows.WindowConfig()),
     "concat": Stage("concat", windows.concat, windows.ConcatConfig(), in_order=True),
