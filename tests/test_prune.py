@@ -201,6 +201,17 @@ def test_what_the_text_needs_most_stays_about_as_well_as_trying_every_piece_woul
     assert tokens(ours) <= tokens(best) * 1.05 < tokens(must)
 
 
+def test_the_count_of_a_dropped_piece_passes_to_its_parts(small):
+    ids = {p.text: i for i, p in enumerate(small.model.pieces)}
+    counts = np.zeros(small.vocab_size, int)
+    counts[ids["天下"]], counts[ids["春"]] = 10, 6  # written 天 + 下 the first costs 10 tokens more, in bytes the other 12
+    must = prune.choose(small.model)
+    assert not {ids["天下"], ids["天"], ids["下"], ids["春"]} & set(must)
+    for room, stays in ((4, ["天下", "天", "下", "春"]), (3, ["天", "下", "春"]), (2, ["天", "下"])):
+        kept = prune.choose(small.model, size=len(must) + room, counts=counts)
+        assert set(kept) - set(must) == {ids[text] for text in stays}
+
+
 def test_words_of_a_list_cost_no_more_tokens_than_before(small, tmp_path):
     (tmp_path / "words.txt").write_text("fox\n laughs \n\n天下大势\n", encoding="utf-8")
     words = prune.words_of(str(tmp_path / "words.txt"), small)
