@@ -461,12 +461,15 @@ def test_output_is_never_written_over_its_input(tmp_path):
 
 # Forks from a process of its own, which has no threads: a lock that one of pytest's holds would stay locked in the child.
 KILLS = """
-import os, random, signal, sys, time
+import os, random, signal, sys, threading, time
 from pathlib import Path
+import tqdm
 import data_process
 from core import config
 from extras.corpus import readers
 
+# The bars' own lock is a semaphore that all forks share: one that is killed while it holds it would stop the others.
+tqdm.tqdm.set_lock(threading.RLock())
 readers.BLOCK_BYTES = 1000
 whole, out, files = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 
