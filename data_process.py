@@ -53,6 +53,8 @@ def main() -> None:
     names, argv = split_words(sys.argv[1:])
     cfg = config.load(__doc__, sections(), argv)
     if names[0] in LOOKS:
+        if not cfg.read.input:
+            raise UserError(f"{names[0]} needs files", f"python data_process.py {names[0]} data/train.bin")
         LOOKS[names[0]](cfg)
     elif cfg.read.input:
         own_text(cfg, names)
@@ -72,9 +74,9 @@ def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
     rest = argv[len(words) :]
     if words and words[0] in LOOKS:
         return words[:1], ["--input", *words[1:], *rest] if words[1:] else rest
-    known = [*STAGES, "tokenize", *LOOKS]
+    known = [*STAGES, "tokenize"]
     for word in words:
-        if word not in known or word in LOOKS:
+        if word not in known:
             raise UserError(f"{word!r} is not a stage", f"stages are {', '.join(known)}; files stand behind --input")
     if len(set(words)) < len(words) or "tokenize" in words[:-1]:
         raise UserError(f"{' '.join(words)}: each stage once, and tokenize last")
@@ -150,7 +152,7 @@ def texts_of(cfg, names: list[str]) -> Iterator[str]:
     """The texts that the bins will be made of, for a vocabulary."""
     with open_books(cfg, names) as books:
         yield from (doc.text for docs in documents(cfg, names, books) for doc in docs)
-        books.check_some(names[-2] if names[1:] else "read", ", ".join(cfg.read.input))
+        books.check(([*books.accounts])[-2], ", ".join(cfg.read.input))  # the stage in front of tokenize
 
 
 def write_bins(cfg, names: list[str], text: tokenizer.Tokenizer, split: bins.Split) -> list[str]:
@@ -169,6 +171,7 @@ def write_lines(path: Path, cfg, names: list[str]) -> list[str]:
             with open(temporary, "w", encoding="utf-8", newline="\n") as f:
                 for lines in documents(cfg, names, books, finish):
                     f.writelines(lines)
+            books.check(names[-1], ", ".join(cfg.read.input))
 
         files.replace(path, write)
     return [*books.lines(), f"{path}: {books.accounts[names[-1]].out:,} documents"]

@@ -311,10 +311,11 @@ class MixedRows:
     """
 
     def __init__(self, parts: Sequence[BinRows], shares: Sequence[float] | None = None):
-        self.parts, self.shares = parts, list(shares or map(len, parts))
+        self.parts = parts
+        shares = list(shares or map(len, parts))
         self.seq_len, self.bytes_per_token = parts[0].seq_len, 0.0
-        epoch = max(len(part) / share for part, share in zip(parts, self.shares))
-        counts = [max(len(part), round(share * epoch)) for part, share in zip(parts, self.shares)]
+        epoch = max(len(part) / share for part, share in zip(parts, shares))
+        counts = [max(len(part), round(share * epoch)) for part, share in zip(parts, shares)]
         self.ends = np.cumsum(counts)
         identity = [(part.digest, count) for part, count in zip(parts, counts)]
         self.digest = hashlib.sha256(str(identity).encode()).hexdigest()
@@ -453,7 +454,6 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     Raises:
         UserError: no such file, a line that is not UTF-8, not JSON, not an object, or names a key twice.
     """
-
     try:
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):

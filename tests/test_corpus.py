@@ -122,6 +122,11 @@ def test_parquet_gives_the_same_texts(tmp_path):
 
     parquet.write_table(pyarrow.table({"id": list(range(60)), "text": TEXTS}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet")[0] == TEXTS
+    raw = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(raw))
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("c.parquet", raw)
+    assert read(tmp_path / "b.parquet.gz", tmp_path / "c.zip")[0] == TEXTS * 2
 
 
 def test_gz_files_of_several_members_are_read_to_the_end(tmp_path):
@@ -249,11 +254,12 @@ def test_what_is_no_readable_file_is_named_and_the_others_can_go_on(tmp_path, ma
     assert read(tmp_path / "bad.jsonl", tmp_path / "a.jsonl", keep_going=True)[0] == TEXTS
 
 
-@settings(max_examples=150)
+@settings(max_examples=400)
 @given(content=st.binary(max_size=300) | st.lists(st.sampled_from(
     [b'{"text": "', b'"}', b"[", b"]", b"{", b"}", b",", b'"', b"\\", b"\n", b"\r\n", b"x", "文".encode(), b"\xff", b"\xd6",
      b"text", b"\0", b"1", b"null", b"\xef\xbb\xbf", b";", b"\t"]), max_size=60).map(b"".join),
-    name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.jsonl.gz", "a.zip"]),
+    name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.jsonl.gz", "a.zip", "a.xml", "a.wikitext",
+                          "a.parquet", "a.parquet.gz"]),
     split=st.sampled_from(["file", "line", "blank"]), errors=st.sampled_from(["reject", "replace"]),
     block=st.sampled_from([7, 100, 1 << 20]))  # fmt: skip
 def test_any_bytes_are_documents_rejects_or_one_line_of_error(tmp_path_factory, content, name, split, errors, block):
@@ -408,8 +414,10 @@ def test_a_stage_that_loses_a_document_is_found_out(tmp_path, corpus, monkeypatc
                 yield doc
 
     monkeypatch.setitem(stages.STAGES, "window", pipeline.Stage("window", loses, windows.WindowConfig()))
-    with pytest.raises(AssertionError, match="window: 2 documents are neither kept nor rejected"):
-        run(tmp_path / "out", "window", input=tuple(corpus), split="line", processes=1)
+    for words in (["window"], ["window", "tokenize"]):
+        with pytest.raises(AssertionError, match="window: 2 documents are neither kept nor rejected"):
+            run(tmp_path / "out", *words, input=tuple(corpus), split="line", processes=1)
+    assert not list((tmp_path / "out").rglob("*.*"))
 
 
 @pytest.mark.parametrize("split", ["file", "line"])
@@ -444,11 +452,25 @@ def test_special_token_text_in_a_corpus_is_plain_text(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["cleen"], "is not a stage"), (["tokenize", "clean"], "tokenize last"), (["clean", "clean"], "each stage once"),
+    (["cleen"], "is not a stage"), (["clean", "inspect"], "is not a stage .* tokenize;"), (["tokenize", "clean"], "tokenize last"), (["clean", "clean"], "each stage once"),
 ])  # fmt: skip
 def test_stages_that_make_no_chain_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         data_process.split_words(words)
+
+
+@pytest.mark.parametrize("words", [["clean"], ["tokenize"], ["clean", "tokenize"]])
+def test_a_run_that_keeps_nothing_is_refused_with_the_reason_and_writes_nothing(tmp_path, words):
+    (tmp_path / "a.txt").write_text("\n \n" if words == ["tokenize"] else "短\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"no documents: (clean: 1 times: shorter than 10|read: 1 times: empty)"):
+        run(tmp_path / "out", *words, input=tmp_path / "a.txt")
+    assert not list((tmp_path / "out").rglob("*.*"))
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["verify"]])
+def test_looking_at_nothing_is_refused(words):
+    done = command(*words)
+    assert done.returncode == 2 and f"{words[0]} needs files" in done.stderr
 
 
 def test_output_is_never_written_over_its_input(tmp_path):

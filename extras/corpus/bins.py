@@ -105,7 +105,7 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
                 for name in ("seen", "kept", "out"):
                     setattr(account, name, getattr(account, name) + number)
                 bar.update(number)
-        books.check_some("tokenize", source)
+        books.check("tokenize", source)
         if not (bins[0].tokens and bins[1].tokens):
             if split.cut:
                 raise UserError(f"{source}: too little text to hold any of it out")

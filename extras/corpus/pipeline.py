@@ -159,8 +159,19 @@ class Books:
         reason, count = rejected.most_common(1)[0]
         return f"{count:,} times: {reason} (first: {self.first[stage, reason]})"
 
-    def check_some(self, last: str, source: str) -> None:
-        """UserError if no document came out of the stage `last`, with the stage that let none through."""
+    def check(self, last: str, source: str) -> None:
+        """To be called before anything is published, when all documents have passed.
+
+        Args:
+            last: the last stage.
+            source: of the documents, for people.
+
+        Raises:
+            UserError: no document came out of the last stage; it names the stage that let none through.
+            AssertionError: documents are neither kept nor rejected.
+        """
+        for a in self.accounts.values():
+            assert not a.missing, f"{a.stage}: {a.missing} documents are neither kept nor rejected"
         if not self.accounts[last].kept:
             self.write_rejects()
             stage = next(a.stage for a in self.accounts.values() if not a.kept)
@@ -182,7 +193,7 @@ class Books:
             self._temporary.unlink(missing_ok=True)
 
     def lines(self) -> list[str]:
-        """The accounts for people; AssertionError where documents are missing."""
+        """The accounts for people."""
         lines = []
         for account in self.accounts.values():
             lines.append(f"{account.stage}: {account.seen:,} in, {account.kept:,} kept"
@@ -190,7 +201,6 @@ class Books:
             for reason, count in account.rejected.most_common():
                 lines.append(f"  {count:,} rejected: {reason} (first: {self.first[account.stage, reason]})")
             lines += [f"  {count:,} changed: {rule}" for rule, count in account.changed.most_common()]
-            assert not account.missing, f"{account.stage}: {account.missing} documents are neither kept nor rejected"
         return lines
 
 

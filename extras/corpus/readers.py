@@ -15,7 +15,9 @@ import json
 import lzma
 import os
 import re
+import shutil
 import stat
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -174,7 +176,7 @@ def _zstandard(name: str, raw: BinaryIO) -> BinaryIO:
 
 
 class _Guarded(io.RawIOBase):
-    """An unpacked stream that stops at a bomb."""
+    """An unpacked stream that stops at a bomb; it cannot seek."""
 
     def __init__(self, name: str, stream: BinaryIO, packed: BinaryIO):
         self.name, self.stream, self.packed, self.count = name, stream, packed, 0
@@ -218,7 +220,9 @@ def _blocks_of(path: str, suffixes: list[str], stream: BinaryIO, cfg: ReadConfig
     elif kind == "csv":
         yield from _grouped(path, "rows", _csv(path, stream, head, suffixes, cfg, account))
     elif kind == "wikitext":
-        page = {"title": Path(path).stem, "text": stream.read().decode(), "namespace": 0, "redirect": False}
+        # One byte more than is allowed is enough for `parse` to reject it, and so is a byte that is no text.
+        text = _read_fully(stream, cfg.max_doc_bytes + 1).decode("utf-8", "surrogateescape")
+        page = {"title": Path(path).stem, "text": text, "namespace": 0, "redirect": False}
         yield Block(path, "items", records=((1, _json_bytes(page)),))
     elif cfg.split == "line":
         yield from _lines(path, "lines", stream, cfg, account)
@@ -505,6 +509,10 @@ def _parquet(path: str, stream: BinaryIO) -> Iterator[Block]:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError(f"{path}: needs the package pyarrow", "pip install pyarrow") from None
+    if not stream.seekable():  # packed: Parquet is read from its end
+        file = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the reader
+        shutil.copyfileobj(stream, file)
+        stream = file
     try:
         number = 0
         for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1000):
