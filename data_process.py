@@ -11,9 +11,11 @@ became of every document: data/accounting.json, data/rejects.jsonl.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from core import config, data, errors, files
 from core.errors import UserError
 from extras import sanguo
 from extras.corpus import Doc, bins, pipeline, readers
+from extras.corpus.journal import Journal
 from extras.corpus.stages import OF_ITEMS, STAGES
 from tokenizer.train import train as train_tokenizer
 
@@ -126,22 +129,43 @@ def own_text(cfg, names: list[str]) -> None:
             raise UserError(f"{out / name} exists", "--overwrite replaces it, --out_dir writes elsewhere")
         if (out / name).resolve() in [Path(path).resolve() for path in cfg.read.input]:
             raise UserError(f"{out / name} is read and would be written over", "another --out_dir")
-    if names[-1] != "tokenize":
-        lines = write_lines(out / results[0], cfg, names)
-    else:
-        text, split = make_tokenizer(cfg.process, texts_of(cfg, names)), bins.Split(cfg.process.val_share)
-        try:
-            lines = write_bins(cfg, names, text, split)
-        except bins.NothingHeldOut as e:
-            lines = write_bins(cfg, names, text, e.split)
+    with Journal(out, [names, depends_on(cfg)]) as journal:
+        if names[-1] != "tokenize":
+            lines = write_lines(out / results[0], cfg, names, journal)
+        else:
+            text = trained_before(out / "tokenizer", journal) or make_tokenizer(cfg.process, texts_of(cfg, names))
+            journal.open("tokenizer").append(text.sha256)
+            split = bins.Split(cfg.process.val_share)
+            try:
+                lines = write_bins(cfg, names, text, split, journal)
+            except bins.NothingHeldOut as e:
+                lines = write_bins(cfg, names, text, e.split, journal)
     print("\n".join(lines))
 
 
-def documents(cfg, names: list[str], books: pipeline.Books, finish=list) -> Iterator:
+def depends_on(cfg) -> list:
+    """What the work of an earlier run must share with this one, so that this one may go on from it."""
+    options = config.as_dict(cfg)
+    for section, name in (("process", "processes"), ("process", "overwrite"), ("process", "out_dir"),
+                          ("read", "keep_going")):  # fmt: skip
+        del options[section][name]
+    found = [os.stat(path) if os.path.exists(path) else None for path in cfg.read.input]
+    return [options, [entry and [entry.st_size, entry.st_mtime_ns] for entry in found]]
+
+
+def trained_before(folder: Path, journal: Journal) -> tokenizer.Tokenizer | None:
+    """The tokenizer that an earlier run of this command put there, if it is the same still."""
+    made = list(journal.open("tokenizer"))
+    if made and folder.is_dir() and (text := tokenizer.load(folder)).sha256 == made[-1]:
+        return text
+    return None
+
+
+def documents(cfg, names: list[str], books: pipeline.Books, finish=list, records=None) -> Iterator:
     """What `finish` makes of the documents behind the last stage, chunk by chunk."""
     stages = [STAGES[name]._replace(options=getattr(cfg, name, None)) for name in names if name in STAGES]
     blocks = readers.blocks(cfg.read, books.accounts["read"])
-    return pipeline.run(blocks, cfg.read, stages, books, finish, cfg.process.processes, items=names[0] in OF_ITEMS)
+    return pipeline.run(blocks, cfg.read, stages, books, finish, cfg.process.processes, names[0] in OF_ITEMS, records)
 
 
 def open_books(cfg, names: list[str]) -> pipeline.Books:
@@ -155,21 +179,22 @@ def texts_of(cfg, names: list[str]) -> Iterator[str]:
         books.check(([*books.accounts])[-2], ", ".join(cfg.read.input))  # the stage in front of tokenize
 
 
-def write_bins(cfg, names: list[str], text: tokenizer.Tokenizer, split: bins.Split) -> list[str]:
+def write_bins(cfg, names: list[str], text: tokenizer.Tokenizer, split: bins.Split, journal: Journal) -> list[str]:
+    records = partial(journal.open, f"{text.sha256[:16]}-{split.border!r}-{split.cut}")
     with open_books(cfg, names) as books:
-        results = documents(cfg, names, books, bins.Tokenize(text, split))
+        results = documents(cfg, names, books, bins.Tokenize(text, split), records)
         lines = bins.write(books.folder, text, split, results, books, ", ".join(cfg.read.input))
     return books.lines() + lines
 
 
-def write_lines(path: Path, cfg, names: list[str]) -> list[str]:
+def write_lines(path: Path, cfg, names: list[str], journal: Journal) -> list[str]:
     """JSON lines: the chats, or {"text", "source"} of each document."""
     finish = chat_lines if names[-1] == "sft" else text_lines
     with open_books(cfg, names) as books:
 
         def write(temporary: Path) -> None:
             with open(temporary, "w", encoding="utf-8", newline="\n") as f:
-                for lines in documents(cfg, names, books, finish):
+                for lines in documents(cfg, names, books, finish, partial(journal.open, "lines")):
                     f.writelines(lines)
             books.check(names[-1], ", ".join(cfg.read.input))
 

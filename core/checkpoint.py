@@ -281,7 +281,7 @@ class Run:
         self.failures: dict[str, int] = {}  # in a row, by what was to be saved
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
+            self._lock = files.lock(self.folder)
             for leftover in [*self.folder.glob(".tmp-*"), *self.folder.glob(".trash-*")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
@@ -458,22 +458,3 @@ def _named(model: Llama, optimizers: list):
         for group in optimizer.param_groups:
             for p in group["params"]:
                 yield names[id(p)], p, optimizer
-
-
-def _lock(folder: Path):
-    """Hold the folder for this process; the lock goes with the process, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no advisory locks of this kind
-        return None
-    handle = open(folder / ".lock", "a+")  # noqa: SIM115 -- held open as long as the run
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.seek(0)
-        raise UserError(f"{folder} is in use by process {handle.read().strip() or '?'}", "another --out_dir?") from None
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
-

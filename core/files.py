@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from core.errors import UserError
+
 
 def fsync_dir(folder: Path) -> None:
     """Force a folder's entries (a rename in it) to disk. Windows cannot open folders; its renames are journalled."""
@@ -60,6 +62,29 @@ def _alive(pid: int) -> bool:
     except OSError:
         return True  # somebody else's
     return True
+
+
+def lock(folder: Path):
+    """Hold a folder for this process; the lock goes with the process, however it ends, or with `close()` of the result.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory locks of this kind
+        return None
+    handle = open(folder / ".lock", "a+")  # noqa: SIM115 -- held open as long as the lock
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        raise UserError(f"{folder} is in use by process {handle.read().strip() or '?'}", "another --out_dir?") from None
+    os.register_at_fork(after_in_child=handle.close)  # or a worker that outlives this process would hold it, too
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
 
 
 def write_text(path: Path, text: str) -> None:

@@ -417,7 +417,7 @@ def test_a_stage_that_loses_a_document_is_found_out(tmp_path, corpus, monkeypatc
     for words in (["window"], ["window", "tokenize"]):
         with pytest.raises(AssertionError, match="window: 2 documents are neither kept nor rejected"):
             run(tmp_path / "out", *words, input=tuple(corpus), split="line", processes=1)
-    assert not list((tmp_path / "out").rglob("*.*"))
+    assert not list((tmp_path / "out").rglob("[!.]*.*"))
 
 
 @pytest.mark.parametrize("split", ["file", "line"])
@@ -439,7 +439,7 @@ def test_many_lines_without_the_field_end_it_with_the_keys_that_are_there(tmp_pa
     (tmp_path / "a.jsonl").write_text('{"content": "x", "id": 1}\n' * 5000, encoding="utf-8")
     with pytest.raises(UserError, match=r"none of the first 5,000 .* no field text; there is content, id .*a\.jsonl:1"):
         run(tmp_path / "out", input=tmp_path / "a.jsonl")
-    assert not list((tmp_path / "out").glob("*"))
+    assert not list((tmp_path / "out").glob("[!.]*"))
 
 
 def test_special_token_text_in_a_corpus_is_plain_text(tmp_path):
@@ -464,7 +464,7 @@ def test_a_run_that_keeps_nothing_is_refused_with_the_reason_and_writes_nothing(
     (tmp_path / "a.txt").write_text("\n \n" if words == ["tokenize"] else "短\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"no documents: (clean: 1 times: shorter than 10|read: 1 times: empty)"):
         run(tmp_path / "out", *words, input=tmp_path / "a.txt")
-    assert not list((tmp_path / "out").rglob("*.*"))
+    assert not list((tmp_path / "out").rglob("[!.]*.*"))
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["verify"]])
@@ -498,7 +498,7 @@ whole, out, files = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 def run(folder, processes):
     cfg = config.load("", data_process.sections(), ["--out_dir", str(folder), "--input", files, "--split", "line",
                       "--vocab_size", "320", "--overwrite", "--processes", str(processes)])
-    data_process.own_text(cfg, ["clean", "tokenize"])
+    data_process.own_text(cfg, ["clean", "dedup", "tokenize"])
 
 run(whole, 1)
 began = time.monotonic()
@@ -509,7 +509,7 @@ for n in range(400):
     pid = os.fork()
     if pid == 0:
         os.setpgid(0, 0)  # its workers are killed with it
-        run(out, 1 + n % 2)
+        run(out, (1, 2, 4)[n % 3])
         os._exit(0)
     time.sleep(0.01 + rng.uniform(0, usual))
     os.killpg(pid, signal.SIGKILL)
@@ -565,7 +565,8 @@ def test_a_killed_worker_ends_the_command_with_one_line(tmp_path, corpus, monkey
     began = time.monotonic()
     with pytest.raises(TokenizerError, match="a worker process was killed"):
         run(tmp_path / "out", "window", input=tuple(corpus), split="line", processes=2)
-    assert time.monotonic() - began < 5 and not list((tmp_path / "out").glob("*"))
+    assert time.monotonic() - began < 5 and not list((tmp_path / "out").glob("[!.]*"))
+    assert not list((tmp_path / "out").glob(".tmp-*"))
 
 
 @pytest.mark.heavy

@@ -6,6 +6,8 @@ Does not know what the chunks are.
 
 import gc
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -60,7 +62,14 @@ def map_in_order(
 def _start(shared) -> None:
     global _shared
     _shared = shared
+    threading.Thread(target=_follow_parent, daemon=True).start()
     gc.freeze()  # what is there stays: the collector need not look through a vocabulary again and again
+
+
+def _follow_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever, and hold its memory."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _call(work: Callable, chunk):

@@ -11,6 +11,7 @@ Each stage is a function `stage(docs, account, options) -> docs` from a stream t
     perplexity.py   what a trained model finds too surprising or too dull
     chats.py        question-answer files of many formats -> one chat format
     pipeline.py     stages one after another, in several processes
+    journal.py      what is done so far, so that a killed run goes on
     stages.py       their names on the command line
     bins.py         documents -> token bins; a look into files
 
@@ -78,14 +79,18 @@ class Account:
         taken, self.rejects = self.rejects, []
         return taken
 
-    def add(self, other: "Account") -> None:
-        """Take over the numbers of the same stage from another process or block."""
-        self.seen += other.seen
-        self.kept += other.kept
-        self.out += other.out
-        self.rejected.update(other.rejected)
-        self.changed.update(other.changed)
-        self.rejects += other.rejects
+    def entries(self) -> tuple:
+        """All of it as plain data, for `add` in another process."""
+        return self.seen, self.kept, self.out, self.rejected, self.changed, self.rejects
+
+    def add(self, seen: int, kept: int, out: int, rejected: dict, changed: dict, rejects: list) -> None:
+        """Take over the `entries` of the same stage from another process or block."""
+        self.seen += seen
+        self.kept += kept
+        self.out += out
+        self.rejected.update(rejected)
+        self.changed.update(changed)
+        self.rejects += [Reject(*reject) for reject in rejects]
 
     @property
     def missing(self) -> int:

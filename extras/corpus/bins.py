@@ -20,7 +20,7 @@ from core import data
 from core.errors import UserError
 from extras.corpus import Doc
 from extras.corpus.pipeline import Books
-from tokenizer import Encoded, Tokenizer
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Tokenize:
     tokenizer: Tokenizer
     split: Split
 
-    def __call__(self, docs: Iterable[Doc]) -> tuple[list[tuple[bool, str, Encoded]], float, int]:
-        """[(held out?, file, ids of documents in a row)], the least hash, and the number of documents."""
+    def __call__(self, docs: Iterable[Doc]) -> tuple[list[tuple[bool, str, np.ndarray, int, int]], float, int]:
+        """[(held out?, file, ids of documents in a row, bytes of their text, how many)], least hash, all documents."""
         parts: dict[tuple[bool, str], list[str]] = {}  # in order: a chunk's documents come file after file
         least, number = 1.0, 0
         for number, (text, where) in enumerate(docs, 1):  # noqa: B007 -- their number is a result
@@ -64,9 +64,12 @@ class Tokenize:
                 parts.setdefault((True, file), []).append(text[at:])
             else:
                 parts.setdefault((share <= self.split.border, file), []).append(text)
-        rows = [(*key, self.tokenizer.encode_texts([text for text in texts if text], bos=True, eos=True))
-                for key, texts in parts.items()]  # fmt: skip
-        return [row for row in rows if row[2].sizes], least, number
+        rows = []
+        for (held_out, file), texts in parts.items():
+            found = self.tokenizer.encode_texts([text for text in texts if text], bos=True, eos=True)
+            if found.sizes:
+                rows.append((held_out, file, found.ids, found.text_bytes, len(found.sizes)))
+        return rows, least, number
 
 
 def share_of(text: str) -> float:
@@ -99,8 +102,8 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
                 for name in ("train.bin", "val.bin")]  # fmt: skip
         with tqdm(desc=str(folder), unit="doc", unit_scale=True, disable=None) as bar:
             for rows, smallest, number in results:
-                for held_out, file, encoded in rows:
-                    bins[held_out].add(encoded.ids, encoded.text_bytes, len(encoded.sizes), file)
+                for held_out, file, ids, text_bytes, documents in rows:
+                    bins[held_out].add(ids, text_bytes, documents, file)
                 least = min(least, smallest)
                 for name in ("seen", "kept", "out"):
                     setattr(account, name, getattr(account, name) + number)

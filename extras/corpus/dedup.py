@@ -6,7 +6,7 @@ How, in two steps, so that the first can run in many processes and the second se
     sign   texts -> signatures and exact hashes; a pure function, for workers
     Index  remembers what was kept, says of each further document "", "exact duplicate" or "near duplicate"
 
-    for signed in map_in_order(sign, options, chunks, processes):
+    for docs, signed in <chunks, from worker processes>:
         reasons = index.add(signed)
 
 A text is the set of its character 5-grams without any whitespace, for where a Chinese line breaks says nothing. The
@@ -377,9 +377,21 @@ def dedup(docs: Iterable[Doc], account: Account, options: DedupConfig) -> Iterat
         account: of the stage; rejects are "exact duplicate" and "near duplicate".
         options: see DedupConfig.
     """
-    index, docs = Index(options), iter(docs)
-    while chunk := list(islice(docs, CHUNK)):
-        for doc, reason in zip(chunk, index.add(sign(options, [doc.text for doc in chunk]))):
+    docs = iter(docs)
+    chunks = iter(lambda: list(islice(docs, CHUNK)), [])
+    return drop(((chunk, sign_docs(options, chunk)) for chunk in chunks), account, options)
+
+
+def sign_docs(options: DedupConfig, docs: list[Doc]) -> Signed:
+    """The first step of the stage, for workers."""
+    return sign(options, [doc.text for doc in docs])
+
+
+def drop(chunks: Iterable[tuple[list[Doc], Signed]], account: Account, options: DedupConfig) -> Iterator[Doc]:
+    """The second step: documents in order, with what `sign_docs` made of them; the rest as in `dedup`."""
+    index = Index(options)
+    for docs, signed in chunks:
+        for doc, reason in zip(map(Doc._make, docs), index.add(Signed(*signed))):
             account.seen += 1
             if reason:
                 account.reject(doc, reason)

@@ -7,6 +7,7 @@ Does not know what the right range is: `--keep_rejected` and a look at rejects.j
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -32,8 +33,7 @@ def filter(docs: Iterable[Doc], account: Account, cfg: FilterConfig) -> Iterator
     """The stage; it runs in one process, torch uses the cores."""
     if not cfg.perplexity:
         raise UserError("filter needs a model", "--perplexity FOLDER")
-    folder = checkpoint.model_folder(cfg.perplexity)
-    model, text = checkpoint.load_model(folder).eval(), tokenizer.load(folder)
+    model, text = load(cfg.perplexity)
 
     def one(doc: Doc) -> Iterator[Doc]:
         bits = bits_per_byte(model, text, doc.text)
@@ -44,6 +44,13 @@ def filter(docs: Iterable[Doc], account: Account, cfg: FilterConfig) -> Iterator
             account.reject(doc, f"{side} bits per byte")
 
     return each(docs, account, one)
+
+
+@lru_cache(1)
+def load(path: str) -> tuple[Llama, tokenizer.Tokenizer]:
+    """Once, not for every chunk of documents."""
+    folder = checkpoint.model_folder(path)
+    return checkpoint.load_model(folder).eval(), tokenizer.load(folder)
 
 
 @torch.no_grad()

@@ -9,12 +9,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain
 from typing import NamedTuple
 
 from core import files
 from core.errors import UserError
 from extras.corpus import Account, Doc, Reject
+from extras.corpus.journal import Records
 from extras.corpus.readers import ReadConfig, parse
 from tokenizer.parallel import map_in_order
 
@@ -29,13 +30,16 @@ class Stage(NamedTuple):
         name: for the account.
         run: (docs, account, options) -> docs.
         options: its section of the options.
-        in_order: it must see all documents in their order, in one process.
+        where: "workers"; "here": chunk after chunk in this process; "in order": all documents as one stream in it.
+        prepare: (options, docs of a chunk) -> what the stage needs to know of them, made by workers. A stage in order
+            that has it gets chunks (docs, what was made of them) instead of docs.
     """
 
     name: str
     run: Callable[[Iterable[Doc], Account, object], Iterator[Doc]]
     options: object = None
-    in_order: bool = False
+    where: str = "workers"
+    prepare: Callable[[object, list[Doc]], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class _Work:
 
     read: ReadConfig | None  # chunks are blocks, to be parsed first
     items: bool
-    stages: tuple[Stage, ...]
+    stages: list[Stage]
+    prepares_for: Stage | None
     finish: Callable | None
     keep_texts: bool
 
@@ -57,6 +62,7 @@ def run(
     finish: Callable[[Iterable[Doc]], object] = list,
     processes: int = 1,
     items: bool = False,
+    records: Callable[[int], Records] | None = None,
 ) -> Iterator:
     """Run the chain.
 
@@ -68,45 +74,74 @@ def run(
         finish: docs of one chunk -> result, in a worker; it must read all of them.
         processes: workers for each run of per-document stages.
         items: as in `readers.parse`.
+        records: number of a run of per-document stages -> where its results are kept; those there are not made again.
 
     Returns:
-        an iterator of `finish`'s results, in the order of the input.
+        an iterator of `finish`'s results (plain data, where there are records), in the order of the input.
 
     Raises:
         UserError: many records, and not one of them gives a document.
     """
-    groups = [(in_order, tuple(group)) for in_order, group in groupby(stages, lambda stage: stage.in_order)]
-    if not groups or groups[0][0]:
-        groups.insert(0, (False, ()))  # parsing happens in workers
-    if groups[-1][0]:
-        groups.append((False, ()))  # and so does finishing
     chunks: Iterable = blocks
-    for number, (in_order, group) in enumerate(groups):
-        if in_order:
-            docs = chain.from_iterable(chunks)
+    groups = _groups(stages)
+    for number, (where, group) in enumerate(groups):
+        if where == "in order":
+            docs = chunks if group[0].prepare else map(Doc._make, chain.from_iterable(chunks))
             for stage in group:
                 docs = stage.run(docs, books.accounts[stage.name], stage.options)
             chunks = _chunked(docs)
         else:
-            last = number == len(groups) - 1
-            work = _Work(read if number == 0 else None, items, group, finish if last else None, books.keep_texts)
-            chunks = _merged(map_in_order(_do, work, chunks, processes), books)
+            last = number + 1 == len(groups)
+            behind = None if last else next((stage for stage in groups[number + 1][1] if stage.prepare), None)
+            work = _Work(None if number else read, items, group, behind, finish if last else None, books.keep_texts)
+            workers = processes if where == "workers" else 1
+            chunks = _merged(_results(work, chunks, workers, records and records(number)), books)
     yield from chunks
 
 
-def _do(work: _Work, chunk) -> tuple[object, list[Account]]:
+def _groups(stages: list[Stage]) -> list[tuple[str, list[Stage]]]:
+    """Neighbours that run in the same place, with workers in front (to parse), behind (to finish), and to prepare."""
+    groups: list[tuple[str, list[Stage]]] = [("workers", [])]
+    for stage in stages:
+        if stage.prepare and groups[-1][0] != "workers":
+            groups.append(("workers", []))
+        if stage.where != groups[-1][0]:
+            groups.append((stage.where, []))
+        groups[-1][1].append(stage)
+    return groups if groups[-1][0] == "workers" else [*groups, ("workers", [])]
+
+
+def _do(work: _Work, chunk) -> tuple[object, list[tuple]]:
     accounts = [Account("read", work.keep_texts)] if work.read else []
-    docs = parse(chunk, work.read, accounts[0], work.items) if work.read else chunk
+    docs = parse(chunk, work.read, accounts[0], work.items) if work.read else map(Doc._make, chunk)
     for stage in work.stages:
         accounts.append(Account(stage.name, work.keep_texts))
         docs = stage.run(docs, accounts[-1], stage.options)
-    return (work.finish or list)(docs), accounts
+    result = (work.finish or list)(docs)
+    if work.prepares_for:
+        result = result, work.prepares_for.prepare(work.prepares_for.options, result)
+    return result, [(account.stage, account.entries()) for account in accounts]
+
+
+def _results(work: _Work, chunks: Iterable, processes: int, records: Records | None) -> Iterator:
+    """What `_do` makes of each chunk, or has made of it in an earlier run."""
+    chunks, there = iter(chunks), 0
+    for result in records or ():
+        next(chunks)
+        there += 1
+        yield result
+    if there:
+        print(f"the first {there:,} chunks of this work are those of an earlier run", flush=True)
+    for result in map_in_order(_do, work, chunks, processes):
+        if records:
+            records.append(result)
+        yield result
 
 
 def _merged(results: Iterator, books: "Books") -> Iterator:
     for result, found in results:
-        for account in found:
-            books.accounts[account.stage].add(account)
+        for stage, entries in found:
+            books.accounts[stage].add(*entries)
         books.write_rejects()
         read = books.accounts["read"]
         if not read.kept and read.seen >= NO_TEXT_LIMIT:

@@ -6,10 +6,10 @@ from extras.corpus.pipeline import Stage
 STAGES = {
     "wiki": Stage("wiki", wiki.wiki, wiki.WikiConfig()),
     "clean": Stage("clean", clean.clean, clean.CleanConfig()),
-    "dedup": Stage("dedup", dedup.dedup, dedup.DedupConfig(), in_order=True),
-    "filter": Stage("filter", perplexity.filter, perplexity.FilterConfig(), in_order=True),
+    "dedup": Stage("dedup", dedup.drop, dedup.DedupConfig(), "in order", dedup.sign_docs),
+    "filter": Stage("filter", perplexity.filter, perplexity.FilterConfig(), "here"),
     "window": Stage("window", windows.window, windows.WindowConfig()),
-    "concat": Stage("concat", windows.concat, windows.ConcatConfig(), in_order=True),
+    "concat": Stage("concat", windows.concat, windows.ConcatConfig(), "in order"),
     "sft": Stage("sft", chats.chats, chats.ChatsConfig()),
 }
 OF_ITEMS = ("sft", "wiki")  # these know their fields: they get an item's JSON, not the text in it
