@@ -1,18 +1,25 @@
 """How fast is it, beside what others do? Rounds of all contestants in turn, so that a busy minute hits all of them.
 
     python bench.py tokenize --tokenizer chatglm2/tokenizer.model --input corpus.txt    # a document a line
+    python bench.py dedup --input corpus.txt                                            # pip install datasketch rensa
+    python bench.py memory --tokenizer chatglm2/tokenizer.model --input corpus.txt      # Linux; writes 4 GB to a folder
 
 Prints a table of medians and, as its last line, the same as JSON.
 """
 
+import contextlib
+import itertools
 import json
+import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import sentencepiece
@@ -20,7 +27,8 @@ import sentencepiece
 import tokenizer
 from core import config, errors
 from core.errors import UserError
-from extras.corpus import bins, pipeline, readers
+from extras.corpus import bins, dedup, pipeline, readers
+from tokenizer.parallel import map_in_order
 
 
 @dataclass(frozen=True)
@@ -28,17 +36,19 @@ class BenchConfig:
     tokenizer: str = "data/tokenizer"
     input: str = ""  # a UTF-8 text, a document a line
     rounds: int = 5
+    documents: int = 100_000  # of dedup
 
     def __post_init__(self):
-        if self.rounds < 1 or not self.input:
-            raise ValueError("input must be given, rounds at least 1")
+        if self.rounds < 1 or self.documents < 1000 or not self.input:
+            raise ValueError("input must be given, rounds at least 1, documents at least 1000")
 
 
 def main() -> None:
     words = sys.argv[1:2]
-    if words != ["tokenize"]:
-        raise UserError(f"{' '.join(words) or 'nothing'} cannot be timed", "python bench.py tokenize --help")
-    tokenize(config.load(__doc__, {"bench": BenchConfig}, sys.argv[2:]).bench)
+    ways = {"tokenize": tokenize, "dedup": deduplicate, "memory": memory}
+    if not words or words[0] not in ways:
+        raise UserError(f"{' '.join(words) or 'nothing'} cannot be timed", f"python bench.py {' or '.join(ways)}")
+    ways[words[0]](config.load(__doc__, {"bench": BenchConfig}, sys.argv[2:]).bench)
 
 
 def tokenize(cfg: BenchConfig) -> None:
@@ -56,7 +66,11 @@ def tokenize(cfg: BenchConfig) -> None:
         seconds = rounds(ways, cfg.rounds)
         same = (out / "one/train.bin").read_bytes() == (out / "two/train.bin").read_bytes()
     assert same, "one and two processes wrote different bins"
-    report(seconds, path.stat().st_size)
+    result = report(seconds, path.stat().st_size)
+    one, two = seconds["ours, 1 process"], seconds["ours, 2 processes"]
+    result["two_over_one"] = round(statistics.median(a / b for a, b in zip(one, two)), 3)
+    print(f"2 processes are {result['two_over_one']:.2f} times as fast as 1")
+    print(json.dumps(result))
 
 
 def reference(path: Path, slow, out: Path) -> None:
@@ -123,7 +137,7 @@ def rounds(ways: dict[str, Callable], number: int) -> dict[str, list[float]]:
     return seconds
 
 
-def report(seconds: dict[str, list[float]], size: int) -> None:
+def report(seconds: dict[str, list[float]], size: int) -> dict:
     """Medians, spread, and the median of each round's ratio to the first way: drift cancels within a round."""
     first = next(iter(seconds))
     result = {}
@@ -134,10 +148,139 @@ def report(seconds: dict[str, list[float]], size: int) -> None:
                         "times_first": round(statistics.median(ratios), 2)}  # fmt: skip
         print(f"{name:<30} {result[name]['seconds']:>8.2f} s ({min(values):.2f} to {max(values):.2f})"
               f" {result[name]['mb_per_s']:>7.1f} MB/s {result[name]['times_first']:>7.2f} x")  # fmt: skip
-    one, two = seconds["ours, 1 process"], seconds["ours, 2 processes"]
-    result["two_over_one"] = round(statistics.median(a / b for a, b in zip(one, two)), 3)
-    print(f"2 processes are {result['two_over_one']:.2f} times as fast as 1")
+    return result
+
+
+# ---------------------------------------------------------------- duplicates
+
+
+def deduplicate(cfg: BenchConfig) -> None:
+    """Documents of 0.5 to 5 kB with edited copies among them: two libraries fed from Python, and ours."""
+    texts, copies = documents_with_copies(Path(cfg.input), cfg.documents)
+    found: dict[str, list[bool]] = {}  # way -> is it a duplicate?
+    ways = {"datasketch": lambda: datasketch_way(texts, None),
+            "datasketch, crc32": lambda: datasketch_way(texts, crc32),
+            "rensa": lambda: rensa_way(texts), "ours, 1 process": lambda: our_way(texts, 1),
+            "ours, 2 processes": lambda: our_way(texts, 2)}  # fmt: skip
+    seconds = rounds({name: lambda name=name: found.__setitem__(name, ways[name]()) for name in ways}, cfg.rounds)
+    size = sum(len(text.encode()) for text in texts)
+    print(f"{len(texts):,} documents, {size / 1e6:.0f} MB, {len(copies):,} of them edited copies")
+    result = report(seconds, size)
+    for name, flags in found.items():
+        near = [flags[i] for i, share in copies if share >= 0.85]
+        far = [flags[i] for i, share in copies if share < 0.6]
+        result[name] |= {"recall": sum(near) / len(near), "false_removals": sum(far) / len(far), "removed": sum(flags)}
+        print(f"{name:<30} found {sum(near):,} of {len(near):,} copies with J >= 0.85, removed {sum(far):,} of "
+              f"{len(far):,} with J < 0.6, {sum(flags):,} in all")  # fmt: skip
     print(json.dumps(result))
+
+
+def documents_with_copies(path: Path, number: int) -> tuple[list[str], list[tuple[int, float]]]:
+    """Neighbouring lines joined to 170 to 1,700 characters; a tenth are copies of one before, with 0 to 30 % of their
+    characters changed. Also (place, Jaccard similarity to the original) of each copy."""
+    rng, texts, copies = random.Random(0), [], []
+    with open(path, encoding="utf-8") as lines:
+        text, wanted = "", rng.randint(170, 1700)
+        for line in lines:
+            text += line[:1700]
+            if len(text) < wanted:
+                continue
+            texts.append(text)
+            text, wanted = "", rng.randint(170, 1700)
+            if rng.random() < 0.111:
+                original = rng.choice(texts)
+                share = rng.choice((0.002, 0.01, 0.02, 0.04, 0.1, 0.3)) * rng.random()
+                copy = "".join(chr(rng.randrange(0x4E00, 0x9FA5)) if rng.random() < share else c for c in original)
+                a, b = grams(original), grams(copy)
+                copies.append((len(texts), len(a & b) / len(a | b)))
+                texts.append(copy)
+            if len(texts) >= number:
+                return texts[:number], [copy for copy in copies if copy[0] < number]
+    raise UserError(f"{path}: gives only {len(texts):,} documents", f"--documents {len(texts)}")
+
+
+def grams(text: str) -> set[str]:
+    """Character 5-grams without whitespace: what all ways compare."""
+    text = "".join(text.split())
+    return {text[i : i + 5] for i in range(len(text) - 4)} or {text}
+
+
+def datasketch_way(texts: list[str], hashfunc) -> list[bool]:
+    from datasketch import MinHash, MinHashLSH
+
+    index, flags = MinHashLSH(threshold=0.8, num_perm=128), []
+    for i, text in enumerate(texts):
+        signature = MinHash(num_perm=128, **({"hashfunc": hashfunc} if hashfunc else {}))
+        signature.update_batch([gram.encode() for gram in grams(text)])
+        flags.append(bool(index.query(signature)))
+        if not flags[-1]:
+            index.insert(i, signature)
+    return flags
+
+
+def rensa_way(texts: list[str]) -> list[bool]:
+    from rensa import RMinHash, RMinHashLSH
+
+    index, flags = RMinHashLSH(threshold=0.8, num_perm=128, num_bands=16), []
+    for i, text in enumerate(texts):
+        signature = RMinHash(num_perm=128, seed=42)
+        signature.update(list(grams(text)))
+        flags.append(bool(index.query(signature)))
+        if not flags[-1]:
+            index.insert(i, signature)
+    return flags
+
+
+def our_way(texts: list[str], processes: int) -> list[bool]:
+    options = dedup.DedupConfig()
+    index, chunks = dedup.Index(options), (texts[i : i + dedup.CHUNK] for i in range(0, len(texts), dedup.CHUNK))
+    return [bool(reason) for signed in map_in_order(dedup.sign, options, chunks, processes)
+            for reason in index.add(signed)]  # fmt: skip
+
+
+# ---------------------------------------------------------------- memory
+
+
+def memory(cfg: BenchConfig) -> None:
+    """The largest process of `clean tokenize` on 2 GB of JSON lines, one of them 1 GB, and of `dedup` on a million
+    short texts, with two workers each."""
+    result = {}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        large, short = Path(folder) / "large.jsonl", Path(folder) / "short.jsonl"
+        texts = [json.dumps(line.rstrip("\n"), ensure_ascii=False) for line in open(cfg.input, encoding="utf-8")]  # noqa: SIM115
+        with open(large, "w", encoding="utf-8") as f:
+            while f.tell() < 500_000_000:
+                f.writelines(f'{{"text": {text}}}\n' for text in texts)
+            f.write('{"text": "' + "长" * 350_000_000 + '"}\n')
+            while f.tell() < 2_000_000_000:
+                f.writelines(f'{{"text": {text}}}\n' for text in texts)
+        rng = random.Random(0)
+        with open(short, "w", encoding="utf-8") as f:
+            for n in range(1_000_000):
+                f.write(json.dumps({"text": f"{n}：{rng.choice(texts)[:100]}"}, ensure_ascii=False) + "\n")
+        words = {large: ["clean", "tokenize", "--tokenizer", cfg.tokenizer], short: ["dedup"]}
+        for path, command in words.items():
+            began = time.monotonic()
+            peaks = peak_memory([sys.executable, "data_process.py", *command, "--input", str(path), "--processes", "2",
+                                 "--out_dir", f"{folder}/{path.stem}"])  # fmt: skip
+            result[path.stem] = {"gigabytes": round(path.stat().st_size / 1e9, 2), "peaks_mib": peaks,
+                                 "seconds": round(time.monotonic() - began)}  # fmt: skip
+            print(f"{' '.join(command[:2])}: {result[path.stem]}")
+    print(json.dumps(result))
+
+
+def peak_memory(command: list[str]) -> list[int]:
+    """The most memory that the command and each of its worker processes held, in MiB, largest first."""
+    process, peaks = subprocess.Popen(command, stdout=subprocess.DEVNULL), {}
+    while process.poll() is None:
+        with contextlib.suppress(OSError, IndexError):  # a process that ends while it is asked
+            children = [p.read_text().split() for p in Path(f"/proc/{process.pid}/task").glob("*/children")]
+            for pid in [str(process.pid), *itertools.chain(*children)]:
+                peaks[pid] = int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
+        time.sleep(0.1)
+    if process.returncode:
+        raise UserError(f"{' '.join(command)} ended with code {process.returncode}")
+    return sorted(peaks.values(), reverse=True)
 
 
 if __name__ == "__main__":
