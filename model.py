@@ -17,6 +17,7 @@ Sources: Llama 2 https://arxiv.org/abs/2307.09288, RMSNorm https://arxiv.org/abs
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -210,18 +211,22 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, write: Callable[[str, Tensor], None] | None = None) -> None:
         """Normal(0, 0.02) everywhere; what writes into the residual stream divided by sqrt(2 layers) (GPT-2's recipe,
-        so that its variance does not grow with depth): o_proj and down_proj. Norms one, biases zero."""
-        device = self.lm_head.weight.device
-        generator = torch.Generator(device).manual_seed(seed)
+        so that its variance does not grow with depth): o_proj and down_proj. Norms one, biases zero.
+
+        Args:
+            seed: of the numbers, the same on every device.
+            write: gets each weight's name and its values, one after another; None: they become this model's.
+        """
+        generator = torch.Generator().manual_seed(seed)
         residual_std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, p in self.named_parameters():
+            values = torch.full(p.shape, 1.0 if name.endswith("norm.weight") else 0.0)
             if p.ndim == 2:
                 std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                p.normal_(0.0, std, generator=generator)
-            else:
-                p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                values.normal_(0.0, std, generator=generator)
+            p.copy_(values) if write is None else write(name, values)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, docs: Tensor | None = None,
                 cache: Cache | None = None) -> Tensor:  # fmt: skip

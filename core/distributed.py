@@ -1,18 +1,18 @@
-"""Who am I among the ranks: torchrun's environment, sums over ranks, DDP wrapping.
+"""Who am I among the ranks: torchrun's environment, sums over ranks.
 
 In:  the environment that torchrun sets. Out: one Ranks object.
 Knows nothing of models' insides, data or files. A run without torchrun has no process group at all.
 """
 
 import datetime
+import gc
 import hashlib
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import UserError
 
@@ -51,20 +51,9 @@ class Ranks:
         if other:
             raise UserError(f"rank {other[0]} has another {what} than rank 0", "start every rank with the same files")
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to call forward on: the model itself, or DDP around it."""
-        if self.world == 1:
-            return model
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=[self.device.index] if self.device.type == "cuda" else None
-        )
-
-    def no_sync(self, module: nn.Module, when: bool):
-        """Context in which DDP keeps gradients to itself: all but the last micro-batch of a step."""
-        return module.no_sync() if when and self.world > 1 else nullcontext()
-
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
+            gc.collect()  # a pipeline's schedule, a ring of references, would keep threads of the group until the end
             dist.destroy_process_group()
 
 
@@ -98,6 +87,6 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
         missing = ", ".join(n for n in names if n not in present)
         raise UserError(f"{present[0]} is set but {missing} is not", "start with torchrun, or unset it")
     dist.init_process_group(
-        "nccl" if place.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
+        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
     )
     return Ranks(dist.get_rank(), dist.get_world_size(), place)

@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from core import files
+from core import files, parallel
 from core.checkpoint import Run, verify
 from core.data import BinRows, ChatRows, batch, step_rows
 from core.distributed import Ranks
 from core.errors import Diverged, Interrupted, UserError
-from core.optim import OptimConfig, learning_rate, make_optimizers
+from core.optim import LossScale, OptimConfig, learning_rate, make_optimizers
+from core.parallel import WAYS
 from model import Llama
 
 
@@ -42,6 +43,10 @@ class TrainConfig:
     dtype: str = "auto"  # auto, fp32, bf16, fp16: of the matrix products; weights are always kept in fp32
     compile: bool = False  # torch.compile: a minute or more at the start, faster steps afterwards
     gradient_checkpointing: bool = False  # a third more work, activations of one block instead of all
+    parallel: str = "ddp"  # over ranks: ddp, zero1, fsdp or pipeline, see core/parallel.py
+    reshard: bool = True  # fsdp: give gathered weights back after the forward pass (ZeRO-3); false keeps them (ZeRO-2)
+    cpu_offload: bool = False  # fsdp: weights, gradients and moments wait in the host's memory
+    deterministic: bool = False  # ddp: the same bits on 1, 2, 4 ... ranks, for log2(micro-batches) more gradients
     resume: str = "auto"  # auto: from the newest whole checkpoint in out_dir; no: anew; or a checkpoint's path
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept
@@ -57,8 +62,9 @@ class TrainConfig:
             raise ValueError(f"max_steps = {self.max_steps}, epochs = {self.epochs}: must not be negative or none")
         if self.keep < 2:
             raise ValueError(f"keep = {self.keep}, must be at least 2: one is whole while another is deleted")
-        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
-            raise ValueError(f"dtype = {self.dtype!r}, must be one of auto, fp32, bf16, fp16")
+        for name, known in (("dtype", ("auto", "fp32", "bf16", "fp16")), ("parallel", WAYS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(known)}")
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -146,11 +152,11 @@ def plan(cfg: TrainConfig, rows: BinRows | ChatRows, ranks: Ranks) -> tuple[int,
 
 def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: BinRows | ChatRows | None,
           cfg: TrainConfig, optim: OptimConfig, ranks: Ranks, tokenizer, identity: dict, about: dict,
-          samples: Callable[[Llama], str] | None = None) -> None:  # fmt: skip
+          samples: Callable[[Llama], str] | None = None, fill: Callable | None = None) -> None:  # fmt: skip
     """Train until the last step, a stop signal or divergence.
 
     Args:
-        model: fp32 weights, on ranks.device.
+        model: fp32 weights, on ranks.device; or on the meta device, then `fill` gives the weights (`parallel.spread`).
         loss_fn: (model, Batch) -> sum of the losses of the batch's targets.
         rows, val_rows: what to train and validate on; no validation where val_rows is None.
         tokenizer: saved with the model.
@@ -173,36 +179,35 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: B
     for line in intro:
         log(line)
     try:
-        _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks, run, log, samples)
+        _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks, run, log, samples, fill)
     finally:
         log.close()
         run.close()
 
 
-def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, log: Log, samples) -> None:
-    per_step, micro, micro_batches, max_steps = plan(cfg, rows, ranks)
+def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, log: Log, samples, fill) -> None:
     dtype = choose_dtype(cfg.dtype, ranks.device)
-    optimizers = make_optimizers(model, optim)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # fp16 gradients underflow unless the loss is scaled up; the scale adapts. A first scale of 2^16 is torch's own.
-    scaler = torch.amp.GradScaler(ranks.device.type) if dtype == torch.float16 else None
     model.gradient_checkpointing = cfg.gradient_checkpointing
+    spread = parallel.spread(model, cfg, ranks, dtype, fill)
+    per_step, micro, micro_batches, max_steps = plan(cfg, rows, spread.data)
+    optimizers = make_optimizers(model, optim)
+    spread.share(optimizers)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    scaler = LossScale() if dtype == torch.float16 else None
     state = {"step": 0, "rows_seen": 0, "best": None, "overflows": 0, "validated": True}
-    state |= _resume(cfg, run, model, optimizers, scaler, ranks, log)
+    state |= _resume(cfg, run, spread, optimizers, scaler, ranks, log)
     ranks.same(json.dumps([run.identity, state, max_steps]), "configuration, data or checkpoint")
     if state["step"] >= max_steps:
         log(f"{run.folder} is finished at step {state['step']} of {max_steps}: nothing to do (--resume no starts anew)")
         return
-    if cfg.compile:
-        model.compile()
-    module = ranks.wrap(model)
     log(f"steps {max_steps}, each {per_step} rows x {rows.seq_len} positions = {micro_batches} micro-batches x "
-        f"{ranks.world} ranks x {micro} rows; {max_steps * per_step / len(rows):.2f} epochs of {len(rows)} "
-        f"rows; {ranks.device}, {str(dtype).removeprefix('torch.')}")  # fmt: skip
+        f"{spread.data.world} ranks x {micro} rows; {max_steps * per_step / len(rows):.2f} epochs of {len(rows)} "
+        f"rows; {ranks.device}, {str(dtype).removeprefix('torch.')}"
+        + f", {cfg.parallel} on {ranks.world} ranks" * (ranks.world > 1))  # fmt: skip
     log.progress(max_steps, state["step"])
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     stop = StopSignals()
-    validate = partial(_validate, model, loss_fn, val_rows, cfg, ranks, autocast, run, log, state, samples)
+    validate = partial(_validate, spread, loss_fn, val_rows, cfg, autocast, run, log, state, samples)
     if not state["validated"]:  # the run was stopped where a validation was due
         validate()
     model.train()
@@ -216,33 +221,27 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
 
             # Each rank takes its own rows of the step: micro-batch m of rank r is the (m * world + r)-th piece.
             indices = step_rows(state["rows_seen"], per_step, len(rows), cfg.seed)
-            loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-            count = torch.zeros((), dtype=torch.float64, device=ranks.device)
-            for m in range(micro_batches):
-                first = (m * ranks.world + ranks.rank) * micro
-                data = batch(rows, indices[first : first + micro]).to(ranks.device)
-                with ranks.no_sync(module, when=m < micro_batches - 1):
-                    with autocast:
-                        loss = loss_fn(module, data)
-                    # Divided by the step's positions for now (a constant, so that fp16 stays in range), by its
-                    # targets once they are counted. DDP averages over ranks where a sum is wanted: times world.
-                    scaled = loss * (ranks.world / cfg.batch_tokens)
-                    (scaler.scale(scaled) if scaler else scaled).backward()
-                loss_sum += loss.detach()
-                count += data.count
+            firsts = ((m * spread.data.world + spread.data.rank) * micro for m in range(micro_batches))
+            batches = (batch(rows, indices[first : first + micro]).to(ranks.device) for first in firsts)
+            # Divided by the step's positions for now (a constant, so that fp16 stays in range), by its targets once
+            # they are counted.
+            scale = (scaler.scale if scaler else 1.0) / cfg.batch_tokens
+            mine = spread.accumulate(batches, micro_batches, loss_fn, scale, autocast)
 
             # One small sum per step: the loss, the targets, and whether any rank was asked to stop.
-            totals = ranks.sum(torch.stack([loss_sum, count, torch.zeros_like(count) + stop.asked])).tolist()
+            totals = ranks.sum(torch.cat([mine, torch.zeros_like(mine[:1]) + stop.asked])).tolist()
             mean = totals[0] / max(1.0, totals[1])
-            norm = _finish_gradients(parameters, optimizers, scaler, cfg.batch_tokens / max(1.0, totals[1]), optim)
+            correction = cfg.batch_tokens / max(1.0, totals[1]) / (scaler.scale if scaler else 1.0)
+            norm = _finish_gradients(spread, parameters, correction, optim)
             finite = math.isfinite(mean) and math.isfinite(norm)
             if finite:
                 for optimizer in optimizers:
                     optimizer.step()
+                spread.stepped()
             if scaler:
-                scaler.update()  # after an overflow: half the scale, and the update above was left out
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
+                scaler.update(finite)
+            for p in parameters:  # an optimizer may have only some of them
+                p.grad = None
             if not finite:
                 _overflow_or_diverge(state, mean, norm, lr, scaler, rows, indices)
             state["overflows"] = 0 if finite else state["overflows"] + 1
@@ -260,23 +259,23 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
                 speed = cfg.batch_tokens / max(seconds, 1e-9)
                 log(f"step {step}/{max_steps} loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} "
                     f"{speed:,.0f} tokens/s left {_clock((max_steps - step) * seconds)}"
-                    + (f" scale {scaler.get_scale():g}" if scaler else ""))  # fmt: skip
+                    + (f" scale {scaler.scale:g}" if scaler else ""))  # fmt: skip
                 window, window_s = [], 0.0
-            scale = {"scale": scaler.get_scale()} if scaler else {}
+            about_scale = {"scale": scaler.scale} if scaler else {}
             log.metrics(step=step, loss=_plain(mean), lr=lr, grad_norm=_plain(norm), targets=int(totals[1]),
-                        seconds=round(time.monotonic() - began, 6), **scale)  # fmt: skip
+                        seconds=round(time.monotonic() - began, 6), **about_scale)  # fmt: skip
             if step % cfg.eval_every == 0 or last:
                 state["validated"] = not stopping
                 if not stopping:
                     validate(must=last)
             if step % cfg.save_every == 0 or last or stopping:
-                run.save(model, optimizers, scaler, state, warn=log, must=last or stopping)
+                run.save(spread, optimizers, scaler, state, warn=log, must=last or stopping)
                 ranks.barrier()
             if stopping:
                 raise Interrupted(f"saved {run.path(step)}, the same command goes on from there")
 
 
-def _resume(cfg: TrainConfig, run: Run, model, optimizers, scaler, ranks: Ranks, log: Log) -> dict:
+def _resume(cfg: TrainConfig, run: Run, spread, optimizers, scaler, ranks: Ranks, log: Log) -> dict:
     """State of the checkpoint to go on from, put into model and optimizers; {} to start at step 0."""
     ranks.barrier()  # the first rank has cleaned the folder up
     path = None
@@ -289,7 +288,7 @@ def _resume(cfg: TrainConfig, run: Run, model, optimizers, scaler, ranks: Ranks,
             raise UserError(f"{path}: {problem}", "--resume auto takes the newest whole one")
     if path is None:
         return {}
-    state = run.restore(path, model, optimizers, scaler, warn=log)
+    state = run.restore(path, spread, optimizers, scaler, warn=log)
     log(f"resumed from {path}")
     if cfg.resume != "auto" and (later := run.set_aside_after(state["step"])):
         log(f"set aside: {', '.join(p.name for p in later)}")
@@ -297,13 +296,10 @@ def _resume(cfg: TrainConfig, run: Run, model, optimizers, scaler, ranks: Ranks,
     return {k: state[k] for k in ("step", "rows_seen", "best", "overflows", "validated")}
 
 
-def _finish_gradients(parameters: list, optimizers: list, scaler, correction: float, optim: OptimConfig) -> float:
-    """Unscale, correct for the number of targets and clip, all in place; returns the norm before clipping."""
-    if scaler:
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
+def _finish_gradients(spread, parameters: list, correction: float, optim: OptimConfig) -> float:
+    """Take the scale out, divide by the number of targets and clip, all in place; returns the norm before clipping."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(grads)) * correction
+    norm = spread.norm(parameters) * correction
     if math.isfinite(norm):
         factor = correction * (min(1.0, optim.grad_clip / (norm + 1e-6)) if optim.grad_clip else 1.0)
         torch._foreach_mul_(grads, factor)
@@ -312,28 +308,31 @@ def _finish_gradients(parameters: list, optimizers: list, scaler, correction: fl
 
 def _overflow_or_diverge(state: dict, mean: float, norm: float, lr: float, scaler, rows, indices: list[int]) -> None:
     """Non-finite numbers are normal in fp16 while the scale settles; in any other case training has diverged."""
-    if scaler and state["overflows"] < 20 and scaler.get_scale() >= 1:
+    if scaler and state["overflows"] < 20 and scaler.scale >= 1:
         return
     where = "; ".join(rows.where(i) for i in indices[:4])
     raise Diverged(
         f"step {state['step'] + 1}: loss {mean}, gradient norm {norm}, lr {lr:.3e}"
-        + (f", scale {scaler.get_scale():g}" if scaler else "") + f"; rows {indices[:8]}: {where}",
+        + (f", scale {scaler.scale:g}" if scaler else "") + f"; rows {indices[:8]}: {where}",
         "the weights were not touched; a lower --lr or --dtype fp32 may help")  # fmt: skip
 
 
 @torch.no_grad()
-def evaluate(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, cfg: TrainConfig, ranks: Ranks,
+def evaluate(spread, loss_fn: Callable, rows: BinRows | ChatRows, cfg: TrainConfig,
              autocast) -> tuple[float, float | None]:  # fmt: skip
     """Mean loss in nats per target over the first eval_tokens positions, and bits per byte where bytes are known."""
-    model.eval()
+    spread.model.eval()
+    ranks, among = spread.ranks, spread.data
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     number = min(len(rows), max(1, cfg.eval_tokens // rows.seq_len))
-    for first in range(ranks.rank * cfg.micro_batch, number, ranks.world * cfg.micro_batch):
-        data = batch(rows, range(first, min(first + cfg.micro_batch, number))).to(ranks.device)
+    for start in range(0, number, among.world * cfg.micro_batch):
+        first = start + among.rank * cfg.micro_batch
+        mine = range(first, min(first + cfg.micro_batch, number))
+        # Cut models need all ranks in every forward pass: one that has no rows left takes any and does not count them.
+        data = batch(rows, mine or range(1)).to(ranks.device)
         with autocast:
-            total[0] += loss_fn(model, data)
-        total[1] += data.count
-    model.train()
+            total += spread.losses(data, loss_fn) * bool(mine)
+    spread.model.train()
     nats, targets = ranks.sum(total).tolist()
     loss = nats / max(1.0, targets)
     if not rows.bytes_per_token:
@@ -343,23 +342,23 @@ def evaluate(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, cfg: Tra
     return loss, nats / math.log(2) / (positions * rows.bytes_per_token)
 
 
-def _validate(model, loss_fn, val_rows, cfg, ranks, autocast, run: Run, log: Log, state: dict, samples,
+def _validate(spread, loss_fn, val_rows, cfg, autocast, run: Run, log: Log, state: dict, samples,
               must: bool = False) -> None:  # fmt: skip
     """Measure, print early samples, and publish the model into the run folder unless an earlier one was better."""
     facts, better = {"step": state["step"]}, True
     if val_rows is not None:
-        loss, bits = evaluate(model, loss_fn, val_rows, cfg, ranks, autocast)
+        loss, bits = evaluate(spread, loss_fn, val_rows, cfg, autocast)
         facts |= {"val_loss": _plain(loss)} | ({"val_bits_per_byte": _plain(bits)} if bits is not None else {})
         better = math.isfinite(loss) and (state["best"] is None or loss < state["best"])
         log(f"step {state['step']} validation loss {loss:.4f}"
             + (f" bits/byte {bits:.4f}" if bits is not None else "")
             + (" (best so far)" if better else ""))  # fmt: skip
         log.metrics(**facts)
-    if samples and ranks.first:
-        model.eval()
-        log(samples(model))
-        model.train()
-    if better and run.publish(model, facts, log, must):
+    if samples:
+        spread.model.eval()
+        log(spread.samples(samples))
+        spread.model.train()
+    if better and run.publish(spread, facts, log, must):
         state["best"] = facts.get("val_loss")
     state["validated"] = True
 

@@ -78,6 +78,32 @@ def make_optimizers(model: nn.Module, cfg: OptimConfig) -> list[torch.optim.Opti
     return [Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay), adamw] if with_muon else [adamw]
 
 
+class LossScale:
+    """The factor of the loss in fp16, so that small gradients do not become zero: halved when a gradient overflows,
+    doubled after 2,000 steps without; it begins at 2^16. Powers of two: they change no digit.
+
+    torch.amp.GradScaler does the same, looking for overflows on its own; here the gradient's norm tells, on all ranks
+    and for cut parameters alike. Source: Micikevicius et al., https://arxiv.org/abs/1710.03740
+    """
+
+    def __init__(self):
+        self.scale, self.good_steps = 2.0**16, 0
+
+    def update(self, finite: bool) -> None:
+        """After a step, with whether its gradient was finite."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good_steps == 2000:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+    def state_dict(self) -> dict:
+        return {"scale": self.scale, "_growth_tracker": self.good_steps}  # GradScaler's names: older checkpoints load
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scale, self.good_steps = float(state["scale"]), int(state["_growth_tracker"])
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: every direction of a matrix learns at the same speed.
 

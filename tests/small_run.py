@@ -7,6 +7,7 @@ OUT_DIR/seen-<rank>.json: the ids of every micro-batch in order.
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,28 +57,29 @@ def chat_rows() -> ChatRows:
     return ChatRows(samples, SEQ_LEN, pad_id=2)
 
 
-def small_model() -> Llama:
+def small_model(**changes) -> Llama:
     model = Llama(ModelConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=SEQ_LEN))  # fmt: skip
+                              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=SEQ_LEN,
+                              **changes))  # fmt: skip
     model.init_weights(0)
     return model
 
 
 def run(out_dir, model=None, rows="bin", loss_fn=next_token_loss, val=True, optimizer="adamw", lr=3e-3, grad_clip=1.0,
-        samples=None, **options) -> Llama:  # fmt: skip
+        min_lr=None, samples=None, fill=None, **options) -> Llama:  # fmt: skip
     """Train the small model; `options` are fields of TrainConfig. Returns the model."""
     out_dir, model = Path(out_dir), model or small_model()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     defaults = {"max_steps": 10, "batch_tokens": 8 * SEQ_LEN, "micro_batch": 2, "save_every": 5, "eval_every": 5,
                 "log_every": 1, "device": "cpu"}  # fmt: skip
     cfg = engine.TrainConfig(out_dir=str(out_dir), **defaults | options)
-    optim = OptimConfig(optimizer=optimizer, lr=lr, min_lr=lr / 10, warmup_steps=2, grad_clip=grad_clip)
+    optim = OptimConfig(optimizer=optimizer, lr=lr, min_lr=lr / 10 if min_lr is None else min_lr, warmup_steps=2, grad_clip=grad_clip)
     ranks = distributed.start("cpu", timeout_s=60)
     train_rows = chat_rows() if rows == "chats" else bin_rows(out_dir.parent)
     val_rows = bin_rows(out_dir.parent, tail=True) if val else None
     about = {"options": {"train": dataclasses.asdict(cfg), "optim": dataclasses.asdict(optim)}}
     engine.train(model, loss_fn, train_rows, val_rows, cfg, optim, ranks, NoTokenizer(),
-                 {"model": dataclasses.asdict(model.config)}, about, samples)  # fmt: skip
+                 {"model": dataclasses.asdict(model.config)}, about, samples, fill)  # fmt: skip
     ranks.close()
     return model
 
@@ -85,6 +87,11 @@ def run(out_dir, model=None, rows="bin", loss_fn=next_token_loss, val=True, opti
 def main() -> None:
     torch.set_num_threads(1)
     out_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    changes, meta = options.pop("model", {}), options.pop("meta", False)
+    with torch.device("meta" if meta else "cpu"):
+        model = small_model(**changes)
+    if meta:  # the sizes again: of a pipeline's model the ranks take layers away
+        options["fill"] = partial(small_model(**changes).init_weights, 0)
     seen = []
 
     def recording_loss(model, batch):
@@ -93,8 +100,9 @@ def main() -> None:
         return next_token_loss(model, batch)
 
     rank = distributed.os.environ.get("RANK", "0")
+    loss_fn = next_token_loss if options.get("parallel") == "pipeline" else recording_loss
     try:
-        run(out_dir, loss_fn=recording_loss, **options)
+        run(out_dir, model, loss_fn=loss_fn, **options)
     finally:
         (out_dir / f"seen-{rank}.json").write_text(json.dumps(seen))
 
