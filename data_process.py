@@ -135,11 +135,12 @@ def own_text(cfg, names: list[str]) -> None:
         else:
             text = trained_before(out / "tokenizer", journal) or make_tokenizer(cfg.process, texts_of(cfg, names))
             journal.open("tokenizer").append(text.sha256)
-            split = bins.Split(cfg.process.val_share)
-            try:
-                lines = write_bins(cfg, names, text, split, journal)
-            except bins.NothingHeldOut as e:
-                lines = write_bins(cfg, names, text, e.split, journal)
+            lines, split = [], bins.Split(cfg.process.val_share)
+            while not lines:
+                try:
+                    lines = write_bins(cfg, names, text, split, journal)
+                except bins.NothingHeldOut as e:
+                    split = e.split
     print("\n".join(lines))
 
 

@@ -10,7 +10,11 @@ folder, to out/pretrain. Stopped by Ctrl-C or killed, the same command goes on w
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 import tokenizer
 from core import checkpoint, config, data, distributed, engine, errors
@@ -27,7 +31,10 @@ class DataConfig:
     tokenizer: str = "data/tokenizer"
     seq_len: int = 0  # positions per row; 0: the model's max_position_embeddings
     docs: bool = True  # attention stays within a document where several share a row
+    verify: bool = False  # before step 0 read every bin whole and compare it with the hashes in its .json
+    trust: bool = False  # bins without .json: do not read them whole first; ids are still checked as they are used
     init_from: str = ""  # a Llama-family folder to go on from; "": new weights
+    allow_pickle: bool = False  # its weights may be a .bin, .pt or .pth: only tensors are read from it
     prompt: str = ""  # continued after every validation; "": none
 
     def __post_init__(self):
@@ -41,12 +48,14 @@ def main() -> None:
     ranks = distributed.start(cfg.train.device)
     base = cfg.data.init_from and checkpoint.model_folder(cfg.data.init_from)
     text = tokenizer.load(base or cfg.data.tokenizer)
-    model = (checkpoint.load_model(base) if base else new_model(cfg, text)).to(ranks.device)
+    model, fill = checkpoint.open_model(base, cfg.data.allow_pickle) if base else new_model(cfg, text)
     seq_len = cfg.data.seq_len or model.config.max_position_embeddings
     train, shares = data.parse_mix(cfg.data.train)
 
     def open_rows(path: str, tail: bool) -> data.BinRows:
-        bin = data.TokenBin(path, model.config.vocab_size, text.sha256)
+        bin = data.TokenBin(path, model.config.vocab_size, text.sha256, trust=cfg.data.trust)
+        if cfg.data.verify:
+            bin.verify()
         return data.BinRows(bin, seq_len, cfg.data.docs, text.eos_id, tail)
 
     parts = [open_rows(path, tail=False) for path in train]
@@ -57,19 +66,19 @@ def main() -> None:
     intro = [config.show(cfg), describe(model.config), rows.describe()]
     engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text,
                  identity, {"command": "pretrain", "options": config.as_dict(cfg), "intro": intro},
-                 samples=(lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None)  # fmt: skip
+                 (lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None, fill)  # fmt: skip
     ranks.close()
 
 
-def new_model(cfg, text) -> Llama:
-    """A model of the configured size with the tokenizer's vocabulary and fresh weights."""
+def new_model(cfg, text) -> tuple[Llama, Callable]:
+    """A model of the configured size with the tokenizer's vocabulary, without memory yet, and its fresh weights."""
     size = cfg.model.vocab_size or text.vocab_size
     if size < text.vocab_size:
         raise errors.UserError(f"vocab_size {size} is smaller than the tokenizer's {text.vocab_size}",
                                "--vocab_size 0 takes the tokenizer's")  # fmt: skip
-    model = Llama(dataclasses.replace(cfg.model, vocab_size=size))
-    model.init_weights(cfg.train.seed)
-    return model
+    with torch.device("meta"):
+        model, names = (Llama(dataclasses.replace(cfg.model, vocab_size=size)) for _ in range(2))
+    return model, partial(names.init_weights, cfg.train.seed)
 
 
 def continuation(model: Llama, text, prompt: str) -> str:

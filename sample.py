@@ -30,6 +30,7 @@ from tokenizer import chat
 @dataclass(frozen=True)
 class SampleConfig:
     model: str = ""  # a model folder; "": out/sft if it is there, else out/pretrain
+    allow_pickle: bool = False  # its weights may be a .bin, .pt or .pth: only tensors are read from it
     prompt: str = ""  # "" without the other ways to ask: the model begins by itself
     prompts: str = ""  # a file of prompts, .jsonl or one a line
     output: str = ""  # where the answers go as JSONL; "": printed
@@ -57,7 +58,7 @@ class Speaker:
         own = checkpoint.load_about(folder).get("chat_format")
         self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
-        self.model = checkpoint.load_model(folder, start(cfg.device).device, dtype).eval()
+        self.model = checkpoint.load_model(folder, start(cfg.device).device, dtype, cfg.allow_pickle).eval()
         if self.model.config.vocab_size < self.text.vocab_size:
             raise UserError(f"{folder}: the tokenizer has {self.text.vocab_size} ids, the model "
                             f"{self.model.config.vocab_size}", "is this its tokenizer?")  # fmt: skip

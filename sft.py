@@ -25,6 +25,7 @@ from tokenizer import chat
 @dataclass(frozen=True)
 class ChatConfig:
     init_from: str = "out/pretrain"  # any Llama-family folder
+    allow_pickle: bool = False  # its weights may be a .bin, .pt or .pth: only tensors are read from it
     train: tuple[str, ...] = ("data/sft_train.jsonl",)  # chat files
     val: tuple[str, ...] = ("data/sft_val.jsonl",)  # none: no validation
     chat_format: str = "chatml"  # how roles and turns become tokens: see tokenizer/chat.py
@@ -49,7 +50,7 @@ def main() -> None:
     ranks = distributed.start(cfg.train.device)
     folder = checkpoint.model_folder(cfg.chat.init_from)
     text = tokenizer.load(folder)
-    model = checkpoint.load_model(folder).to(ranks.device)
+    model, fill = checkpoint.open_model(folder, cfg.chat.allow_pickle)
     seq_len = cfg.chat.seq_len or model.config.max_position_embeddings
     intro = [config.show(cfg)]
     rows = chat_rows(cfg.chat.train, text, cfg.chat, seq_len, intro)
@@ -62,7 +63,7 @@ def main() -> None:
                 "chat_format": cfg.chat.chat_format, "train_on": cfg.chat.train_on}  # fmt: skip
     about = {"command": "sft", "chat_format": cfg.chat.chat_format, "options": config.as_dict(cfg), "intro": intro}
     engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text, identity, about,
-                 samples=(lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None)  # fmt: skip
+                 (lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None, fill)  # fmt: skip
     ranks.close()
 
 

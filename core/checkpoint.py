@@ -10,16 +10,20 @@ A checkpoint is written under another name, forced to disk and renamed: one that
 file that says which is the latest; the names say it, and each is verified before it is used. Nothing is pickled.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import platform
 import re
+import reprlib
 import shutil
 import struct
+import sys
 import tempfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,19 +31,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core import files
-from core.errors import StorageError, UserError
+from core import data, files
+from core.errors import Diverged, StorageError, UserError
+from core.parallel import named
 from model import Llama, ModelConfig
 from tokenizer import chat
 
 FORMAT = 1
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Of any JSON that is read whole: names and shapes of 1,024 layers, the most that model.py builds, take 1.5 MB; and
+# Python makes at most some 60 MB of this many bytes.
+JSON_BYTES = 2 << 20
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # ---------------------------------------------------------------- model folders
 
 
-def save_model(folder: Path, model: Llama, tokenizer, about: dict) -> None:
+def save_model(folder: Path, model: Llama, tokenizer, about: dict, weights: dict[str, Tensor] | None = None) -> None:
     """Write a Hugging Face folder: config, weights, tokenizer, and run.json with `about`.
 
     Args:
@@ -47,6 +56,9 @@ def save_model(folder: Path, model: Llama, tokenizer, about: dict) -> None:
         model: fp32 weights; a NaN or infinity in them is refused.
         tokenizer: its files are copied; None: no tokenizer files.
         about: plain data on the run: step, validation, options; `chat_format` where the model chats.
+        weights: of the whole model by name, where `model` has only a part of them.
+    Raises:
+        Diverged: a weight is not a finite number.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -70,45 +82,73 @@ def save_model(folder: Path, model: Llama, tokenizer, about: dict) -> None:
             tokenizer.save(temporary, chat_format=about.get("chat_format"))
             for path in sorted(Path(temporary).iterdir()):
                 files.replace(folder / path.name, lambda p, path=path: shutil.copyfile(path, p))
-    weights = model_tensors(model)
-    bad = [name for name, t in weights.items() if not t.isfinite().all()]
-    assert not bad, f"non-finite weights would have been saved: {bad[0]}"
+    weights = model_tensors(model, weights)
+    if bad := [name for name, t in weights.items() if not _finite(t)]:  # the last step was finite, but too large
+        raise Diverged(f"{bad[0]} holds NaN or infinity: nothing of it is saved", "a lower --lr")
     files.replace(folder / "model.safetensors", lambda p: save_file(weights, p, metadata={"format": "pt"}))
     files.write_json(folder / "run.json", {"format": FORMAT, **about})
     # Last: a folder with a config.json has all the rest.
     files.write_json(folder / "config.json", config)
 
 
-def model_tensors(model: Llama) -> dict[str, Tensor]:
-    """Weights by name; tied ones once, under the embedding's name."""
-    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+def model_tensors(model: Llama, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Weights by name, the model's own if no others are given; tied ones once, under the embedding's name."""
+    state = {name: t.detach().contiguous() for name, t in (weights or dict(model.named_parameters())).items()}
     if model.config.tie_word_embeddings:
         state.pop(HEAD, None)
     return state
 
 
-def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
+def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+               allow_pickle: bool = False) -> Llama:  # fmt: skip
     """Build the model that a Llama-family folder describes, with its weights.
 
     Args:
-        folder: config.json and model.safetensors (or shards named by model.safetensors.index.json).
         dtype: of the weights in memory.
+        The rest and the errors as in `open_model`.
+    """
+    model, fill = open_model(folder, allow_pickle)
+    state: dict[str, Tensor] = {}
+    # Copies: what is only mapped would change, or end the process, when the file is written over during a run.
+    fill(lambda name, t: state.__setitem__(name, t.to(device=device, dtype=dtype, copy=True)))
+    model.load_state_dict(state, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(True)
+
+
+def open_model(folder: str | Path, allow_pickle: bool = False) -> tuple[Llama, Callable]:
+    """Look at a Llama-family folder, and hold its weights ready.
+
+    Args:
+        folder: config.json and model.safetensors (or shards named by model.safetensors.index.json), or where there is
+            neither, the same as pytorch_model.bin, or one .pt or .pth.
+        allow_pickle: read a .bin, .pt or .pth, by torch's unpickler that builds tensors and calls nothing else.
+    Returns:
+        the model on the meta device, and `fill` for `parallel.spread`: it calls what it is given with each weight's
+        name and values, which are mapped from the files.
     Raises:
         UserError: missing or damaged files, another family, weights that do not fit the config, NaN in weights.
     """
     folder = Path(folder)
     config = load_config(folder)
-    shards = _shards(folder)
+    paths = _weight_files(folder)
+    state: dict[str, Tensor] = {}
+    for path in paths:  # mapped, not read: nothing is allocated before sizes and names have been compared
+        tensors = _map_tensors(path, JSON_BYTES) if path.suffix == ".safetensors" else _load_pickled(path, allow_pickle)
+        if twins := sorted(state.keys() & tensors.keys()):
+            raise UserError(f"{path}: {twins[0]} is in another of the files, too")
+        state |= tensors
+    layers = {m[1] for name in state if (m := re.match(r"model\.layers\.(\d+)\.", name))}
+    if len(layers) != config.num_hidden_layers:
+        raise UserError(f"{folder}/config.json: describes {config.num_hidden_layers} layers, the weights {len(layers)}")
     with torch.device("meta"):  # names and shapes without memory
         described = Llama(config)
     size = sum(p.numel() for p in described.parameters())
-    on_disk = sum(s.stat().st_size for s in shards)
+    on_disk = sum(path.stat().st_size for path in paths)
     # Every stored weight takes at least half a byte; a config that asks for far more was not written for these files.
     if size > 4 * on_disk + (1 << 20):
         raise UserError(f"{folder}/config.json: describes {size:,} parameters, the weights are {on_disk:,} bytes")
-    state: dict[str, Tensor] = {}
-    for shard in shards:
-        state |= load_tensors(shard)
     state = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}  # old exports store this constant
     if config.tie_word_embeddings:
         # Tied weights are stored once, and both names are in use for them.
@@ -116,13 +156,13 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
         state.setdefault(EMBEDDING, one) if one is not None else None
         if EMBEDDING in state:
             state[HEAD] = state[EMBEDDING]
-    _check_tensors(shards[0], state, described.state_dict())
-    described.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in state.items()}, assign=True)
-    if config.tie_word_embeddings:
-        described.lm_head.weight = described.model.embed_tokens.weight
-    for p in described.parameters():
-        p.requires_grad_(True)
-    return described
+    _check_tensors(paths[0], state, described.state_dict())
+
+    def fill(write: Callable[[str, Tensor], None]) -> None:
+        for name, values in state.items():
+            write(name, values)
+
+    return described, fill
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -131,15 +171,18 @@ def load_config(folder: Path) -> ModelConfig:
     raw = read_json(path, hint=f"is {folder} a model folder?")
     family = raw.get("model_type")
     if family != "llama":
-        raise UserError(f"{path}: model_type {family!r} is not supported", "llama is")
+        raise UserError(f"{path}: model_type {reprlib.repr(family)} is not supported", "llama is")
     rope = raw.get("rope_parameters") or {}  # transformers 5 keeps rope_theta in here
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters = {reprlib.repr(rope)} is not an object")
     scaling = raw.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
     if scaling:
-        raise UserError(f"{path}: rope_scaling {scaling} is not supported")
+        raise UserError(f"{path}: rope_scaling {reprlib.repr(scaling)} is not supported")
     if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
         raise UserError(f"{path}: hidden_act must be silu and mlp_bias false")
-    raw = {**raw, "rope_theta": raw.get("rope_theta", rope.get("rope_theta", 10000.0))}
     # transformers' own defaults where its config.json leaves a key out.
+    if raw.get("rope_theta") is None:
+        raw["rope_theta"] = rope.get("rope_theta", 10000.0)
     raw.setdefault("tie_word_embeddings", False)
     raw.setdefault("rms_norm_eps", 1e-6)
     raw.setdefault("max_position_embeddings", 2048)
@@ -152,9 +195,10 @@ def load_config(folder: Path) -> ModelConfig:
                 raise UserError(f"{path}: {field.name} is missing")
             continue
         numeric = (int, float) if field.type in (float, "float") else (field.type,)
-        if type(value) not in numeric or (isinstance(value, float) and not math.isfinite(value)):
-            raise UserError(f"{path}: {field.name} = {value!r} is not of type {field.type.__name__}")
-        values[field.name] = value
+        # The comparison also keeps out integers that no float holds.
+        if type(value) not in numeric or (type(value) is not bool and not abs(value) <= sys.float_info.max):
+            raise UserError(f"{path}: {field.name} = {reprlib.repr(value)} is not of type {field.type.__name__}")
+        values[field.name] = field.type(value)
     try:
         config = ModelConfig(**values)
     except ValueError as e:
@@ -165,52 +209,99 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def read_json(path: Path, hint: str = "") -> dict:
-    """A JSON object from a file."""
+    """A JSON object from a file; one that is huge, names a key twice or holds NaN is refused."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as f:
+            text = f.read(JSON_BYTES + 1)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}", hint) from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON", hint) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object", hint)
-    return value
+    if len(text) > JSON_BYTES:
+        raise UserError(f"{path}: larger than {JSON_BYTES:,} bytes", hint)
+    try:
+        return data.parse_object(text)
+    except ValueError as e:
+        raise UserError(f"{path}: not a JSON object: {e}", hint) from None
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The weight files of a folder."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise UserError(f"{single}: No such file", f"is {folder} a model folder?")
+def _weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a folder: safetensors where there are any, else pickles."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            return _shards(folder / f"{name}.index.json", Path(name).suffix)
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth") and p.is_file())
+    if len(pickles) > 1:
+        raise UserError(f"{folder}: weights in {pickles[0].name} or {pickles[1].name}?", "leave one of them there")
+    if not pickles:
+        raise UserError(f"{folder}/model.safetensors: No such file", f"is {folder} a model folder?")
+    return pickles
+
+
+def _shards(index: Path, suffix: str) -> list[Path]:
+    """The weight files that an index names."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: weight_map is missing")
     shards = sorted(set(map(str, names.values())))
     for name in shards:
-        # A name with a folder in it could read any file of the machine.
-        if Path(name).name != name or name in ("..", ".") or (folder / name).is_symlink():
-            raise UserError(f"{index}: {name!r} is not a plain file name inside the folder")
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: No such file", "an incomplete download?")
-    return [folder / name for name in shards]
+        # A name with a folder in it, or a link, could read any file of the machine.
+        plain = Path(name).name == name and name.endswith(suffix) and name.isprintable()
+        if not plain or (index.parent / name).is_symlink():
+            raise UserError(f"{index}: {reprlib.repr(name)} is not a plain file name inside the folder",
+                            f"a file of its own, {suffix}; cp -rL copies what links point to")  # fmt: skip
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name}: No such file", "an incomplete download?")
+    return [index.parent / name for name in shards]
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
+    """All tensors of a safetensors file of ours, copied: Windows neither moves nor removes a file that is mapped."""
+    # The moments of a run have three times the names of its weights.
+    return {name: t.clone() for name, t in _map_tensors(path, 4 * JSON_BYTES).items()}
+
+
+def _map_tensors(path: Path, most: int) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, mapped into memory; its names and shapes may take `most` bytes."""
     try:
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             head = f.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > min(size - 8, 25 << 20):  # a real header is some hundred bytes per tensor
-            raise UserError(f"{path}: not a safetensors file, or damaged")
+            if length > min(size - 8, most):
+                raise ValueError(f"its header would take {length:,} bytes")
+            data.parse_object(f.read(length))  # the library takes the last of two tensors of one name
         return load_file(path)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}") from None
     except (SafetensorError, ValueError, RuntimeError) as e:
         raise UserError(f"{path}: not a safetensors file, or damaged: {e}") from None
+
+
+def _load_pickled(path: Path, allowed: bool) -> dict[str, Tensor]:
+    """All tensors of a file by torch.save, mapped where that is possible; nothing else in it is built or called.
+
+    Source: before torch 2.6 such a file could run code (CVE-2025-32434), before 2.10 damage memory (CVE-2026-24747).
+    """
+    if not allowed:
+        raise UserError(f"{path}: a pickle, which can hold more than weights",
+                        "pretrain.py, sft.py and sample.py read its tensors with --allow_pickle")  # fmt: skip
+    if torch.__version__ < (2, 10):
+        raise UserError(f"--allow_pickle needs torch 2.10, this is {torch.__version__}", "pip install -U torch")
+    try:
+        zipped = zipfile.is_zipfile(path)  # since torch 1.6; only these can be mapped
+        with zipfile.ZipFile(path) if zipped else contextlib.nullcontext() as archive:
+            if zipped and any(member.compress_type for member in archive.infolist()):
+                raise ValueError("torch.save compresses nothing")  # so this was made to grow
+        state = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except Exception as e:  # whatever a hostile file makes the unpickler stumble over; its advice is not for our users
+        raise UserError(f"{path}: holds more than weights, or is damaged ({type(e).__name__})") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.is_cpu
+        for k, t in state.items()
+    ):
+        raise UserError(f"{path}: not a table of tensors by name")
+    return {k: t.detach() for k, t in state.items()}
 
 
 def _check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -222,11 +313,16 @@ def _check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tenso
         for n in wanted
         if n in found and found[n].shape != wanted[n].shape
     ]
-    problems += [f"{n} is {t.dtype}" for n, t in found.items() if not t.is_floating_point()]
+    problems += [f"{n} is {t.dtype}" for n, t in found.items() if t.dtype not in WEIGHT_DTYPES]
     if not problems:
-        problems = [f"{n} holds NaN or infinity" for n, t in found.items() if not t.isfinite().all()]
+        problems = [f"{n} holds NaN or infinity" for n, t in found.items() if not _finite(t)]
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
+
+
+def _finite(t: Tensor) -> bool:
+    # isfinite would build two more tensors of this size; a NaN is both the least and the greatest.
+    return bool(torch.stack(torch.aminmax(t)).isfinite().all())
 
 
 def model_folder(path: str | Path) -> Path:
@@ -244,13 +340,16 @@ def model_folder(path: str | Path) -> Path:
 
 def weights_digest(folder: Path) -> str:
     """Hash of a folder's weight files: says whether a base model is the same."""
-    return hashlib.sha256("".join(files.sha256(s) for s in _shards(folder)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(files.sha256, _weight_files(folder))).encode()).hexdigest()
 
 
 def load_about(folder: Path) -> dict:
     """run.json of a folder that we wrote, {} for one from elsewhere."""
     path = Path(folder) / "run.json"
-    return read_json(path) if path.exists() else {}
+    about = read_json(path) if path.exists() else {}
+    if not isinstance(about.get("chat_format"), str | None):
+        raise UserError(f"{path}: chat_format = {reprlib.repr(about['chat_format'])} is not a name")
+    return about
 
 
 # ---------------------------------------------------------------- resumable runs
@@ -314,8 +413,11 @@ class Run:
             warn(f"warning: {self.path(step)}: {problem}; trying the one before it")
         return None
 
-    def restore(self, path: Path, model: Llama, optimizers: list, scaler, warn) -> dict:
+    def restore(self, path: Path, spread, optimizers: list, scaler, warn) -> dict:
         """Put a checkpoint's state into model, optimizers and scaler.
+
+        Args:
+            spread: the model on its ranks, see parallel.py; each takes its part.
 
         Returns:
             Its state: step, rows_seen, best and what else `save` was given.
@@ -339,22 +441,25 @@ class Run:
                 if json.dumps(value) != json.dumps(now):
                     warn(f"resuming with another {section}.{key}: was {value!r}, now {now!r}")
         weights = load_tensors(path / "model.safetensors")
-        wanted = model_tensors(model)
-        _check_tensors(path / "model.safetensors", weights, wanted)
-        moments = load_tensors(path / "optimizer.safetensors")
-        with torch.no_grad():
-            for name, p in wanted.items():
-                p.copy_(weights[name])
-        for name, p, optimizer in _named(model, optimizers):
-            mine = {k[len(name) + 1 :]: v for k, v in moments.items() if k.startswith(name + ":")}
+        mine = spread.mine()
+        if spread.partial:
+            weights = {name: t for name, t in weights.items() if name in mine}
+        _check_tensors(path / "model.safetensors", weights, mine)
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, value in load_tensors(path / "optimizer.safetensors").items():
+            name, _, entry = key.rpartition(":")
+            moments.setdefault(name, {})[entry] = value
+        for name, p in mine.items():
+            spread.put(p, weights[name])
+        for name, p, optimizer in named(spread.model, optimizers):
             # The fused kernel wants its step counter where the parameter is; load_state_dict would do the same.
-            optimizer.state[p] = {k: v.to(p.device) for k, v in mine.items()}
+            optimizer.state[p] = {k: spread.part(v, p) for k, v in moments.get(name, {}).items()}
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         return state
 
-    def save(self, model: Llama, optimizers: list, scaler, state: dict, warn, must: bool = False) -> bool:
-        """Commit checkpoint-<state["step"]>.
+    def save(self, spread, optimizers: list, scaler, state: dict, warn, must: bool = False) -> bool:
+        """Commit checkpoint-<state["step"]>; on all ranks, for the first needs the others' parts.
 
         A disk that refuses is told and survived, until the third time in a row; with `must`, the first time ends it.
 
@@ -363,12 +468,15 @@ class Run:
         Raises:
             StorageError: the disk has refused once too often.
         """
-        return self._survive("a checkpoint", warn, must, lambda: self._commit(model, optimizers, scaler, state))
+        weights, moments = spread.weights(), spread.moments(optimizers)
+        return self._survive("a checkpoint", warn, must,
+                             lambda: self._commit(spread.model, weights, moments, scaler, state))  # fmt: skip
 
-    def publish(self, model: Llama, facts: dict, warn, must: bool = False) -> bool:
+    def publish(self, spread, facts: dict, warn, must: bool = False) -> bool:
         """Write the model into the run folder itself, where sample.py, sft.py and transformers look for it."""
-        return self._survive("the best model", warn, must,
-                             lambda: save_model(self.folder, model, self.tokenizer, self.about | facts))  # fmt: skip
+        weights = spread.weights()
+        return self._survive("the best model", warn, must, lambda: save_model(
+            self.folder, spread.model, self.tokenizer, self.about | facts, weights))  # fmt: skip
 
     def _survive(self, what: str, warn, must: bool, action) -> bool:
         if not self.write:
@@ -394,16 +502,12 @@ class Run:
             os.rename(path, path.with_name(f"set-aside-{path.name}-{os.getpid()}"))
         return later
 
-    def _commit(self, model: Llama, optimizers: list, scaler, state: dict) -> None:
+    def _commit(self, model: Llama, weights: dict, moments: dict, scaler, state: dict) -> None:
         final = self.path(state["step"])
         temporary = self.folder / f".tmp-{os.getpid()}-{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
-        save_model(temporary, model, self.tokenizer, self.about | {"step": state["step"]})
-        moments = {
-            f"{name}:{key}": value.detach().contiguous()
-            for name, p, optimizer in _named(model, optimizers)
-            for key, value in optimizer.state[p].items()
-        }
+        save_model(temporary, model, self.tokenizer, self.about | {"step": state["step"]}, weights)
+        moments = {name: t.detach().contiguous() for name, t in moments.items()}
         files.replace(temporary / "optimizer.safetensors", lambda p: save_file(moments, p))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         files.write_json(temporary / "state.json", {
@@ -449,12 +553,3 @@ def verify(folder: Path) -> str | None:
         if files.sha256(path) != entry.get("sha256"):
             return f"{name} is damaged (sha256 differs)"
     return None
-
-
-def _named(model: Llama, optimizers: list):
-    """(name, parameter, its optimizer) for every trained parameter."""
-    names = {id(p): n for n, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                yield names[id(p)], p, optimizer

@@ -150,11 +150,12 @@ class TokenBin:
         vocab_size: of the model that will read it.
         tokenizer_sha256: of the tokenizer that the model is trained with; "" skips the check.
         warn: called with a line of text where the bin has no sidecar.
+        trust: do not read a bin without sidecar to its end now; what `read` gives is checked in any case.
     Raises:
         UserError: missing, truncated, made with another tokenizer, ids out of range.
     """
 
-    def __init__(self, path: str | Path, vocab_size: int, tokenizer_sha256: str = "", warn=print):
+    def __init__(self, path: str | Path, vocab_size: int, tokenizer_sha256: str = "", warn=print, trust: bool = False):
         self.path, self.vocab_size = Path(path), vocab_size
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 -- open as long as this object lives
@@ -171,6 +172,7 @@ class TokenBin:
         self.tokens = size // self.dtype.itemsize
         self.text_bytes = about.get("text_bytes", 0)  # 0: not known, no bits per byte
         self.eos_id = about.get("eos_id")
+        self._hashes, self._block_bytes = about.get("blocks_sha256"), about.get("block_bytes", BLOCK_BYTES)
         if about:
             if about["tokens"] != self.tokens:
                 raise UserError(f"{path}: {self.tokens} tokens, {sidecar.name} says {about['tokens']}",
@@ -179,12 +181,13 @@ class TokenBin:
                 raise UserError(f"{path}: made for a vocabulary of {about['vocab_size']}, the model has {vocab_size}")
             if tokenizer_sha256 and about["tokenizer_sha256"] != tokenizer_sha256:
                 theirs, ours = about["tokenizer_sha256"][:12], tokenizer_sha256[:12]
-                raise UserError(f"{path}: made with tokenizer {theirs}, this run has {ours}",
+                raise UserError(f"{path}: made with tokenizer {theirs!r}, this run has {ours!r}",
                                 "python data_process.py --input ... --tokenizer FOLDER --overwrite")  # fmt: skip
             self.digest = hashlib.sha256("".join(about["blocks_sha256"]).encode()).hexdigest()
         else:
-            warn(f"warning: {path} has no {sidecar.name}: every id is checked once, bits per byte are not known")
-            self.digest = self._scan()
+            checked = "ids are checked only as they are read" if trust else "every id is checked once"
+            warn(f"warning: {path} has no {sidecar.name}: {checked}, bits per byte are not known")
+            self.digest = self._sample() if trust else self._scan()
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids [start, start + count) as int64.
@@ -193,11 +196,7 @@ class TokenBin:
         50 GB bin does not count as 50 GB of resident memory.
         """
         size = self.dtype.itemsize
-        if hasattr(os, "pread"):
-            raw = os.pread(self._file.fileno(), count * size, start * size)
-        else:  # Windows
-            self._file.seek(start * size)
-            raw = self._file.read(count * size)
+        raw = self._bytes(start * size, count * size)
         if len(raw) != count * size:
             raise UserError(f"{self.path}: cut short at token {start + len(raw) // size} while being read")
         ids = np.frombuffer(raw, self.dtype).astype(np.int64)
@@ -208,12 +207,44 @@ class TokenBin:
                             "another tokenizer's bin, or a damaged file")  # fmt: skip
         return ids
 
+    def _bytes(self, start: int, size: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), size, start)
+        self._file.seek(start)  # Windows
+        return self._file.read(size)
+
     def _scan(self) -> str:
         """Check every id of a bin without sidecar; returns a hash of its content."""
         digest = hashlib.sha256()
         for start in range(0, self.tokens, BLOCK_BYTES):
             digest.update(self.read(start, min(BLOCK_BYTES, self.tokens - start)).tobytes())
         return digest.hexdigest()
+
+    def _sample(self) -> str:
+        """A hash of the length and both ends: it tells other bins apart, but not a change in the middle of this one."""
+        count = min(BLOCK_BYTES, self.tokens)
+        ends = self.read(0, count).tobytes() + self.read(self.tokens - count, count).tobytes()
+        return f"sample-{hashlib.sha256(f'{self.tokens} '.encode() + ends).hexdigest()}"
+
+    def verify(self) -> int:
+        """Compare the whole bin with the hashes in its sidecar.
+
+        Returns:
+            the number of blocks, all of them whole.
+
+        Raises:
+            UserError: no sidecar, or damaged blocks, each named with its bytes.
+        """
+        if self._hashes is None:
+            raise UserError(f"{self.path}: no {self.path.with_suffix('.json').name} beside it to compare it with")
+        size = self._block_bytes
+        bad = [k for k, wanted in enumerate(self._hashes)
+               if hashlib.sha256(self._bytes(k * size, size)).hexdigest() != wanted]  # fmt: skip
+        if bad:
+            places = ", ".join(f"block {k} (bytes {k * size:,} to {(k + 1) * size - 1:,})" for k in bad[:10])
+            raise UserError(f"{self.path}: damaged in {len(bad)} of {len(self._hashes)} blocks: {places}",
+                            "make it again, or copy it")  # fmt: skip
+        return len(self._hashes)
 
 
 def source_of(path: Path) -> str:
@@ -243,11 +274,22 @@ def read_sidecar(path: str | Path) -> dict:
         raise UserError(f"{path}: format {about['format']}, this version reads {FORMAT}", "make the bin again")
     if about["dtype"] not in ("uint16", "uint32"):
         raise UserError(f"{path}: dtype {about['dtype']!r} is neither uint16 nor uint32", "make the bin again")
-    for key, least in (("tokens", 0), ("vocab_size", 1), ("eos_id", 0), ("text_bytes", 0)):
-        if about[key] < least:
-            raise UserError(f"{path}: {key} is {about[key]}, must be at least {least}", "make the bin again")
-    if not all(isinstance(h, str) and re.fullmatch("[0-9a-f]{64}", h) for h in about["blocks_sha256"]):
-        raise UserError(f"{path}: blocks_sha256 holds something else than hashes", "make the bin again")
+    itemsize, block_bytes = np.dtype(about["dtype"]).itemsize, about.get("block_bytes", BLOCK_BYTES)
+    if type(block_bytes) is not int or not 1 <= block_bytes <= 1 << 30:  # a block is held in memory to be compared
+        raise UserError(f"{path}: block_bytes is {block_bytes!s:.40}, must be 1 to {1 << 30}", "make the bin again")
+    for key, least, most in (("tokens", 0, 1 << 60), ("vocab_size", 1, 1 << 8 * itemsize),
+                             ("eos_id", 0, about["vocab_size"] - 1), ("text_bytes", 0, 1 << 60)):  # fmt: skip
+        if not least <= about[key] <= most:
+            raise UserError(f"{path}: {key} is {about[key]!s:.40}, must be {least} to {most}", "make the bin again")
+    hashes, blocks = about["blocks_sha256"], -(-about["tokens"] * itemsize // block_bytes)
+    if not all(isinstance(h, str) and re.fullmatch("[0-9a-f]{64}", h) for h in hashes) or len(hashes) != blocks:
+        raise UserError(f"{path}: blocks_sha256 does not hold {blocks} hashes", "make the bin again")
+    sources = about.setdefault("sources", {})
+    if not isinstance(sources, dict) or not all(
+        isinstance(found, dict) and all(type(found.get(key)) is int for key in ("documents", "tokens", "text_bytes"))
+        for found in sources.values()
+    ):
+        raise UserError(f"{path}: sources holds something else than counts", "make the bin again")
     return about
 
 

@@ -37,6 +37,11 @@ def lively(config: ModelConfig, seed: int = 0) -> Llama:
     return model.eval()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--mutations", type=int, default=20_000, help="damaged inputs that tests/test_fuzz.py tries in all")
+    parser.addoption("--mutation-seed", type=int, default=0, help="another number, other inputs")
+
+
 @pytest.fixture
 def make_model():
     """config -> a lively model."""

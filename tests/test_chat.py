@@ -152,6 +152,27 @@ def test_every_answer_ends_with_a_trained_end_id(tok, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_what_is_trained_on_is_the_answers_and_their_ends_in_ten_thousand_random_chats(small, name):
+    """Off by one on either side would lose or add a character or an end."""
+    rng, inside = random.Random(name), "曹操字孟德刘备玄abz 1:。\n\"[]<>/"
+    ends = end_ids(small, name)
+    for _ in range(2000):
+        texts = ["".join(rng.choices(inside, k=rng.randrange(1, 9))) for _ in range(2 * rng.randrange(1, 4))]
+        texts = [text if text.strip() else "空" for text in texts]
+        ids, mask = render([{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)], small, name)
+        answers, run = [], []
+        for i, trained in [*zip(ids, mask), (0, 0)]:
+            if trained:
+                run.append(i)
+            elif run:
+                assert run[-1] in ends and not ends & set(run[:-1])
+                answers.append(small.decode(run))
+                run = []
+        written = {"human-assistant": " {}", "llama2": " {} "}.get(name, "{}")
+        assert answers == [written.format(text.strip() if name == "llama2" else text) for text in texts[1::2]]
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_training_on_all_changes_the_mask_and_no_id(tok, name):
     ids, mask = render(TALK, tok, name, train_on="all")
     assert ids == render(TALK, tok, name)[0]

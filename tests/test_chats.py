@@ -221,6 +221,7 @@ PAIR = {"instruction": "问", "output": "答"}
     ({"instruction": "问", "output": []}, "not a text", "output: list"),
     ({"instruction": "问", "output": ["答", 1]}, "not a text", "output: list"),
     ({"instruction": "问", "output": ["一", "二", "三"]}, "several texts for one", "output: 3"),
+    ({"instruction": "问", "output": ["一", "二"]}, "several texts for one", "output: 2"),
     (PAIR | {"input": 0}, "not a text", "input: int"),
     (PAIR | {"system": {}}, "not a text", "system: dict"),
     (PAIR | {"history": "一"}, "not a list", "history: str"),

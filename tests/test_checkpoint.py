@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch._dynamo
 from safetensors.torch import load_file, save_file
 
 from core import checkpoint, files
-from core.errors import StorageError, UserError
+from core.errors import Diverged, StorageError, UserError
 
 
 def state_of(folder: Path, step: int) -> tuple[dict, dict, dict]:
@@ -315,6 +316,63 @@ def test_files_reach_the_disk_in_the_order_write_fsync_rename_fsync_folder(tmp_p
     for name in ("tokenizer.model", "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
         put = [k for k, d in enumerate(done[:commit]) if d == ("replace", name)][-1]
         assert any(d[0] == "fsync" and d[1].endswith(name) for d in done[:put]), name
+
+
+class Windows:
+    """`os` as it is there: folders cannot be opened, nothing is renamed onto what exists, and what is open stays."""
+
+    name = "nt"
+
+    def __getattr__(self, name):
+        if name in ("kill", "register_at_fork"):  # the first would end the process it asks after, the other is not there
+            raise AttributeError(name)
+        return getattr(os, name)
+
+    def open(self, path, *flags):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return os.open(path, *flags)
+
+    def rename(self, path, new):
+        if os.path.exists(new):
+            raise FileExistsError(17, "File exists", str(new))
+        self.move(path, new)
+
+    def replace(self, path, new):
+        if os.path.isdir(new):
+            raise PermissionError(13, "Permission denied", str(new))
+        self.move(path, new)
+
+    def move(self, path, new):
+        used = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{n}")]
+        used += [line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()]
+        for end in (os.path.realpath(path), os.path.realpath(new)):
+            held = [u for u in used if f"{u}/".startswith(f"{end}/")]
+            if held:
+                raise PermissionError(13, "The process cannot access the file, it is in use", held[0])
+        os.replace(path, new)
+
+
+def test_a_run_saves_resumes_and_publishes_where_windows_rules_hold(tmp_path, monkeypatch):
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc to see which files are in use")
+    for module in (files, checkpoint):
+        monkeypatch.setattr(module, "os", Windows())
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    options = {"save_every": 1, "eval_every": 3, "keep": 2}
+    small_run.run(tmp_path / "run", max_steps=4, **options)
+    small_run.run(tmp_path / "run", max_steps=9, **options)
+    assert "resumed from" in (tmp_path / "run/log.txt").read_text()
+    assert "could not be saved" not in (tmp_path / "run/log.txt").read_text()
+    assert checkpoint.checkpoint_steps(tmp_path / "run") == [8, 9]
+    small_run.run(tmp_path / "other", model=checkpoint.load_model(tmp_path / "run"), max_steps=1, eval_every=1)
+    checkpoint.save_model(tmp_path / "run", checkpoint.load_model(tmp_path / "run"), None, {})  # over what was read
+
+
+def test_a_rate_that_makes_weights_infinite_ends_as_divergence_and_saves_none(tmp_path):
+    with pytest.raises(Diverged, match="holds NaN or infinity"):
+        small_run.run(tmp_path / "run", lr=1e38, save_every=1, max_steps=6)
+    assert not list(tmp_path.glob("run/**/*.safetensors"))
 
 
 # ---------------------------------------------------------------- folders from elsewhere

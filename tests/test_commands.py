@@ -14,6 +14,7 @@ import sample
 from core import checkpoint, data
 from core.generate import SamplingConfig
 from tokenizer import chat, load
+from tokenizer.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = {"天": "蓝的。", "火": "红的。", "雪": "白的。", "叶": "绿的。", "夜": "黑的。", "金": "黄的。"}
@@ -69,6 +70,19 @@ def test_a_base_model_continues(chain):
     said = command(chain, "sample.py", "--model", "out/pretrain", "--prompt", "第3天，", "--temperature", "0",
                    "--max_new_tokens", "8")  # fmt: skip
     assert said.startswith("第3天，") and len(said) > 6
+
+
+def test_without_a_prompt_a_base_model_begins_at_the_beginning_of_a_document(chain):
+    speaker = sample.Speaker(sample.SampleConfig(model=str(chain / "out/pretrain"), device="cpu"), SamplingConfig(temperature=0))
+    assert speaker.ids("") == [speaker.text.bos_id]
+    assert command(chain, "sample.py", "--model", "out/pretrain", "--temperature", "0", "--max_new_tokens", "8").startswith("第")
+
+
+def test_a_model_smaller_than_its_tokenizer_is_refused_with_both_sizes(chain, tmp_path):
+    shutil.copytree(chain / "out/pretrain", tmp_path / "m", ignore=shutil.ignore_patterns("checkpoint-*", ".lock"))
+    train(["天地玄黄宇宙洪荒日月盈昃辰宿列张" * 3, "寒来暑往秋收冬藏"] * 9, tmp_path / "m/tokenizer.model", 330, character_coverage=1.0)
+    assert "the tokenizer has 330 ids, the model 320" in error(tmp_path, "sample.py", "--model", "m", "--prompt", "天")
+    assert "vocab_size 10 is smaller than the tokenizer's 320" in error(chain, "pretrain.py", *SMALL, "--vocab_size", "10", "--out_dir", str(tmp_path / "x"))
 
 
 def test_the_chat_loop_answers_line_by_line(chain):
@@ -196,6 +210,13 @@ def test_wrong_inputs_are_refused_in_one_line(chain, tmp_path):
     os.remove(tmp_path / "cut.json")
     cut.write_bytes(good[:1000] + b"\xff\xff" + good[1002:])
     assert "token 500 is 65535, vocab is" in pretrain("--data.train", str(cut))
+    said = command(chain, "pretrain.py", *SMALL, "--out_dir", str(tmp_path / "out"), "--data.train", str(cut), "--trust",
+                   code=2)  # fmt: skip
+    assert "ids are checked only as they are read" in said and "token 500 is 65535, vocab is" in said
+    (tmp_path / "cut.json").write_text((chain / "data/train.json").read_text())
+    cut.write_bytes(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:])
+    assert "cut.bin: damaged in 1 of 1 blocks: block 0" in pretrain("--data.train", str(cut), "--verify")
+    os.remove(tmp_path / "cut.json")
 
     bad = tmp_path / "bad.jsonl"
     fine = (chain / "train.jsonl").read_text()

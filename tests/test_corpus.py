@@ -116,6 +116,26 @@ def test_packed_files_in_other_encodings_and_line_ends_give_the_same_texts(tmp_p
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_packed_files_in_a_zip_are_unpacked_too(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl.gz", gzip.compress(jsonl(TEXTS[:20]).encode()))
+        archive.writestr("b.jsonl.xz", lzma.compress(jsonl(TEXTS[20:40]).encode()))
+        archive.writestr("c.jsonl", jsonl(TEXTS[40:]))
+    assert read(tmp_path / "a.zip")[0] == TEXTS
+
+
+@pytest.mark.parametrize("at, value, says", [(6, 200, "version"), (10, 97, "compression"), (8, 1, "encrypted"), (16, 1, "CRC")])
+def test_a_zip_that_cannot_be_unpacked_is_named_with_the_reason(tmp_path, at, value, says):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jsonl", jsonl(TEXTS))
+    raw = bytearray((tmp_path / "a.zip").read_bytes())
+    for start in (raw.index(b"PK\3\4") - 2, raw.index(b"PK\1\2")):  # the member's own head, and its line in the table
+        raw[start + at] = value
+    (tmp_path / "a.zip").write_bytes(raw)
+    with pytest.raises(UserError, match=rf"a\.zip.*{says}"):
+        read(tmp_path / "a.zip")
+
+
 def test_parquet_gives_the_same_texts(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -129,9 +149,14 @@ def test_parquet_gives_the_same_texts(tmp_path):
     assert read(tmp_path / "b.parquet.gz", tmp_path / "c.zip")[0] == TEXTS * 2
 
 
-def test_gz_files_of_several_members_are_read_to_the_end(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[:30]).encode()) + gzip.compress(jsonl(TEXTS[30:]).encode()))
-    assert read(tmp_path / "a.jsonl.gz")[0] == TEXTS
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+def test_files_of_several_members_are_read_to_the_end(tmp_path, suffix):
+    zstandard = pytest.importorskip("zstandard") if suffix == "zst" else None
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard and zstandard.compress}[suffix]
+    parts = [pack(jsonl(TEXTS[:30]).encode()), pack(b""), pack(jsonl(TEXTS[30:]).encode())]
+    for padding in (b"", bytes(4 * 300)) if suffix in ("gz", "xz") else (b"",):
+        (tmp_path / f"a.jsonl.{suffix}").write_bytes(padding.join([*parts, b""]))
+        assert read(tmp_path / f"a.jsonl.{suffix}")[0] == TEXTS
 
 
 @pytest.mark.parametrize("adapter, item, wanted", [
@@ -180,17 +205,80 @@ def test_a_bad_line_is_rejected_by_its_number_and_the_others_stay(tmp_path, bad)
     assert reject.where == f"{tmp_path / 'a.jsonl'}:4" and BAD_LINES[bad] in reject.reason
 
 
+@pytest.mark.parametrize("text, encoding", [
+    ("Zürich ist schön und größer als Düsseldorf", "latin-1"), ("El niño comió piñas mañana", "latin-1"),
+    ("Привет, как дела сегодня?", "cp1251"), ("中文。", "utf-16-le"),
+])  # fmt: skip
+def test_a_file_in_an_encoding_that_we_cannot_tell_gives_rejects_and_no_wrong_text(tmp_path, text, encoding):
+    (tmp_path / "a.txt").write_bytes(((text + "\n") * 5).encode(encoding))
+    assert read(tmp_path / "a.txt", split="line")[0] == []
+    assert read(tmp_path / "a.txt", split="line", encoding=encoding)[0] == [text] * 5
+
+
+def test_a_guessed_encoding_is_told(tmp_path):
+    for n, text in enumerate(("话说天下大势，分久必合", "臺灣國語，漢字轉換", "中文 mixed with English 文字")):
+        (tmp_path / f"{n}.txt").write_text(f"{text}\nASCII only\n", encoding="gb18030")
+    texts, _, account = read(*sorted(tmp_path.iterdir()))
+    assert [t.split("\n")[0] for t in texts] == ["话说天下大势，分久必合", "臺灣國語，漢字轉換", "中文 mixed with English 文字"]
+    assert account.changed == {"files taken to be GB18030": 3}
+
+
+@pytest.mark.parametrize("encoding, raw", [
+    ("utf-16", b"\xff\xfe" + "一\n二".encode("utf-16-le") + b"\x00\xd8" + "\n三".encode("utf-16-le")),
+    ("auto", b"\xff\xfe" + "一\n二".encode("utf-16-le") + b"\x22\xdc" + "\n三".encode("utf-16-le")),
+    ("gb18030", "一\n二".encode("gb18030") + b"\x81\x30\n" + "三".encode("gb18030")),
+])  # fmt: skip
+def test_bytes_that_are_no_text_cost_only_their_line_in_other_encodings_too(tmp_path, encoding, raw):
+    (tmp_path / "a.txt").write_bytes(raw)
+    texts, _, account = read(tmp_path / "a.txt", split="line", encoding=encoding)
+    assert texts == ["一", "三"] and sum(account.rejected.values()) == 1
+
+
+def test_an_encoding_that_does_not_fit_the_file_or_is_none_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("中文没有标记", encoding="utf-16-le")
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read as utf-16: .*BOM"):
+        read(tmp_path / "a.txt", encoding="utf-16")
+    for name in ("no-such", "rot13", "base64", "undefined"):
+        with pytest.raises(ValueError, match=f"encoding = '{name}' is not known"):
+            readers.ReadConfig(encoding=name)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "A.RAR", "a.7z"])
+def test_archives_that_are_not_read_are_refused_and_not_taken_for_text(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"text" * 200) if name.endswith("gz") else b"text" * 200)
+    with pytest.raises(UserError, match="archives of this kind are not read"):
+        read(tmp_path / name)
+
+
 def test_bytes_that_are_no_text_can_be_replaced_instead(tmp_path):
     (tmp_path / "a.txt").write_bytes("好".encode() + b"\xff" + "文".encode())
     assert read(tmp_path / "a.txt", errors="replace")[0] == ["好\ufffd文"]
     texts, _, account = read(tmp_path / "a.txt")
     assert texts == [] and account.rejected == {"bytes that are no text in this encoding": 1}
+    (tmp_path / "a.csv").write_bytes(b'text,x\n"' + "好".encode() + b"\xff\r\n" + "文".encode() + b'",1\n')
+    assert read(tmp_path / "a.csv", errors="replace")[0] == ["好\ufffd\n文"]
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud800\\r\\nb"}')
+    assert read(tmp_path / "a.jsonl", errors="replace")[0] == ["a\ufffd\nb"]
 
 
 def test_control_characters_are_taken_out_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes("一\0二\x07\t三\u2028四".encode())
     texts, _, account = read(tmp_path / "a.txt", split="line")
     assert texts == ["一二\t三\u2028四"] and account.changed == {"control characters removed": 1}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_marks_and_line_ends_of_an_operating_system_change_no_document(tmp_path, end, mark):
+    for name, options in (("a.txt", {}), ("a.txt", {"split": "line"}), ("a.txt", {"split": "blank"}), ("a.jsonl", {}), ("a.csv", {})):
+        lines = {"a.txt": ["一\u2028二", "", "三\x85四"], "a.csv": ["text,x", '"一\u2028二",1', '"三\x85四",2'],
+                 "a.jsonl": ['{"text": "一\u2028二"}', '{"text": "三\x85四"}']}[name]  # fmt: skip
+        (tmp_path / name).write_bytes(mark + end.join([*lines, ""]).encode())
+        texts, places, account = read(tmp_path / name, **options)
+        assert texts == (["一\u2028二\n\n三\x85四"] if not options and name == "a.txt" else ["一\u2028二", "三\x85四"])
+        assert not account.rejected and places[-1].endswith({"a.txt": ":3" if options else ":1", "a.csv": ":3", "a.jsonl": ":2"}[name])
+    (tmp_path / "old.txt").write_bytes("一\r二".encode())
+    assert read(tmp_path / "old.txt")[0] == ["一\n二"]
 
 
 CSV_CASES = [
@@ -225,17 +313,55 @@ def test_what_is_too_long_is_rejected_by_its_line_and_the_others_stay(tmp_path, 
         assert account.rejected == {"longer than 5000 bytes": 2}
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-def test_a_file_cut_anywhere_is_named_and_with_keep_going_its_beginning_is_kept(tmp_path, pack):
-    whole = pack(jsonl(TEXTS).encode())
-    path, rng = tmp_path / f"a.jsonl.{({gzip.compress: 'gz', bz2.compress: 'bz2', lzma.compress: 'xz'})[pack]}", random.Random(0)
-    for _ in range(40):
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+def test_a_file_cut_anywhere_is_named_and_with_keep_going_its_beginning_is_kept(tmp_path, suffix):
+    zstandard = pytest.importorskip("zstandard") if suffix == "zst" else None
+    rng = random.Random(0)
+    texts = [f"{t}{rng.random()}" for t in TEXTS * 20]  # several blocks of each packer
+    pack = {"gz": gzip.compress, "bz2": lambda raw: bz2.compress(raw, 1), "xz": lzma.compress, "zst": zstandard and zstandard.compress}[suffix]
+    path, whole, kept = tmp_path / f"a.jsonl.{suffix}", pack(jsonl(texts).encode()), []
+    for _ in range(50):
         path.write_bytes(whole[: rng.randrange(1, len(whole))])
         with pytest.raises(UserError, match=r"a[.]jsonl.*(damaged or cut short|not a)"):
             read(path)
-        texts, _, account = read(path, keep_going=True)
-        assert texts == TEXTS[: len(texts)]
+        found, _, account = read(path, keep_going=True)
+        assert found == texts[: len(found)]
         assert account.rejected["a file that could not be read to its end"] == 1
+        kept.append(len(found))
+    assert max(kept) > len(texts) / 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "rest"])
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+def test_a_damaged_file_is_named_wherever_the_damage_is(tmp_path, suffix, damage):
+    zstandard = pytest.importorskip("zstandard") if suffix == "zst" else None
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress,
+            "zst": zstandard and zstandard.ZstdCompressor(write_checksum=True).compress}[suffix]  # fmt: skip
+    path, whole, rng = tmp_path / f"a.jsonl.{suffix}", pack(jsonl(TEXTS).encode()), random.Random(0)
+    for _ in range(20):
+        bad = bytearray(whole)
+        if damage == "flip":
+            bad[rng.randrange(20, len(bad))] ^= 1 << rng.randrange(8)
+        else:
+            bad += pack(b"more")  # another frame, its beginning damaged
+            bad[len(whole)] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=r"a[.]jsonl"):
+            read(path)
+
+
+@pytest.mark.parametrize("damage", ["crc", "rest"])
+def test_what_is_wrong_at_the_end_of_a_gz_file_is_named_and_its_documents_are_kept(tmp_path, damage):
+    whole = bytearray(gzip.compress(jsonl(TEXTS).encode()))
+    if damage == "crc":
+        whole[-8] ^= 1
+    else:
+        whole += b"garbage"
+    (tmp_path / "a.jsonl.gz").write_bytes(whole)
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged or cut short after what was read so far"):
+        read(tmp_path / "a.jsonl.gz")
+    texts, _, account = read(tmp_path / "a.jsonl.gz", keep_going=True)
+    assert texts == TEXTS and account.rejected["a file that could not be read to its end"] == 1
 
 
 def test_a_bomb_is_stopped(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import tempfile
 from pathlib import Path
 
@@ -280,12 +281,55 @@ def test_a_bin_without_sidecar_is_scanned_and_accepted_with_one_warning(tmp_path
     assert BinRows(opened, 4, False, EOS).bytes_per_token == 0
 
 
+def test_a_trusted_bin_is_not_read_whole_but_what_is_read_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK_BYTES", 4)
+    ids = list(range(1, 41))
+    ids[20] = 4001
+    path, warnings, reads = foreign(tmp_path / "x.bin", ids), [], []
+    assert "token 20 is 4001" in refusal(lambda: open_bin(path))
+    real = TokenBin.read
+    monkeypatch.setattr(TokenBin, "read", lambda self, start, count: reads.append(count) or real(self, start, count))
+    rows = BinRows(TokenBin(path, VOCAB, SHA, warnings.append, trust=True), 4, False, EOS)
+    assert sum(reads) == 8 and len(warnings) == 1 and "checked only as they are read" in warnings[0]
+    assert rows.row(0)[0].tolist() == ids[:4]
+    assert f"{path}: token 20 is 4001, vocab is 100" in refusal(lambda: rows.row(5))
+
+
+def test_the_digest_of_a_trusted_bin_tells_length_and_ends_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK_BYTES", 4)
+    ids = list(range(1, 41))
+    digest = lambda ids: TokenBin(foreign(tmp_path / "x.bin", ids), VOCAB, SHA, [].append, trust=True).digest  # noqa: E731
+    assert digest(ids) == digest(ids)
+    others = [ids[:-1], [99, *ids[1:]], [*ids[:-1], 99], [*ids, *ids], [*ids[:4], *ids[-4:]]]
+    assert len({digest(i) for i in (ids, *others)}) == 6
+    # Nor is it mistaken for that of a bin that was read to its end, and a refusal to resume shows why.
+    assert digest(ids).startswith("sample-") and digest(ids) != open_bin(foreign(tmp_path / "x.bin", ids)).digest
+
+
+def test_verify_finds_a_hundred_flipped_bits_and_names_the_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK_BYTES", 100)
+    path = write_bin(tmp_path / "x.bin", [[3 + k % 90 for k in range(2020)]])  # the last block is not full
+    raw, rng = path.read_bytes(), random.Random(0)
+    assert open_bin(path).verify() == 41
+    for at in [*rng.sample(range(len(raw)), 99), len(raw) - 1]:
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :])
+        first = at // 100 * 100
+        said = refusal(lambda: open_bin(path).verify())
+        assert f"{path}: damaged in 1 of 41 blocks: block {at // 100} (bytes {first:,} to {first + 99:,})" in said
+    path.write_bytes(raw)
+    assert open_bin(path).verify() == 41
+    path.with_suffix(".json").unlink()
+    assert "no x.json beside it" in refusal(lambda: open_bin(path).verify())
+
+
 def test_wide_ids_are_never_read_as_narrow_ones(tmp_path):
     path = write_bin(tmp_path / "x.bin", [[1, 69_999, EOS]], vocab=70_000)
     assert json.loads((tmp_path / "x.json").read_text())["dtype"] == "uint32"
     assert open_bin(path, vocab=70_000).read(0, 3).tolist() == [1, 69_999, EOS]
     about = json.loads((tmp_path / "x.json").read_text()) | {"dtype": "uint16"}
     (tmp_path / "x.json").write_text(json.dumps(about))
+    assert "x.json: vocab_size is 70000, must be 1 to 65536" in refusal(lambda: open_bin(path, vocab=70_000))
+    (tmp_path / "x.json").write_text(json.dumps(about | {"vocab_size": VOCAB}))
     assert "6 tokens, x.json says 3" in refusal(lambda: open_bin(path, vocab=70_000))
 
 
@@ -306,7 +350,11 @@ BROKEN = [
     (GOOD | {"dtype": "float64"}, "dtype"), (GOOD | {"dtype": "object"}, "dtype"), (GOOD | {"tokens": -18}, "tokens"),
     (GOOD | {"blocks_sha256": [1]}, "blocks_sha256"), (GOOD | {"blocks_sha256": ["\ud800"]}, "blocks_sha256"),
     (GOOD | {"text_bytes": -1}, "text_bytes"), (GOOD | {"vocab_size": 0}, "vocab_size"),
-    (GOOD | {"eos_id": -1}, "eos_id"), ([GOOD], "JSON"), (None, "JSON"),
+    (GOOD | {"eos_id": -1}, "eos_id"), (GOOD | {"eos_id": VOCAB}, "eos_id"), (GOOD | {"tokens": 10**4000}, "tokens"),
+    (GOOD | {"vocab_size": 65_537}, "vocab_size"), (GOOD | {"blocks_sha256": ["0" * 64] * 2}, "blocks_sha256"),
+    *((GOOD | {"block_bytes": bad}, "block_bytes") for bad in (0, -1, "8", True, None, 10**18, 10**4000)),
+    *((GOOD | {"sources": bad}, "sources") for bad in ([], "x", {"a": 1}, {"a": {}}, {"a": {"documents": "1"}})),
+    ([GOOD], "JSON"), (None, "JSON"),
 ]  # fmt: skip
 
 
@@ -361,6 +409,14 @@ def test_a_bin_cut_short_while_in_use_is_told(tmp_path):
     os.truncate(path, 20)
     assert rows.row(0)[0].tolist() == [1, 5, 6, EOS]
     assert "cut short at token 10" in refusal(lambda: rows.row(2))
+
+
+def test_a_bin_replaced_while_in_use_stays_the_one_that_was_opened(tmp_path):
+    path = write_bin(tmp_path / "x.bin")
+    rows = BinRows(open_bin(path), 4, True, EOS)
+    before = [rows.row(i)[0].tolist() for i in range(len(rows))]
+    write_bin(path, [[9] * 40])
+    assert [rows.row(i)[0].tolist() for i in range(len(rows))] == before
 
 
 # Rows of a bin --------------------------------------------------------------------------------------------------------
@@ -460,6 +516,18 @@ def test_packing_loses_no_chat_splits_none_and_keeps_every_mask(chats, room, pac
             filled.append(0)
         filled[-1] += need
     assert len(rows) == (len(filled) if pack else len(chats))
+
+
+@given(chats=st.lists(CHAT, min_size=1, max_size=12), pad=st.integers(3, 90))
+def test_padding_is_told_by_its_place_and_not_by_its_id(chats, pad):
+    """The id that fills a row may well stand in chats, and be trained on there."""
+    seq_len = max(len(ids) for ids, _ in chats) + 3
+    rows = ChatRows([(ids, mask, "f:1") for ids, mask in chats], seq_len, pad, pack=False)
+    for i, (ids, mask) in enumerate(chats):
+        found = [part.tolist() for part in rows.row(i)]
+        inputs, targets = alone(ids, mask)
+        rest = seq_len - len(inputs)
+        assert found == [inputs + [pad] * rest, targets + [IGNORE] * rest, [0] * len(inputs) + [1] * rest]
 
 
 def test_chats_that_fit_share_a_row():

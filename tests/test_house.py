@@ -60,13 +60,33 @@ def imports(name: str, tree: ast.AST, top_level: bool = False):
         nodes.extend(ast.iter_child_nodes(node))
 
 
-def called(node: ast.Call) -> str:
-    """Dotted name of what is called, as far as it is written out."""
-    parts, f = [], node.func
-    while isinstance(f, ast.Attribute):
-        parts.append(f.attr)
-        f = f.value
-    return ".".join([*([f.id] if isinstance(f, ast.Name) else ["?"]), *reversed(parts)])
+def dotted(node: ast.expr, full: dict[str, str]) -> str:
+    """`os.path.join` for that expression, with imported names in `full`; what is not written out is `?`."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value, full)}.{node.attr}"
+    return full.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
+
+
+def full_names(name: str, tree: ast.AST) -> dict[str, str]:
+    """What an imported name stands for: {"sp": "subprocess", "load": "torch.load"}."""
+    full = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            full |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            full |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return full
+
+
+def options(node: ast.Call):
+    """(name, its constant value or "?") of each keyword, those of a literal `**{...}` too."""
+    for keyword in node.keywords:
+        pairs = [(keyword.arg, keyword.value)]
+        if keyword.arg is None:
+            pairs = zip(keyword.value.keys, keyword.value.values) if isinstance(keyword.value, ast.Dict) else []
+            pairs = [(getattr(key, "value", "?"), value) for key, value in pairs]
+        for key, value in pairs:
+            yield key, value.value if isinstance(value, ast.Constant) else "?"
 
 
 # The rules ------------------------------------------------------------------------------------------------------------
@@ -97,29 +117,55 @@ def optional_packages_are_imported_where_they_are_used(name, tree):
             yield f"{name} imports {top} at its top"
 
 
-FORBIDDEN_CALLS = {"eval", "exec", "__import__", "builtins.eval", "builtins.exec", "os.system", "os.popen",
-                   "subprocess.getoutput", "subprocess.getstatusoutput", "torch.load", "torch.save",
-                   "torch.hub.load"}  # fmt: skip
+# Packages and modules that turn data into calls: unpicklers, templates, code by name.
+FORBIDDEN_MODULES = {
+    "pickle", "_pickle", "cPickle", "copyreg", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle",
+    "runpy", "codeop", "jinja2", "mako", "torch.serialization", "torch.storage", "torch.hub", "torch.jit",
+    "torch.package", "torch.distributed.checkpoint", "torch.utils.cpp_extension",
+}  # fmt: skip
+FORBIDDEN_NAMES = {
+    "eval", "exec", "compile", "__import__", "__builtins__", "os.system", "os.popen", "os.startfile", "pty.spawn",
+    "subprocess.getoutput", "subprocess.getstatusoutput", "yaml.load", "yaml.load_all", "torch.load", "torch.save",
+}  # fmt: skip
+# Whatever stands in front of the last dot.
+FORBIDDEN_ENDS = re.compile(
+    r"(.*\.)?(read_pickle|to_pickle|(unsafe|full)_load(_all)?|(add_)?safe_globals|apply_chat_template|import_module|"
+    r"create_subprocess_shell|(all_gather|gather)_object|(broadcast|scatter|send|recv)_object_list)|os\.(exec|spawn).*"
+)
+# The only values these options may have; what is no constant is refused, too.
+ALLOWED_VALUES = {"strict": True, "shell": False, "allow_pickle": False, "weights_only": True}
+MAY_READ_PICKLES = "core/checkpoint.py"  # foreign weights, where the user allows it, by torch's unpickler of tensors
 
 
 def nothing_is_unpickled_or_evaluated(name, tree):
+    full, permitted = full_names(name, tree), set()
+
+    def bad(what: str) -> bool:
+        inside = any("." in m and f"{what}.".startswith(f"{m}.") for m in FORBIDDEN_MODULES)
+        return inside or what in FORBIDDEN_NAMES or FORBIDDEN_ENDS.fullmatch(what) is not None
+
     for other in imports(name, tree):
-        if other.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"):
-            yield f"{name} imports {other}"
-        if other in ("torch.load", "torch.save", "os.system", "os.popen"):
+        if bad(other) or any(f"{other}.".startswith(f"{m}.") for m in FORBIDDEN_MODULES):
             yield f"{name} imports {other}"
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
-        what = called(node)
-        if what in FORBIDDEN_CALLS:
-            yield f"{name}:{node.lineno} calls {what}"
-        for keyword in node.keywords:
-            value = keyword.value.value if isinstance(keyword.value, ast.Constant) else "?"
-            if (keyword.arg, value) in (("strict", False), ("shell", True), ("allow_pickle", True)):
-                yield f"{name}:{node.lineno} says {keyword.arg}={value}"
-            if keyword.arg == "trust_remote_code":
-                yield f"{name}:{node.lineno} says trust_remote_code"
+        what, said = dotted(node.func, full), dict(options(node))
+        if what == "torch.load" and name == MAY_READ_PICKLES and said.get("weights_only") is True:
+            permitted.add(node.func)
+        if what == "getattr" and isinstance(node.args[1], ast.Constant) and bad(
+            f"{dotted(node.args[0], full)}.{node.args[1].value}".removeprefix("builtins.")
+        ):
+            yield f"{name}:{node.lineno} gets {node.args[1].value}"
+        handed_on = what.endswith(".load_model")  # the user's own --allow_pickle
+        for key, value in said.items():
+            wrong = key in ALLOWED_VALUES and value is not ALLOWED_VALUES[key] and not handed_on
+            if wrong or key == "trust_remote_code":
+                yield f"{name}:{node.lineno} says {key}={value}"
+    for node in ast.walk(tree):  # also where it is not called: `run = os.system`
+        loaded = isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load)
+        if loaded and node not in permitted and bad(what := dotted(node, full).removeprefix("builtins.")):
+            yield f"{name}:{node.lineno} uses {what}"
 
 
 def no_file_is_a_drawer(name, tree):
@@ -198,6 +244,28 @@ GUARD = "\nif __name__ == '__main__':\n    main()\n"
     (nothing_is_unpickled_or_evaluated, "core/x.py", "subprocess.run('ls', shell=True)"),
     (nothing_is_unpickled_or_evaluated, "core/x.py", "A.from_pretrained(p, trust_remote_code=flag)"),
     (nothing_is_unpickled_or_evaluated, "core/x.py", "model.load_state_dict(s, strict=False)"),
+    *((nothing_is_unpickled_or_evaluated, "core/checkpoint.py", bad) for bad in (
+        "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "read = torch.load",
+        "import torch as t\nt.load(p)", "from torch import load as read\nread(p, weights_only=False)",
+        "torch.load(p, **{'weights_only': False})", "getattr(torch, 'load')(p)", "torch.jit.load(p)",
+        "import torch.serialization", "torch.serialization.load(p)", "from torch.serialization import load",
+        "torch.serialization.add_safe_globals([A])", "from torch import hub", "torch.distributed.checkpoint.load(s)",
+        "from torch.distributed import checkpoint", "torch.distributed.all_gather_object(a, b)",
+        "torch.save(s, p)", "load_file(p, weights_only=False)", "np.load(p, allow_pickle=flag)",
+        "np.load(p, **{'allow_pickle': True})", "pd.read_pickle(p)", "from pandas import read_pickle",
+        "import marshal", "import shelve as s", "import dill", "from joblib import load", "import cloudpickle.x",
+        "import _pickle", "yaml.load(f)", "yaml.load(f, Loader=yaml.Loader)", "from yaml import load",
+        "import yaml as y\ny.unsafe_load(f)", "import jinja2", "from jinja2.sandbox import SandboxedEnvironment",
+        "tok.apply_chat_template(m)", "from mako.template import Template",
+        "subprocess.Popen(c, shell=flag)", "subprocess.run(c, **{'shell': True})", "import subprocess as s\ns.getoutput(c)",
+        "from os import system", "from os import popen as p", "import os as o\no.system(c)", "run = os.system",
+        "getattr(os, 'system')(c)", "os.execv(p, a)", "os.spawnl(m, p)", "asyncio.create_subprocess_shell(c)",
+        "import pty\npty.spawn(c)", "code = compile(t, p, 'exec')", "f = eval", "import builtins\nbuiltins.exec(c)",
+        "import builtins as b\nb.eval(c)", "getattr(builtins, 'eval')(c)", "__builtins__['eval'](c)",
+        "__import__(name)", "importlib.import_module(name)", "from importlib import import_module as i\ni(n)",
+        "import runpy", "A.from_pretrained(p, trust_remote_code=False)", "A.from_pretrained(p, **{'trust_remote_code': 1})",
+    )),
+    (nothing_is_unpickled_or_evaluated, "sample.py", "torch.load(p, weights_only=True)"),
     (no_file_is_a_drawer, "core/utils.py", ""),
     (no_file_is_a_drawer, "extras/common.py", ""),
     (commands_do_nothing_when_imported, "x.py", "print('hello')" + GUARD),
@@ -219,6 +287,10 @@ def test_the_rule_catches(rule, name, bad):
     (imports_point_down, "sft.py", "from extras import lora\nfrom core import data"),
     (optional_packages_are_imported_where_they_are_used, "core/x.py", "import torch, json\ndef f():\n    import yaml"),
     (nothing_is_unpickled_or_evaluated, "core/x.py", "model.eval()\nload_state_dict(s, strict=True)\njson.load(f)"),
+    (nothing_is_unpickled_or_evaluated, "core/checkpoint.py", "torch.load(p, map_location='cpu', weights_only=True)"),
+    (nothing_is_unpickled_or_evaluated, "x.py", "re.compile(p)\ntorch.compile(m)\nclass C:\n    compile: bool = False"),
+    (nothing_is_unpickled_or_evaluated, "x.py", "yaml.safe_load(f)\nsubprocess.run([c], shell=False)\nnp.load(p)"),
+    (nothing_is_unpickled_or_evaluated, "x.py", "checkpoint.load_model(f, allow_pickle=cfg.allow_pickle)"),
     (commands_do_nothing_when_imported, "x.py", "'''Doc.'''\nimport a\nB = 3\n@d(x=1)\nclass C: pass" + GUARD),
 ])  # fmt: skip
 def test_the_rule_lets_pass(rule, name, good):

@@ -265,6 +265,12 @@ BREAKS = {
     "single character": lambda m: change(m, pieces=[*m.pieces, Piece("龘", 0.0, CONTROL)]),
     "decode byte": lambda m: change(m, trainer=(*m.trainer, (44, 2, b"\xff"))),
     "damaged": lambda m: change(m, pieces=[*m.pieces, Piece("龘", float("nan"))]),
+    "setting 3 should be a number": lambda m: change(m, normalizer=(*m.normalizer, (3, 5, b"abcd"))),
+    "setting 4 should be a number": lambda m: change(m, normalizer=(*m.normalizer, (4, 2, b"x"))),
+    "setting 5 should be a number": lambda m: change(m, normalizer=(*m.normalizer, (5, 2, b"x"))),
+    "setting 35 should be a number": lambda m: change(m, trainer=(*m.trainer, (35, 2, b"x"))),
+    "setting 44 should be a text": lambda m: change(m, trainer=(*m.trainer, (44, 0, 1))),
+    "setting 48 should be a text": lambda m: change(m, trainer=(*m.trainer, (48, 0, 1))),
     "normaliser table": lambda m: change(m, normalizer=(*m.normalizer, (2, 2, BAD_TABLE))),
 }  # fmt: skip
 

@@ -311,7 +311,8 @@ def _check(model: Model) -> None:
         raise ValueError(f"bos and eos are the same id {model.bos_id}")
     if model.treat_whitespace_as_suffix or not model.escape_whitespaces:
         raise ValueError("spaces behind words or unescaped spaces are not supported")
-    _ = model.pad_id, model.unk_surface, model.normalizer_name  # read here, so that none fails later
+    # Read here, so that none fails later.
+    _ = model.pad_id, model.unk_surface, model.normalizer_name, model.add_dummy_prefix, model.remove_extra_whitespaces
     _check_charsmap(model.charsmap)
     for number, wire, value in model.rest:
         if number == 5 and wire == 2 and _bytes(tuple(_fields(value)), 2):

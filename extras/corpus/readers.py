@@ -17,10 +17,12 @@ import os
 import re
 import shutil
 import stat
+import struct
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -34,7 +36,9 @@ HEAD_BYTES = 1 << 18  # what is looked at to tell the encoding and the kind of J
 # Unpacked to more than this and more than so many times the packed size: a bomb, no corpus (text packs 3 to 10 times).
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+ARCHIVES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".7z", ".rar")
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
            ".xml": "wiki", ".wikitext": "wikitext"}  # fmt: skip
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
@@ -78,8 +82,8 @@ class ReadConfig:
                 raise ValueError(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(filter(None, known))}")
         if self.encoding != "auto":
             try:
-                codecs.lookup(self.encoding)
-            except LookupError:
+                "".encode(self.encoding)  # refuses what is no encoding of texts, too: rot13, base64
+            except (LookupError, UnicodeError):
                 raise ValueError(f"encoding = {self.encoding!r} is not known") from None
         if self.max_doc_bytes < 1 or not self.text_field:
             raise ValueError("max_doc_bytes must be positive, text_field not empty")
@@ -141,15 +145,29 @@ def _open(path: str) -> Iterator[tuple[str, list[str], BinaryIO]]:
             suffixes, stream = _unpack(path, raw)
             yield path, suffixes, stream
         return
-    with zipfile.ZipFile(path) as archive:
+    with _zip_trouble(path):
+        archive = zipfile.ZipFile(path)
+    with archive:
         for member in archive.infolist():
+            name = f"{path}/{member.filename}"
             if member.is_dir():
                 continue
             if member.flag_bits & 1:
-                raise UserError(f"{path}/{member.filename}: encrypted")
-            with archive.open(member) as inner:
+                raise UserError(f"{name}: encrypted")
+            with _zip_trouble(name):
+                inner = archive.open(member)
+            with inner:
                 suffixes, stream = _unpack(member.filename, inner)
-                yield f"{path}/{member.filename}", suffixes, _Guarded(f"{path}/{member.filename}", stream, archive.fp)
+                yield name, suffixes, _Guarded(name, stream, archive.fp)
+
+
+@contextmanager
+def _zip_trouble(name: str) -> Iterator[None]:
+    """What zipfile raises besides BadZipFile: of compressions it does not know, and of nonsense in the tables."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OverflowError, struct.error) as e:
+        raise UserError(f"{name}: cannot be unpacked: {e}") from None
 
 
 def _unpack(name: str, raw: BinaryIO) -> tuple[list[str], BinaryIO]:
@@ -157,13 +175,18 @@ def _unpack(name: str, raw: BinaryIO) -> tuple[list[str], BinaryIO]:
     packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else ""
     if not packed:
         return suffixes, raw
-    if packed == ".zst":
-        return suffixes, _Guarded(name, _zstandard(name, raw), raw)
-    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[packed]
-    return suffixes, _Guarded(name, opener(raw), raw)
+    if packed == ".gz":
+        stream = gzip.GzipFile(fileobj=raw)
+    elif packed == ".bz2":
+        stream = _Frames(raw, bz2.BZ2Decompressor, OSError)
+    elif packed == ".xz":
+        stream = _Frames(raw, lzma.LZMADecompressor, lzma.LZMAError)
+    else:
+        stream = _zstandard(name, raw)
+    return suffixes, _Guarded(name, stream, raw)
 
 
-def _zstandard(name: str, raw: BinaryIO) -> BinaryIO:
+def _zstandard(name: str, raw: BinaryIO) -> "_Frames":
     try:
         from compression import zstd  # Python 3.14
     except ImportError:
@@ -171,28 +194,76 @@ def _zstandard(name: str, raw: BinaryIO) -> BinaryIO:
             import zstandard
         except ImportError:
             raise UserError(f"{name}: needs the package zstandard", "pip install zstandard") from None
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return zstd.open(raw)
+        return _Frames(raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)
+    return _Frames(raw, zstd.ZstdDecompressor, zstd.ZstdError)
+
+
+class _Frames:
+    """A packed stream of one frame after another; EOFError where one is damaged or has no end.
+
+    The packages' own readers miss that: zstandard's takes a frame that is cut short for whole, and Python's for .bz2
+    and .xz take a second frame with a damaged beginning, and all behind it, for padding.
+    """
+
+    def __init__(self, raw: BinaryIO, new_frame, error: type[Exception]):
+        self.raw, self.new_frame, self.error = raw, new_frame, error
+        self.frame, self.packed, self.rest = None, b"", b""
+
+    def read1(self, size: int) -> bytes:
+        while not self.rest:
+            more = self.packed or self.raw.read(1 << 10)  # up to 32 MiB unpacked: four bytes of .zst can be 128 KiB
+            self.packed = more if self.frame else more.lstrip(b"\0")  # zeros between frames are padding, as .xz allows
+            if not more and self.frame:
+                raise EOFError("the last frame has no end")
+            if not more:
+                return b""
+            if not self.packed:
+                continue
+            self.frame = self.frame or self.new_frame()
+            try:
+                self.rest = self.frame.decompress(self.packed)
+            except self.error as e:
+                raise EOFError(str(e)) from None
+            ended, self.packed = self.frame.eof, self.frame.unused_data if self.frame.eof else b""
+            self.frame = None if ended else self.frame
+        part, self.rest = self.rest[:size], self.rest[size:]
+        return part
 
 
 class _Guarded(io.RawIOBase):
-    """An unpacked stream that stops at a bomb; it cannot seek."""
+    """An unpacked stream that stops at a bomb, and gives out all that stands before a damage; it cannot seek."""
 
     def __init__(self, name: str, stream: BinaryIO, packed: BinaryIO):
-        self.name, self.stream, self.packed, self.count = name, stream, packed, 0
+        self.name, self.stream, self.packed, self.count, self.damage = name, stream, packed, 0, None
 
-    def read(self, size: int = -1) -> bytes:
-        chunk = self.stream.read(size)
+    def read(self, size: int) -> bytes:
+        if self.damage:
+            raise self.damage
+        parts, wanted = [], size
+        try:  # piece by piece: a whole `read` would lose what it had when it met the damage
+            while wanted > 0 and (part := self.stream.read1(wanted)):
+                parts.append(part)
+                wanted -= len(part)
+        except (*DAMAGED, OSError) as e:
+            self.damage = e
+            if not parts:
+                raise
+        chunk = b"".join(parts)
         self.count += len(chunk)
         if self.count > BOMB_BYTES and self.count > BOMB_RATIO * max(1, self.packed.tell()):
             raise UserError(f"{self.name}: unpacks to over {BOMB_RATIO} times its size", "is it a bomb?")
         return chunk
 
+    read1 = read  # a .gz in a .zip is guarded twice
+
 
 def _blocks_of(path: str, suffixes: list[str], stream: BinaryIO, cfg: ReadConfig, account: Account) -> Iterator[Block]:
     kind = cfg.format
     if kind == "auto":
-        kind = FORMATS.get(suffixes[-1] if suffixes else "", "text")
+        suffix = suffixes[-1] if suffixes else ""
+        if suffix in ARCHIVES:  # their headers would be read as texts
+            raise UserError(f"{path}: archives of this kind are not read", "unpack it, or make a .zip of it")
+        kind = FORMATS.get(suffix, "text")
     if kind == "text" and cfg.format == "auto":  # dumps in parts have names like .xml-p1p1000.bz2
         start = _read_fully(stream, 512)
         stream = _Joined(start, stream)
@@ -206,7 +277,7 @@ def _blocks_of(path: str, suffixes: list[str], stream: BinaryIO, cfg: ReadConfig
                  for n, page in enumerate(wiki.pages(stream, path), 1))  # fmt: skip
         yield from _grouped(path, "items", pages)
         return
-    stream, head = _as_utf8(stream, cfg.encoding)
+    stream, head = _as_utf8(path, stream, cfg.encoding, account)
     if kind == "json":
         start = head.lstrip()[:1]
         if start == b"[":
@@ -246,7 +317,7 @@ def _grouped(path: str, kind: str, records: Iterable[tuple[int, bytes | dict]]) 
 # ---------------------------------------------------------------- encodings
 
 
-def _as_utf8(stream: BinaryIO, encoding: str) -> tuple[BinaryIO, bytes]:
+def _as_utf8(path: str, stream: BinaryIO, encoding: str, account: Account) -> tuple[BinaryIO, bytes]:
     """The stream in UTF-8 without byte order mark, and its first bytes.
 
     Bytes that are no text in the stream's encoding become bytes that are no UTF-8 either: who decodes a record strictly
@@ -255,9 +326,11 @@ def _as_utf8(stream: BinaryIO, encoding: str) -> tuple[BinaryIO, bytes]:
     head = _read_fully(stream, HEAD_BYTES)
     if encoding == "auto":
         encoding = _guess(head)
+        if encoding == "gb18030":  # Big5 and Shift-JIS often pass for it: whoever reads the report should know
+            account.changed["files taken to be GB18030"] += 1
     rest = _Joined(head, stream)
     if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig", "ascii"):
-        rest = _Transcoded(rest, encoding)
+        rest = _Transcoded(path, rest, encoding)
     head = _read_fully(rest, HEAD_BYTES)
     head = head.removeprefix(codecs.BOM_UTF8)
     return _Joined(head, rest), head
@@ -271,7 +344,7 @@ def _guess(head: bytes) -> str:
     if len(head) == HEAD_BYTES and len(lines) > 1:
         lines.pop()  # it may be cut
     lines = [line for line in lines if not line.isascii()]
-    other = sum(not _decodes(line, "utf-8") and _decodes(line, "gb18030") for line in lines)
+    other = sum(not _decodes(line, "utf-8") and _decodes(line, "gb18030") and _in_pairs(line) for line in lines)
     # One bad line is a fault in a UTF-8 file; most of them are another encoding.
     return "gb18030" if other > len(lines) / 2 else "utf-8"
 
@@ -284,12 +357,21 @@ def _decodes(line: bytes, encoding: str) -> bool:
     return True
 
 
+def _in_pairs(line: bytes) -> bool:
+    """Do most bytes above 127 have a neighbour there? In Chinese they do; the ü of a Latin-1 "Zürich" has none."""
+    return 2 * len(re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", line)) < sum(byte > 127 for byte in line)
+
+
 def _read_fully(stream: BinaryIO, size: int) -> bytes:
-    """`size` bytes unless the stream ends before: a read may give fewer."""
+    """`size` bytes unless the stream ends before, or is damaged there: a read may give fewer."""
     parts = []
-    while size > 0 and (part := stream.read(size)):
-        parts.append(part)
-        size -= len(part)
+    try:
+        while size > 0 and (part := stream.read(size)):
+            parts.append(part)
+            size -= len(part)
+    except (*DAMAGED, OSError):
+        if not parts:
+            raise  # else the next read raises it again
     return b"".join(parts)
 
 
@@ -299,29 +381,37 @@ class _Joined(io.RawIOBase):
     def __init__(self, head: bytes, stream: BinaryIO):
         self.head, self.stream = head, stream
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
         if not self.head:
             return self.stream.read(size)
-        if size < 0:
-            part, self.head = self.head + self.stream.read(), b""
-        else:
-            part, self.head = self.head[:size], self.head[size:]
+        part, self.head = self.head[:size], self.head[size:]
         return part
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Bytes that are no text as lone surrogates. Python's own "surrogateescape" gives up on those below 128."""
+    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("escape every byte", _escaped)
 
 
 class _Transcoded(io.RawIOBase):
     """A stream of another encoding as UTF-8."""
 
-    def __init__(self, stream: BinaryIO, encoding: str):
-        self.stream, self.ended = stream, False
-        self.decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
+    def __init__(self, name: str, stream: BinaryIO, encoding: str):
+        self.name, self.stream, self.encoding, self.ended = name, stream, encoding, False
+        self.decoder = codecs.getincrementaldecoder(encoding)("escape every byte")
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
         text = ""
         while not text and not self.ended:
             part = self.stream.read(size)
             self.ended = not part
-            text = self.decoder.decode(part, final=self.ended)
+            try:
+                text = self.decoder.decode(part, final=self.ended)
+            except UnicodeError as e:  # no single bad bytes, those are escaped: "stream does not start with BOM"
+                raise UserError(f"{self.name}: cannot be read as {self.encoding}: {e}", "another --encoding") from None
         return text.encode("utf-8", "surrogatepass")  # an escaped byte: no UTF-8
 
 
@@ -519,7 +609,7 @@ def _parquet(path: str, stream: BinaryIO) -> Iterator[Block]:
             rows = batch.to_pylist()
             yield Block(path, "rows", records=tuple(enumerate(rows, number + 1)))
             number += len(rows)
-    except ArrowException as e:
+    except (ArrowException, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not a usable Parquet file: {e}") from None
 
 
@@ -592,9 +682,9 @@ def _text_of(record: bytes | dict, kind: str, cfg: ReadConfig, items: bool) -> s
     try:
         text.encode()
     except UnicodeEncodeError:
-        if cfg.errors == "replace":
-            return text.encode("utf-8", "replace").decode()
-        raise _Bad("a lone surrogate, or bytes that are no text in this encoding") from None
+        if cfg.errors == "reject":
+            raise _Bad("a lone surrogate, or bytes that are no text in this encoding") from None
+        text = SURROGATE.sub("\ufffd", text)
     return _line_ends(text)
 
 
