@@ -49,6 +49,8 @@ def main() -> None:
     base = cfg.data.init_from and checkpoint.model_folder(cfg.data.init_from)
     text = tokenizer.load(base or cfg.data.tokenizer)
     model, fill = checkpoint.open_model(base, cfg.data.allow_pickle) if base else new_model(cfg, text)
+    if base:
+        checkpoint.check_tokenizer(base, model, text)
     seq_len = cfg.data.seq_len or model.config.max_position_embeddings
     train, shares = data.parse_mix(cfg.data.train)
 

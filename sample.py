@@ -59,9 +59,7 @@ class Speaker:
         self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
         self.model = checkpoint.load_model(folder, start(cfg.device).device, dtype, cfg.allow_pickle).eval()
-        if self.model.config.vocab_size < self.text.vocab_size:
-            raise UserError(f"{folder}: the tokenizer has {self.text.vocab_size} ids, the model "
-                            f"{self.model.config.vocab_size}", "is this its tokenizer?")  # fmt: skip
+        checkpoint.check_tokenizer(folder, self.model, self.text)
         self.stop_ids = chat.end_ids(self.text, self.chat_format) if self.chat_format else {self.text.eos_id}
 
     def ids(self, prompt: str | list[dict]) -> list[int]:

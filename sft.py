@@ -51,6 +51,7 @@ def main() -> None:
     folder = checkpoint.model_folder(cfg.chat.init_from)
     text = tokenizer.load(folder)
     model, fill = checkpoint.open_model(folder, cfg.chat.allow_pickle)
+    checkpoint.check_tokenizer(folder, model, text)
     seq_len = cfg.chat.seq_len or model.config.max_position_embeddings
     intro = [config.show(cfg)]
     rows = chat_rows(cfg.chat.train, text, cfg.chat, seq_len, intro)

@@ -86,7 +86,8 @@ def save_model(folder: Path, model: Llama, tokenizer, about: dict, weights: dict
     if bad := [name for name, t in weights.items() if not _finite(t)]:  # the last step was finite, but too large
         raise Diverged(f"{bad[0]} holds NaN or infinity: nothing of it is saved", "a lower --lr")
     files.replace(folder / "model.safetensors", lambda p: save_file(weights, p, metadata={"format": "pt"}))
-    files.write_json(folder / "run.json", {"format": FORMAT, **about})
+    own = {} if tokenizer is None else {"tokenizer_sha256": tokenizer.sha256}
+    files.write_json(folder / "run.json", {"format": FORMAT, **about, **own})
     # Last: a folder with a config.json has all the rest.
     files.write_json(folder / "config.json", config)
 
@@ -163,6 +164,18 @@ def open_model(folder: str | Path, allow_pickle: bool = False) -> tuple[Llama, C
             write(name, values)
 
     return described, fill
+
+
+def check_tokenizer(folder: Path, model: Llama, tokenizer) -> None:
+    """Refuse a tokenizer that the model was not trained with: one with more ids, or of another hash than noted."""
+    size = model.config.vocab_size
+    if size < tokenizer.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {size}",
+                        "is this its tokenizer?")  # fmt: skip
+    noted = load_about(folder).get("tokenizer_sha256", tokenizer.sha256)
+    if noted != tokenizer.sha256:
+        raise UserError(f"{folder}: trained with tokenizer {str(noted)[:12]}, here is {tokenizer.sha256[:12]}",
+                        "the files of two models in one folder?")  # fmt: skip
 
 
 def load_config(folder: Path) -> ModelConfig:

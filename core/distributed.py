@@ -8,13 +8,14 @@ import datetime
 import gc
 import hashlib
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import RankLost, UserError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    store: dist.Store | None = field(default=None, compare=False)  # where ranks leave notes for each other
 
     @property
     def first(self) -> bool:
@@ -51,6 +53,34 @@ class Ranks:
         if other:
             raise UserError(f"rank {other[0]} has another {what} than rank 0", "start every rank with the same files")
 
+    def lost(self, error: RuntimeError) -> RankLost | None:
+        """What to say where `error` means that another rank does not answer; None where it means something else.
+
+        A hanging rank names itself by its silence: each that has waited in vain leaves a note, and it leaves none.
+        """
+        if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return None
+        frame = error.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        during = frame.tb_frame.f_code.co_name
+        during = {"_engine_run_backward": "the sum of gradients in backward"}.get(during, during)
+        if "timed out" not in str(error).lower():
+            return RankLost(f"rank {self.rank}, {during}: the connection to another rank ended", "its own message tells why")
+        try:
+            self.store.set(f"waited-{self.rank}", "")
+            until, silent = time.monotonic() + 3, []  # the others began to wait a little later
+            while time.monotonic() < until and (silent := self._silent()):
+                time.sleep(0.1)
+            who = f"rank {', '.join(map(str, silent))} did not" if silent else "all ranks were there, but one too late to"
+        except RuntimeError:  # without torchrun the store lives in rank 0
+            who = "rank 0 did not"
+        return RankLost(f"rank {self.rank}, {during}: {who} answer within timeout_s",
+                        "the same command goes on from the last checkpoint")  # fmt: skip
+
+    def _silent(self) -> list[int]:
+        return [r for r in range(self.world) if not self.store.check([f"waited-{r}"])]
+
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
             gc.collect()  # a pipeline's schedule, a ring of references, would keep threads of the group until the end
@@ -64,17 +94,18 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
         device: "auto" (CUDA where there is one, else CPU), or any torch device name.
         timeout_s: seconds after which a rank that waits for a hanging one gives up.
     Raises:
-        UserError: no such device, or half of torchrun's variables.
+        UserError: no such device, half of torchrun's variables or wrong ones, or the ranks do not find each other.
     """
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{local}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         place = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device = {device!r} is not a device", "auto, cpu or cuda") from None
+        if place.type not in ("cpu", "cuda"):
+            torch.empty(1, device=place)
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise UserError(f"device = {device!r} is not a device of this machine", "auto, cpu or cuda") from None
     if place.type == "cuda":
         if not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count():
             raise UserError(f"no device {device}, {torch.cuda.device_count()} CUDA devices are there", "--device cpu")
@@ -86,7 +117,14 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
     if len(present) < len(names):
         missing = ", ".join(n for n in names if n not in present)
         raise UserError(f"{present[0]} is set but {missing} is not", "start with torchrun, or unset it")
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
-    )
-    return Ranks(dist.get_rank(), dist.get_world_size(), place)
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    limit = datetime.timedelta(seconds=timeout_s)
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        dist.init_process_group(backend, timeout=limit, world_size=world, rank=rank, store=store)
+    except (RuntimeError, ValueError) as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} does not meet the others at {where}: {e}",
+                        "a free MASTER_PORT, and every rank started within timeout_s") from None  # fmt: skip
+    return Ranks(rank, world, place, store)

@@ -9,6 +9,7 @@ Knows nothing of tasks, files or tensors.
     2           bad input: `error: PATH:LINE: what -- hint`
     3           training diverged (non-finite loss or gradient)
     4           storage failed (disk full, read-only, I/O error)
+    69          another rank hangs or is gone (EX_UNAVAILABLE: run it again to go on)
     75          interrupted and saved (EX_TEMPFAIL of sysexits.h: run it again to go on)
     130         interrupted with nothing to save
 """
@@ -28,7 +29,9 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, hint: str = ""):
-        super().__init__(" ".join(f"{what} -- {hint}".split("\n")) if hint else " ".join(what.split("\n")))
+        line = " ".join((f"{what} -- {hint}" if hint else what).split("\n"))
+        # What stands in somebody's file must not move the cursor or end the line.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 class Diverged(UserError):
@@ -41,6 +44,12 @@ class StorageError(UserError):
     """The disk did not take what had to be written."""
 
     exit_code = 4
+
+
+class RankLost(UserError):
+    """Another rank did not answer in time, or ended."""
+
+    exit_code = 69
 
 
 class Interrupted(UserError):

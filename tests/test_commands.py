@@ -81,8 +81,40 @@ def test_without_a_prompt_a_base_model_begins_at_the_beginning_of_a_document(cha
 def test_a_model_smaller_than_its_tokenizer_is_refused_with_both_sizes(chain, tmp_path):
     shutil.copytree(chain / "out/pretrain", tmp_path / "m", ignore=shutil.ignore_patterns("checkpoint-*", ".lock"))
     train(["天地玄黄宇宙洪荒日月盈昃辰宿列张" * 3, "寒来暑往秋收冬藏"] * 9, tmp_path / "m/tokenizer.model", 330, character_coverage=1.0)
-    assert "the tokenizer has 330 ids, the model 320" in error(tmp_path, "sample.py", "--model", "m", "--prompt", "天")
+    for words in (["sample.py", "--model", "m", "--prompt", "天"], ["sft.py", "--init_from", "m", "--train", str(chain / "train.jsonl")]):
+        assert "the tokenizer has 330 ids, the model 320" in error(tmp_path, *words)
     assert "vocab_size 10 is smaller than the tokenizer's 320" in error(chain, "pretrain.py", *SMALL, "--vocab_size", "10", "--out_dir", str(tmp_path / "x"))
+
+
+def test_a_model_beside_the_tokenizer_of_another_is_refused_with_both_hashes(chain, tmp_path):
+    shutil.copytree(chain / "out/pretrain", tmp_path / "m", ignore=shutil.ignore_patterns("checkpoint-*", ".lock"))
+    ours = load(tmp_path / "m").sha256[:12]
+    train([f"{n}天是蓝的，火是红的。" for n in range(99)], tmp_path / "m/tokenizer.model", 290, character_coverage=1.0)
+    for words in (["sample.py", "--model", "m", "--prompt", "天"], ["sft.py", "--init_from", "m", "--train", str(chain / "train.jsonl")],
+                  ["pretrain.py", "--init_from", "m", "--data.train", str(chain / "data/train.bin")]):  # fmt: skip
+        assert f"trained with tokenizer {ours}, here is {load(tmp_path / 'm').sha256[:12]}" in error(tmp_path, *words)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_overlay_that_cuts_models_trains_and_fine_tunes_to_the_losses_of_one_process(chain, tmp_path, ranks):
+    shutil.copytree(chain / "data", tmp_path / "data")
+    overlay, torchrun = str(ROOT / "configs/fsdp.toml"), [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for words, out, wanted in ((["pretrain.py", str(ROOT / "configs/demo.toml"), *SMALL, "--eval_every", "5", "--prompt", "第1天，"], "out/pretrain", "plain"),
+                               (["sft.py", str(ROOT / "configs/demo-sft.toml"), "--train", str(chain / "train.jsonl"), "--val",
+                                 str(chain / "val.jsonl"), "--device", "cpu", "--batch_tokens", "512", "--prompt", "天？"], "out/sft", "chat")):  # fmt: skip
+        words += ["--max_steps", "10", "--dtype", "fp32", "--micro_batch", "4"]
+        command(tmp_path, *words, "--out_dir", wanted)
+        if wanted == "plain":
+            shutil.copytree(tmp_path / "plain", tmp_path / "base")
+        launcher = [*torchrun, f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+        done = subprocess.run([*launcher, str(ROOT / words[0]), words[1], overlay, *words[2:], "--out_dir", out], cwd=tmp_path,
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open() if '"loss"' in line]
+                  for name in (wanted, out)]  # fmt: skip
+        assert losses[0] == pytest.approx(losses[1], rel=2e-6) and len(losses[0]) == 10
+    assert command(tmp_path, "sample.py", "--prompt", "天？", "--max_new_tokens", "4")
 
 
 def test_the_chat_loop_answers_line_by_line(chain):
