@@ -176,27 +176,23 @@ def deduplicate(cfg: BenchConfig) -> None:
 
 
 def documents_with_copies(path: Path, number: int) -> tuple[list[str], list[tuple[int, float]]]:
-    """Neighbouring lines joined to 170 to 1,700 characters; a tenth are copies of one before, with 0 to 30 % of their
-    characters changed. Also (place, Jaccard similarity to the original) of each copy."""
+    """Lines drawn at random and joined to 170 to 1,700 characters; a tenth are copies of one before, with 0 to 30 % of
+    their characters changed. Also (place, Jaccard similarity to the original) of each copy."""
     rng, texts, copies = random.Random(0), [], []
-    with open(path, encoding="utf-8") as lines:
-        text, wanted = "", rng.randint(170, 1700)
-        for line in lines:
-            text += line[:1700]
-            if len(text) < wanted:
-                continue
-            texts.append(text)
+    lines = path.read_text(encoding="utf-8").split("\n")
+    while len(texts) < number:
+        if texts and rng.random() < 0.1:
+            original = rng.choice(texts)
+            share = rng.choice((0.002, 0.01, 0.02, 0.04, 0.1, 0.3)) * rng.random()
+            text = "".join(chr(rng.randrange(0x4E00, 0x9FA5)) if rng.random() < share else c for c in original)
+            a, b = grams(original), grams(text)
+            copies.append((len(texts), len(a & b) / len(a | b)))
+        else:
             text, wanted = "", rng.randint(170, 1700)
-            if rng.random() < 0.111:
-                original = rng.choice(texts)
-                share = rng.choice((0.002, 0.01, 0.02, 0.04, 0.1, 0.3)) * rng.random()
-                copy = "".join(chr(rng.randrange(0x4E00, 0x9FA5)) if rng.random() < share else c for c in original)
-                a, b = grams(original), grams(copy)
-                copies.append((len(texts), len(a & b) / len(a | b)))
-                texts.append(copy)
-            if len(texts) >= number:
-                return texts[:number], [copy for copy in copies if copy[0] < number]
-    raise UserError(f"{path}: gives only {len(texts):,} documents", f"--documents {len(texts)}")
+            while len(text) < wanted:
+                text += rng.choice(lines)[:1700]
+        texts.append(text)
+    return texts, copies
 
 
 def grams(text: str) -> set[str]:

@@ -19,11 +19,12 @@ Sources: Llama 2 https://arxiv.org/abs/2307.09288, RMSNorm https://arxiv.org/abs
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 IGNORE = -100  # the target of a position without a loss; torch's and transformers' convention
 
@@ -192,8 +193,21 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+_aten = torch.ops.aten
+# What selective checkpointing keeps: what is dear to compute again. Norms, rotations, silu and sums are cheap.
+PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.bmm.default,
+            _aten._scaled_dot_product_flash_attention_for_cpu.default,
+            _aten._scaled_dot_product_flash_attention.default,
+            _aten._scaled_dot_product_efficient_attention.default,
+            _aten._scaled_dot_product_cudnn_attention.default]  # fmt: skip
+
+
 class Llama(nn.Module):
-    """The whole model. `gradient_checkpointing = True` recomputes each block in the backward pass."""
+    """The whole model.
+
+    `gradient_checkpointing` says what of a block is computed again in the backward pass instead of being kept: "none",
+    "selective" (all but PRODUCTS) or "full" (all but its input, https://arxiv.org/abs/1604.06174).
+    """
 
     # Rows of logits held at once while losses are computed: the (B, T, V) tensor is the largest of all
     # (at V = 64,794 and 2,048 tokens: 531 MB in fp32), a chunk of this many numbers is 64 MiB.
@@ -204,7 +218,7 @@ class Llama(nn.Module):
         if not config.vocab_size:
             raise ValueError("vocab_size is not set")
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = "none"
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -250,14 +264,20 @@ class Llama(nn.Module):
         rope = rope_table(positions, self.config)
         x = self.model.embed_tokens(ids)  # (B, T, C)
         for block in self.model.layers:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
-            else:
-                x = block(x, rope, mask, cache)
+            x = self.run_block(block, x, rope, mask, cache)
         x = self.model.norm(x)
         if cache is not None:
             cache.used += ids.shape[1]
         return x
+
+    def run_block(self, block: Block, *args) -> Tensor:
+        """A block, with as much checkpointing as is set. Arguments and result as `Block.forward`."""
+        if self.gradient_checkpointing == "none" or not self.training:
+            return block(*args)
+        contexts = noop_context_fn
+        if self.gradient_checkpointing == "selective":
+            contexts = partial(create_selective_checkpoint_contexts, PRODUCTS)
+        return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
     def _positions_and_mask(self, ids: Tensor, docs: Tensor | None, cache: Cache | None):
         """Position of each token in its document (B or 1, T), and the mask of allowed keys, None for plain causal."""

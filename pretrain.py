@@ -45,7 +45,7 @@ class DataConfig:
 def main() -> None:
     sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": engine.TrainConfig}
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo.toml")
-    ranks = distributed.start(cfg.train.device)
+    ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
     base = cfg.data.init_from and checkpoint.model_folder(cfg.data.init_from)
     text = tokenizer.load(base or cfg.data.tokenizer)
     model, fill = checkpoint.open_model(base, cfg.data.allow_pickle) if base else new_model(cfg, text)

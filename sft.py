@@ -47,7 +47,7 @@ class ChatConfig:
 def main() -> None:
     sections = {"chat": ChatConfig, "optim": OptimConfig, "train": engine.TrainConfig}
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo-sft.toml")
-    ranks = distributed.start(cfg.train.device)
+    ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
     folder = checkpoint.model_folder(cfg.chat.init_from)
     text = tokenizer.load(folder)
     model, fill = checkpoint.open_model(folder, cfg.chat.allow_pickle)

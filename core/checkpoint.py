@@ -500,7 +500,7 @@ class Run:
             return True
         except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
             self.failures[what] = self.failures.get(what, 0) + 1
-            for leftover in self.folder.glob(".tmp-*"):
+            for leftover in [*self.folder.glob(".tmp-*"), *self.folder.glob(".trash-*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
             line = f"{what} could not be saved: {getattr(e, 'strerror', None) or e}"
             if must or self.failures[what] == 3:

@@ -66,13 +66,13 @@ class Ranks:
         during = frame.tb_frame.f_code.co_name
         during = {"_engine_run_backward": "the sum of gradients in backward"}.get(during, during)
         if "timed out" not in str(error).lower():
-            return RankLost(f"rank {self.rank}, {during}: the connection to another rank ended", "its own message tells why")
+            return RankLost(f"rank {self.rank}, {during}: another rank ended", "its own message tells why")
         try:
             self.store.set(f"waited-{self.rank}", "")
             until, silent = time.monotonic() + 3, []  # the others began to wait a little later
             while time.monotonic() < until and (silent := self._silent()):
                 time.sleep(0.1)
-            who = f"rank {', '.join(map(str, silent))} did not" if silent else "all ranks were there, but one too late to"
+            who = f"rank {', '.join(map(str, silent))} did not" if silent else "one rank was too late to"
         except RuntimeError:  # without torchrun the store lives in rank 0
             who = "rank 0 did not"
         return RankLost(f"rank {self.rank}, {during}: {who} answer within timeout_s",
@@ -125,6 +125,7 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
         dist.init_process_group(backend, timeout=limit, world_size=world, rank=rank, store=store)
     except (RuntimeError, ValueError) as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} does not meet the others at {where}: {e}",
+        me = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+        raise UserError(f"{me} does not meet the others at {where}: {e}",
                         "a free MASTER_PORT, and every rank started within timeout_s") from None  # fmt: skip
     return Ranks(rank, world, place, store)

@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +43,8 @@ class TrainConfig:
     device: str = "auto"  # auto: CUDA where there is one, else CPU
     dtype: str = "auto"  # auto, fp32, bf16, fp16: of the matrix products; weights are always kept in fp32
     compile: bool = False  # torch.compile: a minute or more at the start, faster steps afterwards
-    gradient_checkpointing: bool = False  # a third more work, activations of one block instead of all
+    gradient_checkpointing: str = "none"  # selective: keep products only; full: a third more work, the least memory
+    max_memory_gb: float = 0.0  # a step that is expected to need more is refused before it begins; 0: no limit
     parallel: str = "ddp"  # over ranks: ddp, zero1, fsdp or pipeline, see core/parallel.py
     reshard: bool = True  # fsdp: give gathered weights back after the forward pass (ZeRO-3); false keeps them (ZeRO-2)
     cpu_offload: bool = False  # fsdp: weights, gradients and moments wait in the host's memory
@@ -53,16 +55,22 @@ class TrainConfig:
     eval_every: int = 250  # steps between validations; the best model becomes the run folder's
     eval_tokens: int = 1 << 20  # at most so many validation positions each time
     log_every: int = 10  # steps between log lines
+    timeout_s: int = 600  # so long a rank waits for one that hangs; more than the slowest save or validation takes
+    stop_at_spike: bool = False  # end, as for NaN, where a loss stands out from the steps before; else it is only told
 
     def __post_init__(self):
-        for name in ("batch_tokens", "micro_batch", "save_every", "eval_every", "eval_tokens", "log_every"):
+        for name in ("batch_tokens", "micro_batch", "save_every", "eval_every", "eval_tokens", "log_every",
+                     "timeout_s"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, must be at least 1")
         if self.max_steps < 0 or self.epochs <= 0:
             raise ValueError(f"max_steps = {self.max_steps}, epochs = {self.epochs}: must not be negative or none")
+        if not 0 <= self.max_memory_gb < math.inf or (self.max_memory_gb and self.parallel != "ddp"):
+            raise ValueError(f"max_memory_gb = {self.max_memory_gb}, must be at least 0, and parallel \"ddp\"")
         if self.keep < 2:
             raise ValueError(f"keep = {self.keep}, must be at least 2: one is whole while another is deleted")
-        for name, known in (("dtype", ("auto", "fp32", "bf16", "fp16")), ("parallel", WAYS)):
+        for name, known in (("dtype", ("auto", "fp32", "bf16", "fp16")), ("parallel", WAYS),
+                            ("gradient_checkpointing", ("none", "selective", "full"))):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(known)}")
 
@@ -117,15 +125,25 @@ class Log:
         if not self.speak:
             return
         path = Path(self.files[1].name)
+        if not path.stat().st_size:
+            return
         self.files[1].close()
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        keep = [line + "\n" for line in lines if self._step(line) <= step]
         files.write_text(path, "".join(keep))
         self.files[1] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
+    @staticmethod
+    def _step(line: str) -> float:
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            return math.inf  # a kill, a full disk or a power cut tore it
+
     def close(self) -> None:
         for f in self.files:
-            f.close()
+            with suppress(OSError):  # closing writes what the disk refused before
+                f.close()
         if self.bar:
             self.bar.close()
 
@@ -167,7 +185,8 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: B
         Diverged: the loss or gradient is not finite; weights are as before that step.
         Interrupted: SIGTERM or SIGINT came; everything is saved.
         StorageError: checkpoints could not be written three times in a row.
-        UserError: the folder belongs to another run, or the batch cannot be divided.
+        UserError: the folder belongs to another run, the batch cannot be divided, or the ranks were started unlike.
+        RankLost: another rank hangs or has ended.
     """
     identity = identity | {"seed": cfg.seed, "data": rows.digest, "seq_len": rows.seq_len,
                            "optimizer": optim.optimizer}  # fmt: skip
@@ -180,6 +199,10 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: B
         log(line)
     try:
         _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks, run, log, samples, fill)
+    except RuntimeError as e:
+        if lost := ranks.lost(e):
+            raise lost from e
+        raise
     finally:
         log.close()
         run.close()
@@ -187,7 +210,18 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: B
 
 def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, log: Log, samples, fill) -> None:
     dtype = choose_dtype(cfg.dtype, ranks.device)
+    options = {k: v for k, v in (asdict(cfg) | asdict(optim)).items() if k not in ("device", "out_dir")}
+    must_match = {"program": _program(), "configuration": options, "data, model or tokenizer": run.identity}
+    for what, value in must_match.items():
+        ranks.same(json.dumps(value), what)
     model.gradient_checkpointing = cfg.gradient_checkpointing
+    if cfg.max_memory_gb:
+        from core import memory
+
+        _, micro, micro_batches, _ = plan(cfg, rows, ranks)
+        docs = batch(rows, [0]).docs is not None
+        log(memory.check(model.config, cfg, optim, micro, rows.seq_len, dtype, docs, ranks.device.type,
+                         micro_batches > 1))  # fmt: skip
     spread = parallel.spread(model, cfg, ranks, dtype, fill)
     per_step, micro, micro_batches, max_steps = plan(cfg, rows, spread.data)
     optimizers = make_optimizers(model, optim)
@@ -196,7 +230,7 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
     scaler = LossScale() if dtype == torch.float16 else None
     state = {"step": 0, "rows_seen": 0, "best": None, "overflows": 0, "validated": True}
     state |= _resume(cfg, run, spread, optimizers, scaler, ranks, log)
-    ranks.same(json.dumps([run.identity, state, max_steps]), "configuration, data or checkpoint")
+    ranks.same(json.dumps([state, max_steps]), "checkpoint")
     if state["step"] >= max_steps:
         log(f"{run.folder} is finished at step {state['step']} of {max_steps}: nothing to do (--resume no starts anew)")
         return
@@ -211,6 +245,7 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
     if not state["validated"]:  # the run was stopped where a validation was due
         validate()
     model.train()
+    recent = deque(maxlen=128)  # mean losses of the steps before, from this start on
     window, window_s = [], 0.0  # mean losses and seconds of the steps since the last log line
     with stop:
         while state["step"] < max_steps:
@@ -235,6 +270,7 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
             norm = _finish_gradients(spread, parameters, correction, optim)
             finite = math.isfinite(mean) and math.isfinite(norm)
             if finite:
+                _tell_spike(state, mean, recent, cfg, log)
                 for optimizer in optimizers:
                     optimizer.step()
                 spread.stepped()
@@ -243,7 +279,7 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
             for p in parameters:  # an optimizer may have only some of them
                 p.grad = None
             if not finite:
-                _overflow_or_diverge(state, mean, norm, lr, scaler, rows, indices)
+                _overflow_or_diverge(state, mean, norm, lr, scaler, rows, indices, run)
             state["overflows"] = 0 if finite else state["overflows"] + 1
             state["step"] += 1
             state["rows_seen"] += per_step
@@ -287,6 +323,7 @@ def _resume(cfg: TrainConfig, run: Run, spread, optimizers, scaler, ranks: Ranks
         if problem:
             raise UserError(f"{path}: {problem}", "--resume auto takes the newest whole one")
     if path is None:
+        log.rewind(0)
         return {}
     state = run.restore(path, spread, optimizers, scaler, warn=log)
     log(f"resumed from {path}")
@@ -306,15 +343,41 @@ def _finish_gradients(spread, parameters: list, correction: float, optim: OptimC
     return norm
 
 
-def _overflow_or_diverge(state: dict, mean: float, norm: float, lr: float, scaler, rows, indices: list[int]) -> None:
+def _overflow_or_diverge(state: dict, mean: float, norm: float, lr: float, scaler, rows, indices: list[int],
+                         run: Run) -> None:  # fmt: skip
     """Non-finite numbers are normal in fp16 while the scale settles; in any other case training has diverged."""
     if scaler and state["overflows"] < 20 and scaler.scale >= 1:
         return
-    where = "; ".join(rows.where(i) for i in indices[:4])
-    raise Diverged(
-        f"step {state['step'] + 1}: loss {mean}, gradient norm {norm}, lr {lr:.3e}"
-        + (f", scale {scaler.scale:g}" if scaler else "") + f"; rows {indices[:8]}: {where}",
-        "the weights were not touched; a lower --lr or --dtype fp32 may help")  # fmt: skip
+    what = (f"step {state['step'] + 1}: loss {mean}, gradient norm {norm}, lr {lr:.3e}"
+            + (f", scale {scaler.scale:g}" if scaler else ""))  # fmt: skip
+    where = [rows.where(i) for i in indices]
+    if run.write:
+        with suppress(OSError):
+            files.write_json(run.folder / "diverged.json", {"what": what, "rows": dict(zip(indices, where))})
+    raise Diverged(f"{what}; rows {indices[:4]}: {'; '.join(where[:4])}; all {len(indices)} in diverged.json",
+                   "the weights were not touched; a lower --lr or --dtype fp32 may help")  # fmt: skip
+
+
+def _tell_spike(state: dict, mean: float, recent: deque, cfg: TrainConfig, log: Log) -> None:
+    """Tell, or stop at, a loss far above those of the steps before: a bad row, or the beginning of divergence.
+
+    Source: the rule of OLMo's trainer, 6 standard deviations over 128 steps.
+    """
+    if len(recent) == recent.maxlen:
+        usual = sum(recent) / len(recent)
+        limit = usual + 6 * math.sqrt(sum((loss - usual) ** 2 for loss in recent) / len(recent))
+        if mean > limit:
+            line = f"step {state['step'] + 1}: loss {mean:.4f} is above {limit:.4f}, 6 sigma over the 128 before"
+            if cfg.stop_at_spike:
+                raise Diverged(line, "the weights were not touched; a lower --lr, or look at its rows")
+            log(f"warning: {line}")
+    recent.append(mean)
+
+
+def _program() -> str:
+    """Hash of what trains: ranks on several machines must run the same code."""
+    paths = [*sorted(Path(__file__).parent.glob("*.py")), Path(sys.modules[Llama.__module__].__file__)]
+    return " ".join([torch.__version__, *map(files.sha256, paths)])
 
 
 @torch.no_grad()
@@ -375,7 +438,8 @@ class StopSignals:
 
     def _handle(self, number, frame) -> None:
         self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        for either in self._before:
+            signal.signal(either, signal.SIG_DFL)
         os.write(2, b"stopping after this step; once more stops at once, without saving\n")
 
     def __exit__(self, *error) -> None:

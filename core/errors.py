@@ -79,7 +79,7 @@ def run(main) -> None:
     except RuntimeError as e:
         if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        code = _fail("out of GPU memory -- a smaller --micro_batch, or --gradient_checkpointing", 2, debug)
+        code = _fail("out of GPU memory -- a smaller --micro_batch, or --gradient_checkpointing full", 2, debug)
     except OSError as e:
         name = f"{e.filename}: " if e.filename else ""
         if e.errno in STORAGE_ERRNOS:

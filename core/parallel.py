@@ -21,7 +21,6 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from core.data import Batch
 from core.distributed import Ranks
@@ -437,11 +436,7 @@ class _Stage(nn.Module):
         rope = rope_table(positions, self.llama.config)
         x = self.llama.model.embed_tokens(x)
         for i in self.mine:
-            block = self.llama.model.layers[i]
-            if self.llama.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rope, mask, None, use_reentrant=False)
-            else:
-                x = block(x, rope, mask, None)
+            x = self.llama.run_block(self.llama.model.layers[i], x, rope, mask, None)
         return self.llama._losses(self.llama.model.norm(x), targets) if self.last else x
 
 

@@ -1,11 +1,13 @@
 """A run small enough to be repeated hundreds of times, for the tests of engine and checkpoints.
 
 As a program (under torchrun too): `python small_run.py OUT_DIR '{"max_steps": 5, "rows": "chats"}'` trains and writes
-OUT_DIR/seen-<rank>.json: the ids of every micro-batch in order.
+OUT_DIR/seen-<rank>.json, the ids of every micro-batch in order, and OUT_DIR.pid-<rank>.
 """
 
 import dataclasses
 import json
+import math
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -71,10 +73,10 @@ def run(out_dir, model=None, rows="bin", loss_fn=next_token_loss, val=True, opti
     out_dir, model = Path(out_dir), model or small_model()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     defaults = {"max_steps": 10, "batch_tokens": 8 * SEQ_LEN, "micro_batch": 2, "save_every": 5, "eval_every": 5,
-                "log_every": 1, "device": "cpu"}  # fmt: skip
+                "log_every": 1, "device": "cpu", "timeout_s": 60}  # fmt: skip
     cfg = engine.TrainConfig(out_dir=str(out_dir), **defaults | options)
     optim = OptimConfig(optimizer=optimizer, lr=lr, min_lr=lr / 10 if min_lr is None else min_lr, warmup_steps=2, grad_clip=grad_clip)
-    ranks = distributed.start("cpu", timeout_s=60)
+    ranks = distributed.start("cpu", cfg.timeout_s)
     train_rows = chat_rows() if rows == "chats" else bin_rows(out_dir.parent)
     val_rows = bin_rows(out_dir.parent, tail=True) if val else None
     about = {"options": {"train": dataclasses.asdict(cfg), "optim": dataclasses.asdict(optim)}}
@@ -88,6 +90,9 @@ def main() -> None:
     torch.set_num_threads(1)
     out_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     changes, meta = options.pop("model", {}), options.pop("meta", False)
+    rank, bad = int(os.environ.get("RANK", 0)), options.pop("bad", {})  # bad: the rank and call of a loss that is NaN
+    out_dir.mkdir(parents=True, exist_ok=True)
+    Path(f"{out_dir}.pid-{rank}").write_text(str(os.getpid()))
     with torch.device("meta" if meta else "cpu"):
         model = small_model(**changes)
     if meta:  # the sizes again: of a pipeline's model the ranks take layers away
@@ -97,9 +102,8 @@ def main() -> None:
     def recording_loss(model, batch):
         if torch.is_grad_enabled():
             seen.append([batch.rows, batch.ids.tolist()])
-        return next_token_loss(model, batch)
+        return next_token_loss(model, batch) * (math.nan if bad == {"rank": rank, "call": len(seen)} else 1)
 
-    rank = distributed.os.environ.get("RANK", "0")
     loss_fn = next_token_loss if options.get("parallel") == "pipeline" else recording_loss
     try:
         run(out_dir, model, loss_fn=loss_fn, **options)

@@ -204,7 +204,8 @@ def test_prompts_of_different_lengths_padded_on_the_left_equal_each_alone(tiny_m
 
 @pytest.mark.parametrize("with_docs", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_gradient_checkpointing_changes_no_bit(tiny_model, with_docs, chunked):
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_gradient_checkpointing_changes_no_bit(tiny_model, with_docs, chunked, kind):
     ids, docs = packed(9, 4, 20)
     args = (ids, some_targets(ids), docs if with_docs else None)
     tiny_model.train()
@@ -214,7 +215,7 @@ def test_gradient_checkpointing_changes_no_bit(tiny_model, with_docs, chunked):
     tiny_model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     plain, plain_grads = gradients(tiny_model, *args)
     assert len(calls) == 1
-    tiny_model.gradient_checkpointing = True
+    tiny_model.gradient_checkpointing = kind
     again, again_grads = gradients(tiny_model, *args)
     assert len(calls) == 3  # once more in the forward, once again in the backward pass
     assert torch.equal(plain, again)

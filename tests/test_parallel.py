@@ -21,10 +21,10 @@ WAYS = {
     "zero1": {"parallel": "zero1"},
     "fsdp": {"parallel": "fsdp"},
     "fsdp, meta": {"parallel": "fsdp", "meta": True},
-    "fsdp, kept": {"parallel": "fsdp", "reshard": False, "gradient_checkpointing": True},
+    "fsdp, kept": {"parallel": "fsdp", "reshard": False, "gradient_checkpointing": "selective"},
     "fsdp, offloaded": {"parallel": "fsdp", "cpu_offload": True, "meta": True},
     "pipeline": {"parallel": "pipeline", **UNTIED},
-    "pipeline, meta": {"parallel": "pipeline", "meta": True, "gradient_checkpointing": True, **UNTIED},
+    "pipeline, meta": {"parallel": "pipeline", "meta": True, "gradient_checkpointing": "full", **UNTIED},
 }
 
 

@@ -1,0 +1,86 @@
+"""Promises of the estimate of memory: what a step really takes, and a change that really fits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_run
+import torch
+
+from core import memory
+from core.errors import UserError
+from core.optim import OptimConfig
+from model import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ModelConfig(vocab_size=5000, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4)
+# With pages of its own for each tensor the system's figure is that of the tensors.
+REAL = """
+import sys, json, torch
+torch.set_num_threads(1)
+from core.data import Batch
+from core.loss import next_token_loss
+from core.optim import OptimConfig, make_optimizers
+from model import Llama, ModelConfig
+def now(what):
+    return int(open("/proc/self/status").read().split(what)[1].split()[0]) * 1024
+def steps(config, rows, kind, optimizer, several):
+    model = Llama(config)
+    model.gradient_checkpointing = kind
+    optimizers = make_optimizers(model, OptimConfig(optimizer=optimizer))
+    ids = torch.randint(0, config.vocab_size, (rows, 256))
+    for _ in range(2):
+        for _ in range(1 + several):
+            loss = next_token_loss(model, Batch(ids, ids, torch.zeros_like(ids), []))
+            loss.backward()
+            del loss
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+options = json.loads(sys.argv[1])
+steps(ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2), 1, "none", options[2], 0)
+before = now("VmRSS:")
+steps(ModelConfig(**json.loads(sys.argv[2])), *options)
+print(now("VmHWM:") - before)
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to ask")
+@pytest.mark.parametrize("options", [(16, "none", "adamw", True), (16, "selective", "adamw", False), (16, "full", "adamw", True),
+                                     (2, "none", "muon", True)])  # fmt: skip
+def test_the_estimate_is_what_a_step_takes(options):
+    rows, kind, optimizer, several = options
+    sizes = json.dumps({k: getattr(CONFIG, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                                        "num_attention_heads")})  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", REAL, json.dumps(options), sizes], cwd=ROOT, capture_output=True, text=True,
+                          env={"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = memory.peak_bytes(CONFIG, rows, 256, torch.float32, kind, True, OptimConfig(optimizer=optimizer), "cpu", several)
+    assert expected == pytest.approx(int(done.stdout), rel=0.1)
+
+
+def test_checkpointing_and_half_precision_take_less():
+    need = {(k, d): memory.peak_bytes(CONFIG, 16, 256, d, k) for k in ("none", "selective", "full")
+            for d in (torch.float32, torch.bfloat16)}  # fmt: skip
+    for d in (torch.float32, torch.bfloat16):
+        assert need["none", d] > need["selective", d] > need["full", d]
+    assert need["none", torch.bfloat16] < need["none", torch.float32]
+
+
+def test_a_run_that_would_not_fit_is_refused_with_the_smallest_change_that_does(tmp_path):
+    options = {"batch_tokens": 64 * small_run.SEQ_LEN, "micro_batch": 64, "max_steps": 1}
+    with pytest.raises(UserError, match=r"a step needs 0\.\d\d GB, max_memory_gb is 0\.002 -- --micro_batch \d+$") as caught:
+        small_run.run(tmp_path / "a", **options, max_memory_gb=0.002)
+    assert not list((tmp_path / "a").glob("checkpoint-*"))
+    fits = int(str(caught.value).rpartition(" ")[2])
+    small_run.run(tmp_path / "b", **options | {"micro_batch": fits}, max_memory_gb=0.002)
+    assert "expected peak 0.00 GB, max_memory_gb is 0.002" in (tmp_path / "b/log.txt").read_text()
+    with pytest.raises(UserError):  # twice as many would not have fitted: it is the smallest change
+        small_run.run(tmp_path / "c", **options | {"micro_batch": 2 * fits}, max_memory_gb=0.002)
+    with pytest.raises(UserError, match="one row with full checkpointing"):
+        small_run.run(tmp_path / "d", **options, max_memory_gb=0.0001)
+    with pytest.raises(ValueError, match="max_memory_gb"):
+        small_run.run(tmp_path / "e", max_memory_gb=1.0, parallel="fsdp")
