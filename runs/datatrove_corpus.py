@@ -101,12 +101,13 @@ def encode_files(cfg, _, rank: int, world_size: int) -> None:
 
 def write_bins(cfg, _, rank: int, world_size: int) -> None:
     text, numbers = tokenizer_of(cfg), range(len(cfg.read.input))
-    try:
-        split = bins.Split(cfg.run.val_share)
-        lines = write(cfg, text, split, (found for n in numbers for found in load(cfg, n, "ids")))
-    except bins.NothingHeldOut as e:  # there are very few documents: once more, all of them here
-        finish = bins.Tokenize(text, e.split)
-        lines = write(cfg, text, e.split, (found for n in numbers for found in encode_file(cfg, n, finish)))
+    split, results, lines = bins.Split(cfg.run.val_share), (found for n in numbers for found in load(cfg, n, "ids")), []
+    while not lines:
+        try:
+            lines = write(cfg, text, split, results)
+        except bins.NothingHeldOut as e:  # there are very few documents: once more, all of them here
+            split, finish = e.split, bins.Tokenize(text, e.split)
+            results = (found for n in numbers for found in encode_file(cfg, n, finish))
     print("\n".join(lines), flush=True)
 
 

@@ -38,7 +38,7 @@ def lively(config: ModelConfig, seed: int = 0) -> Llama:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--mutations", type=int, default=20_000, help="damaged inputs that tests/test_fuzz.py tries in all")
+    parser.addoption("--mutations", type=int, default=100_000, help="damaged inputs for each of six targets in tests/test_fuzz.py")
     parser.addoption("--kills", type=int, default=200, help="random kills of training in tests/test_survival.py")
     parser.addoption("--mutation-seed", type=int, default=0, help="another number, other inputs")
 

@@ -779,3 +779,9 @@ print("peak", max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) >
     assert done.returncode == 0, done.stderr
     assert "2 rejected: longer than 16777216 bytes (first:" in done.stdout and f"{tmp_path / 'a.jsonl'}:61)" in done.stdout
     assert int(done.stdout.split("peak ")[1]) < 512
+
+
+def test_documents_that_are_all_the_same_are_split_too(tmp_path):
+    (tmp_path / "same.txt").write_text("完全一样的一行文字，没有分别。\n" * 50, encoding="utf-8")
+    accounts = run(tmp_path / "out", input=tmp_path / "same.txt", split="line", vocab_size=300)
+    assert accounts[-1]["kept"] == 50 and (tmp_path / "out/val.bin").stat().st_size > 0
