@@ -4,6 +4,7 @@ In:  the environment that torchrun sets. Out: one Ranks object.
 Knows nothing of models' insides, data or files. A run without torchrun has no process group at all.
 """
 
+import atexit
 import datetime
 import gc
 import hashlib
@@ -122,10 +123,16 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         store.set_timeout(limit)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps one store over its restarts: the addresses of ranks that are gone would still stand there.
+            # On several machines this number differs; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, timeout=limit, world_size=world, rank=rank, store=store)
     except (RuntimeError, ValueError) as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         me = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
         raise UserError(f"{me} does not meet the others at {where}: {e}",
                         "a free MASTER_PORT, and every rank started within timeout_s") from None  # fmt: skip
-    return Ranks(rank, world, place, store)
+    ranks = Ranks(rank, world, place, store)
+    atexit.register(ranks.close)  # an error leaves threads of the group, and they would abort the process at its end
+    return ranks

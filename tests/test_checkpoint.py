@@ -1,10 +1,7 @@
-"""Run folders: resume bit for bit, kills, damage, locks, foreign folders."""
+"""Run folders: resume bit for bit, damage, locks, foreign folders. Kills are in test_survival.py."""
 
 import json
-import multiprocessing
 import os
-import random
-import signal
 import sys
 import time
 from pathlib import Path
@@ -12,26 +9,11 @@ from pathlib import Path
 import pytest
 import small_run
 import torch
-import torch._dynamo
+from kill_runs import assert_equal, state_of
 from safetensors.torch import load_file, save_file
 
 from core import checkpoint, files
 from core.errors import Diverged, StorageError, UserError
-
-
-def state_of(folder: Path, step: int) -> tuple[dict, dict, dict]:
-    """Weights, moments and counters of a checkpoint."""
-    at = folder / f"checkpoint-{step}"
-    state = json.loads((at / "state.json").read_text())
-    return (load_file(at / "model.safetensors"), load_file(at / "optimizer.safetensors"),
-            {k: state[k] for k in ("step", "rows_seen", "best", "overflows", "scaler")})  # fmt: skip
-
-
-def assert_equal(a: tuple, b: tuple) -> None:
-    for one, other in zip(a[:2], b[:2]):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[k], other[k]) for k in one)
-    assert a[2] == b[2]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -46,65 +28,6 @@ def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(tmp_path, dtype, opti
     small_run.run(tmp_path / "b/run", **options)
     assert "resumed from" in (tmp_path / "b/run/log.txt").read_text()
     assert_equal(state_of(tmp_path / "a/run", 9), state_of(tmp_path / "b/run", 9))
-
-
-def child(out_dir: str, saving, options: dict) -> None:
-    """Train in a forked process, telling the parent when a save is under way."""
-    torch.set_num_threads(1)
-    commit = checkpoint.Run._commit
-
-    def watched(self, *args):
-        saving.value = 1
-        commit(self, *args)
-        saving.value = 0
-
-    checkpoint.Run._commit = watched
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 1)
-    small_run.run(out_dir, **options)
-    os._exit(0)
-
-
-@pytest.mark.heavy
-def test_fifty_kills_at_random_moments_change_no_bit_and_lose_no_checkpoint(tmp_path):
-    options = {"max_steps": 100, "save_every": 1, "eval_every": 50, "micro_batch": 4, "dtype": "fp16"}
-    fork, rng = multiprocessing.get_context("fork"), random.Random(0)
-    saving = fork.Value("b", 0, lock=False)
-    kills = in_save = round_ = 0
-    finals = []
-    while kills < 50 or not finals:
-        folder, newest = tmp_path / f"killed-{round_}/run", 0
-        while True:
-            saving.value = 0
-            process = fork.Process(target=child, args=(str(folder), saving, options))
-            process.start()
-            if kills < 50:
-                process.join(rng.uniform(0, 0.6))
-            else:
-                process.join(120)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-            if process.exitcode == -signal.SIGKILL:  # else it was faster than the signal
-                kills, in_save = kills + 1, in_save + saving.value
-                steps = checkpoint.checkpoint_steps(folder) if folder.exists() else []
-                whole = [s for s in steps if checkpoint.verify(folder / f"checkpoint-{s}") is None]
-                assert steps == whole, "a checkpoint that has its name must be whole"
-                assert max(whole, default=0) >= newest, "a committed checkpoint was lost"
-                newest = max(whole, default=0)
-                continue
-            assert process.exitcode == 0
-            break
-        finals.append(state_of(folder, options["max_steps"]))
-        round_ += 1
-    assert in_save >= 10, f"only {in_save} of {kills} kills fell into a save"
-    process = fork.Process(target=child, args=(str(tmp_path / "unbroken/run"), saving, options))
-    process.start()
-    process.join(120)
-    unbroken = state_of(tmp_path / "unbroken/run", options["max_steps"])
-    for final in finals:
-        assert_equal(final, unbroken)
-    print(f"{kills} kills, {in_save} of them inside a save, {len(finals)} runs")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "config.json"])
@@ -122,28 +45,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, name
     run = checkpoint.Run(tmp_path / "run", {}, {}, None)
     assert run.newest(said.append) == tmp_path / "run/checkpoint-2"
     assert len(said) == 1 and "checkpoint-4" in said[0]
-
-
-def test_a_thousand_bit_flips_are_all_detected(tmp_path):
-    small_run.run(tmp_path / "run", max_steps=1, val=False)
-    folder, rng = tmp_path / "run/checkpoint-1", random.Random(0)
-    for name in [n for n in os.listdir(folder) if n != "manifest.json"]:
-        path = folder / name
-        data = path.read_bytes()
-        # sha256 is the check; flips of many places in memory stand for flips on disk.
-        entry = json.loads((folder / "manifest.json").read_text())[name]
-        import hashlib
-
-        for _ in range(200):
-            flipped = bytearray(data)
-            flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-            assert hashlib.sha256(flipped).hexdigest() != entry["sha256"]
-        flipped = bytearray(data)
-        flipped[rng.randrange(len(data))] ^= 1
-        path.write_bytes(flipped)
-        assert checkpoint.verify(folder) == f"{name} is damaged (sha256 differs)"
-        path.write_bytes(data)
-    assert checkpoint.verify(folder) is None
 
 
 def test_leftovers_of_a_kill_are_removed_and_the_last_k_are_kept(tmp_path):

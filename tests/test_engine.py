@@ -36,6 +36,7 @@ def weights(folder: Path, step: int) -> dict:
 
 def launch(ranks: int, out_dir: Path, **options) -> None:
     """Train in processes of their own, under torchrun where there are several."""
+    small_run.bin_rows(out_dir.parent)  # or each rank would make it
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

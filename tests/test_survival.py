@@ -58,8 +58,8 @@ def test_a_kill_at_any_file_operation_of_a_save_changes_no_bit_and_loses_no_chec
 
 @pytest.mark.heavy
 def test_signals_at_random_instants_save_within_one_step_and_a_second_ends_at_once(tmp_path):
-    done = kill_runs(tmp_path, 50, "TERM", "INT")
-    assert done["exit codes"]["75"] >= 25 and done["exit codes"].keys() <= {"75", "-15", "-2", "130", "1"}
+    done = kill_runs(tmp_path, 30, "TERM", "INT")
+    assert done["exit codes"]["75"] >= 12 and done["exit codes"].keys() <= {"75", "-15", "-2", "130", "1"}
     assert done["longest stop"] < 10
 
 
@@ -171,7 +171,7 @@ def test_torchrun_restarts_killed_ranks_and_the_end_is_that_of_an_unbroken_run(t
         os.kill(rng.choice(old), signal.SIGKILL)
         gone.append(until(lambda: not any(map(alive, old)), 30))  # noqa: B023
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said[-3000:]
+    assert process.returncode == 0, [line for line in said.splitlines() if "error" in line] + [said[-3000:]]
     print(f"{kills} kills, all {ranks} ranks gone within {max(gone):.2f} s")
     assert_equal(state_of(out_dir, 300), state_of(tmp_path / "unbroken", 300))
     assert (out_dir / "log.txt").read_text().count("resumed from") == kills
@@ -206,34 +206,34 @@ BRIEF = {"batch_tokens": 2 * SEQ_LEN, "micro_batch": 2, "save_every": 1, "eval_e
 @pytest.mark.heavy
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
 def test_a_disk_that_refuses_any_one_operation_of_a_save_costs_no_older_checkpoint_and_no_step(tmp_path, number, monkeypatch):
-    small_run.bin_rows(tmp_path)
-    small_run.run(tmp_path / "unbroken", max_steps=5, **BRIEF)
-    unbroken, survive, disk, failed = state_of(tmp_path / "unbroken", 5), checkpoint.Run._survive, FaultyDisk(), 0
+    options = BRIEF | {"val": False, "eval_every": 99, "min_lr": 3e-3}
+    small_run.run(tmp_path / "unbroken", max_steps=4, **options)
+    small_run.run(tmp_path / "begun", max_steps=2, **options)
+    unbroken, survive, failed = state_of(tmp_path / "unbroken", 4), checkpoint.Run._survive, 0
 
-    def third_only(run, what, warn, must, action):
-        third = what == "a checkpoint" and checkpoint.checkpoint_steps(run.folder)[-1:] == [2]
-        disk.on = third and not disk.done
-        before = {s: checkpoint.verify(run.path(s)) for s in checkpoint.checkpoint_steps(run.folder)}
+    def first_only(run, what, warn, must, action):
+        disk.on = what == "a checkpoint" and not disk.done
         saved = survive(run, what, warn, must, action)
         if disk.on:
             disk.on = False
-            whole = whole_steps(run.folder)
-            assert before == {1: None, 2: None} and 2 in whole and (3 in whole if saved else True)
+            whole = whole_steps(run.folder)  # a deletion that fails comes after the new one is whole
+            assert whole in (([1, 2], [1, 2, 3], [2, 3]) if not saved else ([2, 3],))
             assert not list(run.folder.glob(".t*")), "nothing half-made is left"
         return saved
 
-    monkeypatch.setattr(checkpoint.Run, "_survive", third_only)
+    monkeypatch.setattr(checkpoint.Run, "_survive", first_only)
     for at in range(1, 1000):
-        disk = FaultyDisk(at, number)
-        with disk:
-            small_run.run(tmp_path / f"run-{at}", max_steps=5, **BRIEF)
-        assert_equal(state_of(tmp_path / f"run-{at}", 5), unbroken)
-        assert whole_steps(tmp_path / f"run-{at}") == [4, 5]
-        told = (tmp_path / f"run-{at}/log.txt").read_text().count("warning: a checkpoint could not be saved")
+        folder = tmp_path / f"run-{at}"
+        shutil.copytree(tmp_path / "begun", folder)
+        with FaultyDisk(at, number) as disk:
+            small_run.run(folder, max_steps=4, **options)
+        assert_equal(state_of(folder, 4), unbroken)
+        assert whole_steps(folder) == [3, 4] or whole_steps(folder) == [2, 4]
+        told = (folder / "log.txt").read_text().count("warning: a checkpoint could not be saved")
         if len(disk.done) < at:
             break
-        failed += told
         assert told <= 1
+        failed += told
     assert at > 50 and failed >= at - 10, "a few of them have a second way to do the same"
     print(f"{at - 1} operations, {failed} saves failed")
 
