@@ -3,6 +3,7 @@
     python bench.py tokenize --tokenizer chatglm2/tokenizer.model --input corpus.txt    # a document a line
     python bench.py dedup --input corpus.txt                                            # pip install datasketch rensa
     python bench.py memory --tokenizer chatglm2/tokenizer.model --input corpus.txt      # Linux; writes 4 GB to a folder
+    python bench.py activations --model configs/llama-92m.toml                          # Linux; training's memory
 
 Prints a table of medians and, as its last line, the same as JSON.
 """
@@ -35,17 +36,18 @@ from tokenizer.parallel import map_in_order
 class BenchConfig:
     tokenizer: str = "data/tokenizer"
     input: str = ""  # a UTF-8 text, a document a line
+    model: str = ""  # a config with a [model] section, for activations
     rounds: int = 5
     documents: int = 100_000  # of dedup
 
     def __post_init__(self):
-        if self.rounds < 1 or self.documents < 1000 or not self.input:
-            raise ValueError("input must be given, rounds at least 1, documents at least 1000")
+        if self.rounds < 1 or self.documents < 1000 or not (self.input or self.model):
+            raise ValueError("input or model must be given, rounds at least 1, documents at least 1000")
 
 
 def main() -> None:
     words = sys.argv[1:2]
-    ways = {"tokenize": tokenize, "dedup": deduplicate, "memory": memory}
+    ways = {"tokenize": tokenize, "dedup": deduplicate, "memory": memory, "activations": activations}
     if not words or words[0] not in ways:
         raise UserError(f"{' '.join(words) or 'nothing'} cannot be timed", f"python bench.py {' or '.join(ways)}")
     ways[words[0]](config.load(__doc__, {"bench": BenchConfig}, sys.argv[2:]).bench)
@@ -277,6 +279,58 @@ def peak_memory(command: list[str]) -> list[int]:
     if process.returncode:
         raise UserError(f"{' '.join(command)} ended with code {process.returncode}")
     return sorted(peaks.values(), reverse=True)
+
+
+def activations(cfg: BenchConfig) -> None:
+    """Peak memory of training steps with each kind of checkpointing, measured and as core/memory.py expects it."""
+    result = []
+    for dtype in ("fp32", "bf16"):
+        for kind in ("none", "selective", "full"):
+            code = f"import bench; bench.train_steps({cfg.model!r}, {kind!r}, {dtype!r})"
+            done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+            result.append({"dtype": dtype, "checkpointing": kind, **json.loads(done.stdout)})
+            print(result[-1], flush=True)
+    print(json.dumps(result))
+
+
+def train_steps(path: str, kind: str, dtype: str, rows: int = 4, seq_len: int = 512) -> None:
+    """In a process of its own: two steps of two micro-batches; prints GB beyond what was taken before."""
+    import tomllib
+
+    import torch
+
+    from core import memory, optim
+    from core.data import Batch
+    from core.loss import next_token_loss
+    from model import Llama, ModelConfig
+
+    def now(what: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) * 1024
+
+    def steps(config: ModelConfig, ids: torch.Tensor) -> None:
+        model = Llama(config)
+        model.gradient_checkpointing = kind
+        optimizers = optim.make_optimizers(model, optim.OptimConfig())
+        for _ in range(2):
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+                    loss = next_token_loss(model, Batch(ids, ids, torch.zeros_like(ids), []))
+                loss.backward()
+                del loss
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+
+    with open(path, "rb") as f:
+        sizes = tomllib.load(f)["model"]
+    config = ModelConfig(**(sizes | {"vocab_size": sizes.get("vocab_size") or 4096}))
+    tiny = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    steps(tiny, torch.zeros(1, 8, dtype=torch.int64))  # what torch takes once
+    before = now("VmRSS:")
+    steps(config, torch.randint(0, config.vocab_size, (rows, seq_len)))
+    half = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    expected = memory.OVERHEAD * memory.peak_bytes(config, rows, seq_len, half, kind)
+    print(json.dumps({"gb": round((now("VmHWM:") - before) / 1e9, 2), "expected_gb": round(expected / 1e9, 2)}))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def agree(self, yes: bool) -> bool:
+        """Whether all ranks say yes: what only one of them knows, as whether a file was written, must not part them."""
+        return self.sum(torch.tensor(float(not yes), device=self.device)).item() == 0
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -421,7 +421,7 @@ def _validate(spread, loss_fn, val_rows, cfg, autocast, run: Run, log: Log, stat
         spread.model.eval()
         log(spread.samples(samples))
         spread.model.train()
-    if better and run.publish(spread, facts, log, must):
+    if better and spread.ranks.agree(run.publish(spread, facts, log, must)):
         state["best"] = facts.get("val_loss")
     state["validated"] = True
 

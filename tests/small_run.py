@@ -18,7 +18,7 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core import distributed, engine, errors
+from core import checkpoint, distributed, engine, errors
 from core.data import BinRows, BinWriter, ChatRows, TokenBin
 from core.loss import next_token_loss
 from core.optim import OptimConfig
@@ -90,6 +90,17 @@ def main() -> None:
     torch.set_num_threads(1)
     out_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     changes, meta = options.pop("model", {}), options.pop("meta", False)
+    if fails := options.pop("no_room_for_models", 0):  # so many times the run folder's own model is not written
+        save = checkpoint.save_model
+
+        def full_at_first(folder, *args):
+            nonlocal fails
+            if folder == out_dir and fails:
+                fails -= 1
+                raise OSError(28, "No space left on device")
+            save(folder, *args)
+
+        checkpoint.save_model = full_at_first
     rank, bad = int(os.environ.get("RANK", 0)), options.pop("bad", {})  # bad: the rank and call of a loss that is NaN
     out_dir.mkdir(parents=True, exist_ok=True)
     Path(f"{out_dir}.pid-{rank}").write_text(str(os.getpid()))

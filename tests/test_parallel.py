@@ -135,3 +135,13 @@ def test_shards_train_in_half_precision_to_the_loss_of_fp32(tmp_path, dtype):
     launch(2, tmp_path / "two", **options, parallel="fsdp", dtype=dtype)
     assert metrics(tmp_path / "two", "val_loss") == pytest.approx(metrics(tmp_path / "one", "val_loss"), rel=0.01)
     assert {t.dtype for t in tensors(tmp_path / "two", 30).values()} == {torch.float32}
+
+
+@pytest.mark.heavy
+def test_ranks_stay_together_when_the_best_model_cannot_be_written(tmp_path):
+    """The first rank alone sees the full disk; if the others thought the model was there, they would wait for ever."""
+    launch(2, tmp_path / "run", parallel="fsdp", no_room_for_models=1, max_steps=3, eval_every=1, save_every=3, lr=3.0, grad_clip=0.0)
+    losses = metrics(tmp_path / "run", "val_loss")
+    assert losses[1] > losses[0]  # not better than the one that could not be written, and the first that can
+    assert (tmp_path / "run/log.txt").read_text().count("the best model could not be saved") == 1
+    assert (tmp_path / "run/model.safetensors").exists()
