@@ -19,8 +19,8 @@ from core.loss import next_token_loss
 from core.optim import OptimConfig, make_optimizers
 from model import Llama, ModelConfig
 
-# What an allocator takes for bytes of tensors. glibc's heap on a CPU: 1.17 to 1.32 for 92M and 218M parameters, most with
-# full checkpointing; 1.01 where each tensor gets pages of its own (MALLOC_MMAP_THRESHOLD_=131072), which is slower.
+# What an allocator takes for bytes of tensors. glibc's heap on a CPU: 1.17 to 1.32 for 92M and 218M parameters, most
+# with full checkpointing; 1.01 where each tensor gets pages of its own (MALLOC_MMAP_THRESHOLD_=131072): slower.
 OVERHEAD = 1.25
 
 
