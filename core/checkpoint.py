@@ -438,6 +438,10 @@ class Run:
             UserError: made by a run of another identity.
         """
         state = read_json(path / "state.json")
+        if state["format"] != FORMAT:
+            by = state.get("versions", {})
+            raise UserError(f"{path}: format {state['format']}, written with {by}, this version reads {FORMAT}",
+                            "finish the run with the version that began it, or --resume no")  # fmt: skip
         different = [
             f"{key} was {state['identity'].get(key)!r}, now {self.identity.get(key)!r}"
             for key in sorted(state["identity"].keys() | self.identity.keys())

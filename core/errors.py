@@ -76,10 +76,13 @@ def run(main) -> None:
         # The reader of our output went away (`| head`): not an error. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+    except (RuntimeError, MemoryError) as e:
+        # torch's classes for a GPU and the processor; torch is not imported here, and for the latter has no class.
+        gpu, cpu = type(e).__name__ == "OutOfMemoryError", isinstance(e, MemoryError) or "allocate memory" in str(e)
+        if not (gpu or cpu):
             raise
-        code = _fail("out of GPU memory -- a smaller --micro_batch, or --gradient_checkpointing full", 2, debug)
+        code = _fail(f"out of {'GPU ' * gpu}memory -- when training a smaller --micro_batch or --gradient_checkpointing "
+                     "full; --max_memory_gb says before what a step needs", 2, debug)  # fmt: skip
     except OSError as e:
         name = f"{e.filename}: " if e.filename else ""
         if e.errno in STORAGE_ERRNOS:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_resume_no_keeps_the_earlier_run_aside(tmp_path):
     small_run.run(tmp_path / "run", max_steps=1, seed=5, resume="no", val=False)
     assert checkpoint.verify(tmp_path / "run.1/checkpoint-2") is None
     assert checkpoint.checkpoint_steps(tmp_path / "run") == [1]
+
+
+def test_a_checkpoint_of_another_format_is_refused_with_what_wrote_it(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "FORMAT", 2)  # as a later version would write it
+        small_run.run(tmp_path / "run", max_steps=2, save_every=2)
+    with pytest.raises(UserError, match=rf"format 2, written with .*{re.escape(torch.__version__)}.*reads 1"):
+        small_run.run(tmp_path / "run", max_steps=4)
 
 
 def test_a_changed_learning_rate_is_told(tmp_path):

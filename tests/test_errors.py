@@ -71,3 +71,21 @@ def test_a_reader_that_goes_away_is_not_an_error(root, body):
 def test_every_refusal_is_a_user_error_with_its_own_code():
     assert [c("x").exit_code for c in (UserError, Diverged, StorageError, Interrupted)] == [2, 3, 4, 75]
     assert all(issubclass(c, UserError) for c in (Diverged, StorageError, Interrupted))
+
+
+LARGE = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))  # a limit on addresses stands in for a small machine
+import small_run
+from core import errors
+from model import Llama, ModelConfig
+errors.run(lambda: small_run.run(sys.argv[1], Llama(ModelConfig(vocab_size=1 << 20, hidden_size=1024))))
+"""
+
+
+@pytest.mark.heavy
+def test_memory_that_is_not_there_is_one_line_with_what_needs_less(root, tmp_path):
+    done = subprocess.run([sys.executable, "-c", LARGE, tmp_path / "run"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"})  # fmt: skip
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: out of memory -- when training"), done.stderr
+    assert "Traceback" not in done.stderr
