@@ -36,11 +36,14 @@ class SampleConfig:
     output: str = ""  # where the answers go as JSONL; "": printed
     chat: bool = False  # talk turn by turn
     chat_format: str = "auto"  # auto: the model's own; none: continue even with a chat model
+    stop: tuple[str, ...] = ()  # strings that end a text, without them
     batch: int = 16  # prompts of a file that are continued at once
     device: str = "auto"
     dtype: str = "fp32"  # fp32, bf16, fp16: of the weights
 
     def __post_init__(self):
+        if "" in self.stop:
+            raise ValueError("stop must not be empty")
         if self.batch < 1:
             raise ValueError(f"batch = {self.batch}, must be at least 1")
         if self.dtype not in ("fp32", "bf16", "fp16"):
@@ -54,7 +57,7 @@ class Speaker:
 
     def __init__(self, cfg: SampleConfig, sampling: SamplingConfig):
         folder = checkpoint.model_folder(cfg.model or newest_model())
-        self.text, self.sampling = tokenizer.load(folder), sampling
+        self.text, self.sampling, self.stop = tokenizer.load(folder), sampling, cfg.stop
         own = checkpoint.load_about(folder).get("chat_format")
         self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
@@ -74,7 +77,7 @@ class Speaker:
     def stream(self, prompt: str | list[dict]) -> str:
         """Print the continuation or answer as it comes, and return it."""
         ids, said = self.ids(prompt), ""
-        decoder = self.decoder(ids)
+        decoder, until = self.decoder(ids), tokenizer.UntilStop(self.stop)
         tell_room(self, [ids])
 
         def tell(piece: str) -> str:
@@ -85,8 +88,10 @@ class Speaker:
 
         for step in generate(self.model, [ids], self.sampling, self.stop_ids):
             for _, token in step:
-                said += tell(decoder.push(token))
-        said += tell(decoder.flush())
+                said += tell(until.push(decoder.push(token)))
+            if until.stopped:
+                break
+        said += tell(until.push(decoder.flush()) + until.flush())
         print(flush=True)
         return self.trimmed(said)
 
@@ -99,8 +104,8 @@ class Speaker:
 
     def told(self, prompt_ids: list[int], new_ids: list[int]) -> str:
         """Text of generated ids."""
-        decoder = self.decoder(prompt_ids)
-        return self.trimmed("".join(map(decoder.push, new_ids)) + decoder.flush())
+        decoder, until = self.decoder(prompt_ids), tokenizer.UntilStop(self.stop)
+        return self.trimmed(until.push("".join(map(decoder.push, new_ids)) + decoder.flush()) + until.flush())
 
     def trimmed(self, text: str) -> str:
         """An answer without the spaces that some formats put around it; a continuation as it is."""

@@ -117,6 +117,13 @@ def test_the_overlay_that_cuts_models_trains_and_fine_tunes_to_the_losses_of_one
     assert command(tmp_path, "sample.py", "--prompt", "天？", "--max_new_tokens", "4")
 
 
+def test_an_answer_ends_in_front_of_a_stop_string(chain):
+    assert command(chain, "sample.py", "--prompt", "雪？", "--temperature", "0", "--stop", "白的", "。").startswith("雪是\n")
+    command(chain, "sample.py", "--prompts", "val.jsonl", "--output", "out/stopped.jsonl", "--temperature", "0", "--stop", "。")
+    answers = [json.loads(line)["answer"] for line in (chain / "out/stopped.jsonl").open(encoding="utf-8")]
+    assert len(answers) == 18 and not any("。" in answer for answer in answers)
+
+
 def test_the_chat_loop_answers_line_by_line(chain):
     assert command(chain, "sample.py", "--chat", "--temperature", "0", given="火？\n\n").count("火是红的。") == 1
 

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import ANY_TEXT, BOOK, DATA, HARD, RELAXED, change, real_model, real_texts
 
-from tokenizer import TokenizerError, load
+from tokenizer import TokenizerError, UntilStop, load
 from tokenizer.parallel import map_in_order
 from tokenizer.sentencepiece_model import (
     BPE,
@@ -467,3 +467,22 @@ def test_the_command_trains_a_folder_and_refuses_bad_input_with_exit_code_2(tmp_
     for bad in ("gbk.txt", "missing.txt"):
         done = run(tmp_path / bad)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and bad in done.stderr
+
+
+# Stop strings ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.text("ab。", max_size=12), st.lists(st.text("ab。", min_size=1, max_size=4), max_size=3), st.data())
+def test_text_ends_before_its_first_stop_string_and_leaks_no_part_of_it(text, stops, data):
+    """Against a search at every end in the whole text, however it comes in pieces."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    until = UntilStop(stops)
+    said = "".join(until.push(text[a:b]) for a, b in pairwise([0, *cuts, len(text)]))
+    end = next((end for end in range(len(text) + 1) if text[:end].endswith(tuple(stops))), None)
+    if end is None:
+        assert not until.stopped and said + until.flush() == text
+        held = text[len(said) :]  # no more was held back than the beginning of a stop string
+        assert not held or any(stop.startswith(held) for stop in stops)
+    else:
+        longest = max((stop for stop in stops if text[:end].endswith(stop)), key=len)
+        assert until.stopped and until.flush() == "" and said == text[:end].removesuffix(longest)

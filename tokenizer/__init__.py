@@ -28,7 +28,7 @@ from .backends import SentencePieceBackend, TokenizerJsonBackend
 from .parallel import map_in_order
 from .sentencepiece_model import Model, TokenizerError
 
-__all__ = ["Encoded", "StreamDecoder", "Tokenizer", "TokenizerError", "load"]
+__all__ = ["Encoded", "StreamDecoder", "Tokenizer", "TokenizerError", "UntilStop", "load"]
 
 # Texts travel to the worker processes in chunks of about this many characters: large enough that starting a task
 # costs nothing, small enough that the chunks under way stay far below the memory of a token bin's writer.
@@ -241,6 +241,37 @@ class StreamDecoder:
     def flush(self) -> str:
         """The rest at the end of the ids: U+FFFD for a character that never became whole, else nothing."""
         return self._utf8.decode(b"", True)
+
+
+class UntilStop:
+    """Text in piece by piece, out up to the stop string that is whole first; no character of one ever comes out.
+
+    Args:
+        stops: strings, none empty.
+
+    Attributes:
+        stopped: one of them has come; nothing comes out any more.
+    """
+
+    def __init__(self, stops: Iterable[str]):
+        self.stops, self.stopped, self._held = tuple(stops), False, ""
+
+    def push(self, piece: str) -> str:
+        """The text that is certain to stand before any stop string."""
+        self._held += "" if self.stopped else piece
+        found = [(at + len(stop), at) for stop in self.stops if (at := self._held.find(stop)) >= 0]
+        self.stopped = self.stopped or bool(found)
+        certain = min(found)[1] if found else len(self._held)
+        if not found:  # what may be the beginning of one is held back
+            starts = [n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
+            certain -= max(starts, default=0)
+        out, self._held = self._held[:certain], "" if found else self._held[certain:]
+        return out
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        out, self._held = self._held, ""
+        return out
 
 
 def _check_id(id: int, vocab_size: int) -> None:
