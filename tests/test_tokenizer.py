@@ -486,3 +486,9 @@ def test_text_ends_before_its_first_stop_string_and_leaks_no_part_of_it(text, st
     else:
         longest = max((stop for stop in stops if text[:end].endswith(stop)), key=len)
         assert until.stopped and until.flush() == "" and said == text[:end].removesuffix(longest)
+
+
+def test_the_stop_string_that_is_whole_first_counts_however_the_text_is_cut():
+    assert UntilStop(["一二三", "二"]).push("一二三") == "一"
+    until = UntilStop(["一二三", "二"])
+    assert [until.push(c) for c in "一二三"] == ["", "一", ""]
