@@ -2,6 +2,7 @@
 
     python sample.py --prompt "曹操字什么？"
     python sample.py --model out/pretrain --prompt "话说天下大势，" --temperature 0
+    python sample.py --adapter out/lora --prompt "曹操字什么？"       # its base, and LoRA's weights
     python sample.py --chat                                         # a conversation, empty line or Ctrl-D ends it
     python sample.py --prompts questions.txt                        # one prompt a line
     python sample.py --prompts data/sft_val.jsonl --output out/answers.jsonl --temperature 0
@@ -24,12 +25,14 @@ from core import checkpoint, config, data, errors, files
 from core.distributed import start
 from core.errors import UserError
 from core.generate import SamplingConfig, complete, generate
+from extras import lora
 from tokenizer import chat
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     model: str = ""  # a model folder; "": out/sft if it is there, else out/pretrain
+    adapter: str = ""  # a folder that sft.py with LoRA, or PEFT, has made; "" as model: its base
     allow_pickle: bool = False  # its weights may be a .bin, .pt or .pth: only tensors are read from it
     prompt: str = ""  # "" without the other ways to ask: the model begins by itself
     prompts: str = ""  # a file of prompts, .jsonl or one a line
@@ -56,12 +59,17 @@ class Speaker:
     """A model with its tokenizer and the way it is spoken to."""
 
     def __init__(self, cfg: SampleConfig, sampling: SamplingConfig):
-        folder = checkpoint.model_folder(cfg.model or newest_model())
+        asked = cfg.model or (lora.base_of(cfg.adapter) if cfg.adapter else newest_model())
+        folder = checkpoint.model_folder(asked)
         self.text, self.sampling, self.stop = tokenizer.load(folder), sampling, cfg.stop
+        model, fill = checkpoint.open_model(folder, cfg.allow_pickle)
         own = checkpoint.load_about(folder).get("chat_format")
+        if cfg.adapter:
+            model, fill, adapter = lora.attach(model, fill, cfg.adapter, folder)
+            own = checkpoint.load_about(adapter).get("chat_format", own)
         self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
-        self.model = checkpoint.load_model(folder, start(cfg.device).device, dtype, cfg.allow_pickle).eval()
+        self.model = checkpoint.build(model, fill, start(cfg.device).device, dtype).eval()
         checkpoint.check_tokenizer(folder, self.model, self.text)
         self.stop_ids = chat.end_ids(self.text, self.chat_format) if self.chat_format else {self.text.eos_id}
 

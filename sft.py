@@ -2,10 +2,12 @@
 
     python sft.py                                                 # configs/demo-sft.toml: the facts of the demo
     python sft.py configs/sft.toml --init_from out/llama-92m --train chats.jsonl --out_dir out/my-chat
+    python sft.py configs/sft.toml configs/lora.toml              # small matrices beside the base's weights: LoRA
     python sft.py --show_mask 3                                   # print samples, trained tokens marked, and stop
 
 A line of a chat file: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.
-Writes a Hugging Face folder with its chat template to out/sft; run.json in it names the chat format.
+Writes a Hugging Face folder with its chat template to out/sft; run.json in it names the chat format. With LoRA it is
+an adapter in PEFT's format.
 """
 
 import os
@@ -18,6 +20,7 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
+from extras import lora
 from model import Llama
 from tokenizer import chat
 
@@ -45,7 +48,7 @@ class ChatConfig:
 
 
 def main() -> None:
-    sections = {"chat": ChatConfig, "optim": OptimConfig, "train": engine.TrainConfig}
+    sections = {"chat": ChatConfig, "lora": lora.LoraConfig, "optim": OptimConfig, "train": engine.TrainConfig}
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo-sft.toml")
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
     folder = checkpoint.model_folder(cfg.chat.init_from)
@@ -62,10 +65,25 @@ def main() -> None:
     val_rows = chat_rows(cfg.chat.val, text, cfg.chat, seq_len, intro) if cfg.chat.val else None
     identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder),
                 "chat_format": cfg.chat.chat_format, "train_on": cfg.chat.train_on}  # fmt: skip
+    saver = None
+    if cfg.lora.r:
+        check_lora(cfg)
+        fill, saver = lora.begin(model, fill, cfg.lora, cfg.train.seed, folder)
+        identity["lora"] = saver.identity
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        intro.append(f"LoRA: {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained")
     about = {"command": "sft", "chat_format": cfg.chat.chat_format, "options": config.as_dict(cfg), "intro": intro}
     engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text, identity, about,
-                 (lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None, fill)  # fmt: skip
+                 (lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None, fill, saver)  # fmt: skip
     ranks.close()
+
+
+def check_lora(cfg) -> None:
+    """Refuse options that do not go with LoRA."""
+    if cfg.optim.optimizer == "muon":  # its updates have full rank, a product's factors do not
+        raise errors.UserError("optimizer = \"muon\" does not go with LoRA", "--optimizer adamw, or configs/lora.toml")
+    if cfg.train.max_memory_gb:
+        raise errors.UserError("max_memory_gb knows what training of all weights needs, not LoRA")
 
 
 def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro: list[str]) -> data.ChatRows:

@@ -78,18 +78,29 @@ def save_model(folder: Path, model: Llama, tokenizer, about: dict, weights: dict
         if about.get("chat_format"):
             special["eos_token_id"] = sorted(chat.end_ids(tokenizer, about["chat_format"]))
         files.write_json(folder / "generation_config.json", {"_from_model_config": False, **special})
+    save_tensors(folder / "model.safetensors", model_tensors(model, weights))
+    save_about(folder, tokenizer, about)
+    # Last: a folder with a config.json has all the rest.
+    files.write_json(folder / "config.json", config)
+
+
+def save_tensors(path: Path, weights: dict[str, Tensor]) -> None:
+    """Write weights by name; Diverged where one is not a finite number."""
+    if bad := [name for name, t in weights.items() if not _finite(t)]:  # the last step was finite, but too large
+        raise Diverged(f"{bad[0]} holds NaN or infinity: nothing of it is saved", "a lower --lr")
+    files.replace(path, lambda p: save_file(weights, p, metadata={"format": "pt"}))
+
+
+def save_about(folder: Path, tokenizer, about: dict) -> None:
+    """Write run.json and the tokenizer's files (None: without one)."""
+    own = {}
+    if tokenizer is not None:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
             tokenizer.save(temporary, chat_format=about.get("chat_format"))
             for path in sorted(Path(temporary).iterdir()):
                 files.replace(folder / path.name, lambda p, path=path: shutil.copyfile(path, p))
-    weights = model_tensors(model, weights)
-    if bad := [name for name, t in weights.items() if not _finite(t)]:  # the last step was finite, but too large
-        raise Diverged(f"{bad[0]} holds NaN or infinity: nothing of it is saved", "a lower --lr")
-    files.replace(folder / "model.safetensors", lambda p: save_file(weights, p, metadata={"format": "pt"}))
-    own = {} if tokenizer is None else {"tokenizer_sha256": tokenizer.sha256}
+        own = {"tokenizer_sha256": tokenizer.sha256}
     files.write_json(folder / "run.json", {"format": FORMAT, **about, **own})
-    # Last: a folder with a config.json has all the rest.
-    files.write_json(folder / "config.json", config)
 
 
 def model_tensors(model: Llama, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -108,7 +119,12 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
         dtype: of the weights in memory.
         The rest and the errors as in `open_model`.
     """
-    model, fill = open_model(folder, allow_pickle)
+    return build(*open_model(folder, allow_pickle), device, dtype)
+
+
+def build(model: Llama, fill: Callable, device: torch.device | str = "cpu",
+          dtype: torch.dtype = torch.float32) -> Llama:  # fmt: skip
+    """Memory and weights for what `open_model` returned."""
     state: dict[str, Tensor] = {}
     # Copies: what is only mapped would change, or end the process, when the file is written over during a run.
     fill(lambda name, t: state.__setitem__(name, t.to(device=device, dtype=dtype, copy=True)))
@@ -157,7 +173,7 @@ def open_model(folder: str | Path, allow_pickle: bool = False) -> tuple[Llama, C
         state.setdefault(EMBEDDING, one) if one is not None else None
         if EMBEDDING in state:
             state[HEAD] = state[EMBEDDING]
-    _check_tensors(paths[0], state, described.state_dict())
+    check_tensors(paths[0], state, described.state_dict())
 
     def fill(write: Callable[[str, Tensor], None]) -> None:
         for name, values in state.items():
@@ -317,7 +333,7 @@ def _load_pickled(path: Path, allowed: bool) -> dict[str, Tensor]:
     return {k: t.detach() for k, t in state.items()}
 
 
-def _check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Refuse missing, unexpected, misshapen or non-finite tensors, all of them named in one message."""
     problems = [f"{n} is missing" for n in wanted if n not in found]
     problems += [f"{n} is unexpected" for n in found if n not in wanted]
@@ -338,16 +354,18 @@ def _finite(t: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(t)).isfinite().all())
 
 
-def model_folder(path: str | Path) -> Path:
-    """The folder with the weights: the path itself, or its newest whole checkpoint where a run was cut short."""
+def model_folder(path: str | Path, config: str = "config.json") -> Path:
+    """The folder with the weights: the path itself, or its newest whole checkpoint where a run was cut short.
+
+    Args:
+        config: the file that such a folder has.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such model folder", "train one with python pretrain.py, or check the path")
-    if (path / "config.json").exists():
-        return path
-    for step in reversed(checkpoint_steps(path)):
-        if verify(path / f"checkpoint-{step}") is None:
-            return path / f"checkpoint-{step}"
+    for folder in [path, *(path / f"checkpoint-{step}" for step in reversed(checkpoint_steps(path)))]:
+        if (folder / config).exists() and (folder == path or verify(folder) is None):
+            return folder
     raise UserError(f"{path}: no model in this folder", "train one with python pretrain.py, or check the path")
 
 
@@ -374,6 +392,24 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(m[1]) for m in found if m)
 
 
+class WholeModel:
+    """What a run's folders hold of the model: all of it. An extra that trains a part of it brings its own saver.
+
+    Attributes:
+        file: with the weights.
+        trained_only: whether only trained parameters are saved.
+    """
+
+    file, trained_only = "model.safetensors", False
+
+    def save(self, folder: Path, model: Llama, tokenizer, about: dict, weights: dict[str, Tensor]) -> None:
+        save_model(folder, model, tokenizer, about, weights)
+
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        """What was saved, by the model's names."""
+        return load_tensors(folder / self.file)
+
+
 class Run:
     """One run's folder: locked while in use, its checkpoints, its model.
 
@@ -385,9 +421,12 @@ class Run:
         tokenizer: saved with every model.
         keep: checkpoints kept, at least 2, so that one is whole while another is being deleted.
         write: False on all ranks but the first: they read, and write nothing.
+        saver: how models become files; None: a WholeModel.
     """
 
-    def __init__(self, folder: str | Path, identity: dict, about: dict, tokenizer, keep: int = 2, write: bool = True):
+    def __init__(self, folder: str | Path, identity: dict, about: dict, tokenizer, keep: int = 2, write: bool = True,
+                 saver=None):  # fmt: skip
+        self.saver = saver or WholeModel()
         self.folder, self.identity, self.about, self.tokenizer = Path(folder), identity, about, tokenizer
         self.keep, self.write = max(2, keep), write
         self.failures: dict[str, int] = {}  # in a row, by what was to be saved
@@ -457,11 +496,11 @@ class Run:
                 now = self.about.get("options", {}).get(section, {}).get(key)
                 if json.dumps(value) != json.dumps(now):
                     warn(f"resuming with another {section}.{key}: was {value!r}, now {now!r}")
-        weights = load_tensors(path / "model.safetensors")
-        mine = spread.mine()
+        weights = self.saver.load(path)
+        mine = spread.mine(self.saver.trained_only)
         if spread.partial:
             weights = {name: t for name, t in weights.items() if name in mine}
-        _check_tensors(path / "model.safetensors", weights, mine)
+        check_tensors(path / self.saver.file, weights, mine)
         moments: dict[str, dict[str, Tensor]] = {}
         for key, value in load_tensors(path / "optimizer.safetensors").items():
             name, _, entry = key.rpartition(":")
@@ -485,14 +524,14 @@ class Run:
         Raises:
             StorageError: the disk has refused once too often.
         """
-        weights, moments = spread.weights(), spread.moments(optimizers)
+        weights, moments = spread.weights(self.saver.trained_only), spread.moments(optimizers)
         return self._survive("a checkpoint", warn, must,
                              lambda: self._commit(spread.model, weights, moments, scaler, state))  # fmt: skip
 
     def publish(self, spread, facts: dict, warn, must: bool = False) -> bool:
         """Write the model into the run folder itself, where sample.py, sft.py and transformers look for it."""
-        weights = spread.weights()
-        return self._survive("the best model", warn, must, lambda: save_model(
+        weights = spread.weights(self.saver.trained_only)
+        return self._survive("the best model", warn, must, lambda: self.saver.save(
             self.folder, spread.model, self.tokenizer, self.about | facts, weights))  # fmt: skip
 
     def _survive(self, what: str, warn, must: bool, action) -> bool:
@@ -523,7 +562,7 @@ class Run:
         final = self.path(state["step"])
         temporary = self.folder / f".tmp-{os.getpid()}-{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
-        save_model(temporary, model, self.tokenizer, self.about | {"step": state["step"]}, weights)
+        self.saver.save(temporary, model, self.tokenizer, self.about | {"step": state["step"]}, weights)
         moments = {name: t.detach().contiguous() for name, t in moments.items()}
         files.replace(temporary / "optimizer.safetensors", lambda p: save_file(moments, p))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -555,7 +594,9 @@ def verify(folder: Path) -> str | None:
         manifest = read_json(folder / "manifest.json")
     except UserError as e:
         return str(e)
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "config.json"):
+    # What holds a part of a model has a prefix: adapter_model.safetensors, adapter_config.json.
+    part = "".join(name.removesuffix("model.safetensors") for name in manifest if name.endswith("_model.safetensors"))
+    for name in (f"{part}model.safetensors", "optimizer.safetensors", "state.json", f"{part}config.json"):
         if name not in manifest:
             return f"{name} is not in manifest.json"
     present = {p.name for p in folder.iterdir()} - {"manifest.json"}

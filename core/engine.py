@@ -6,6 +6,7 @@ Knows nothing of text, of what the rows mean, or of how the model is built.
     (one optimizer step)  for each micro-batch: forward, backward;  one sum over ranks;  guard;  clip;  update
 """
 
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from core import files, parallel
 from core.checkpoint import Run, verify
-from core.data import BinRows, ChatRows, batch, step_rows
+from core.data import Batch, BinRows, ChatRows, batch, step_rows
 from core.distributed import Ranks
 from core.errors import Diverged, Interrupted, UserError
 from core.optim import LossScale, OptimConfig, learning_rate, make_optimizers
@@ -170,7 +171,7 @@ def plan(cfg: TrainConfig, rows: BinRows | ChatRows, ranks: Ranks) -> tuple[int,
 
 def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: BinRows | ChatRows | None,
           cfg: TrainConfig, optim: OptimConfig, ranks: Ranks, tokenizer, identity: dict, about: dict,
-          samples: Callable[[Llama], str] | None = None, fill: Callable | None = None) -> None:  # fmt: skip
+          samples: Callable[[Llama], str] | None = None, fill: Callable | None = None, saver=None) -> None:  # fmt: skip
     """Train until the last step, a stop signal or divergence.
 
     Args:
@@ -181,6 +182,7 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: B
         identity: what a resumed run must share with the one it continues, besides the seed and the training rows.
         about: plain data for run.json; `intro` in it is a list of lines to log first.
         samples: called after each validation; the text it returns is logged.
+        saver: how models become files, see `checkpoint.Run`.
     Raises:
         Diverged: the loss or gradient is not finite; weights are as before that step.
         Interrupted: SIGTERM or SIGINT came; everything is saved.
@@ -191,7 +193,7 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: B
     identity = identity | {"seed": cfg.seed, "data": rows.digest, "seq_len": rows.seq_len,
                            "optimizer": optim.optimizer}  # fmt: skip
     intro = about.pop("intro", [])
-    run = Run(cfg.out_dir, identity, about, tokenizer, cfg.keep, write=ranks.first)
+    run = Run(cfg.out_dir, identity, about, tokenizer, cfg.keep, ranks.first, saver)
     if cfg.resume == "no" and (aside := run.start_anew()):
         intro = [f"the earlier run is now {aside}", *intro]
     log = Log(run.folder, speak=ranks.first)
@@ -256,8 +258,8 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
 
             # Each rank takes its own rows of the step: micro-batch m of rank r is the (m * world + r)-th piece.
             indices = step_rows(state["rows_seen"], per_step, len(rows), cfg.seed)
-            firsts = ((m * spread.data.world + spread.data.rank) * micro for m in range(micro_batches))
-            batches = (batch(rows, indices[first : first + micro]).to(ranks.device) for first in firsts)
+            batches = (seeded_batch(rows, indices, micro, m * spread.data.world + spread.data.rank, cfg.seed,
+                                    state["step"]).to(ranks.device) for m in range(micro_batches))  # fmt: skip
             # Divided by the step's positions for now (a constant, so that fp16 stays in range), by its targets once
             # they are counted.
             scale = (scaler.scale if scaler else 1.0) / cfg.batch_tokens
@@ -309,6 +311,12 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
                 ranks.barrier()
             if stopping:
                 raise Interrupted(f"saved {run.path(step)}, the same command goes on from there")
+
+
+def seeded_batch(rows, indices: list[int], micro: int, number: int, seed: int, step: int) -> Batch:
+    """Micro-batch `number` of a step. Dropout in its forward pass depends on nothing that came before."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {number}".encode()).digest()[:8]) >> 1)
+    return batch(rows, indices[number * micro : (number + 1) * micro])
 
 
 def _resume(cfg: TrainConfig, run: Run, spread, optimizers, scaler, ranks: Ranks, log: Log) -> dict:

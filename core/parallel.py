@@ -146,13 +146,13 @@ class Copies:
 
     partial = False  # whether a rank has only some of the parameters
 
-    def mine(self) -> dict[str, nn.Parameter]:
+    def mine(self, trained_only: bool = False) -> dict[str, nn.Parameter]:
         """The parameters of this rank by name, tied ones once; of cut ones the shape is the whole one's."""
-        return dict(self.model.named_parameters())
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad or not trained_only}
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, trained_only: bool = False) -> dict[str, Tensor]:
         """The whole model's weights by name."""
-        return {name: p.detach() for name, p in self.mine().items()}
+        return {name: p.detach() for name, p in self.mine(trained_only).items()}
 
     def moments(self, optimizers: list) -> dict[str, Tensor]:
         """The optimizers' state as "parameter:key"."""
@@ -301,9 +301,9 @@ class Shards(Copies):
     def samples(self, samples: Callable) -> str:
         return samples(self.model)  # every forward pass needs all ranks
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, trained_only: bool = False) -> dict[str, Tensor]:
         self._rest()
-        return self._whole(super().weights())
+        return self._whole(super().weights(trained_only))
 
     def moments(self, optimizers: list) -> dict[str, Tensor]:
         self._rest()
@@ -409,8 +409,8 @@ class Pipeline(Owned):
             dist.send(x.float(), rank + 1)
         return self._mine(x.sum(), data.count)
 
-    def weights(self) -> dict[str, Tensor]:
-        return self._gathered(super().weights())
+    def weights(self, trained_only: bool = False) -> dict[str, Tensor]:
+        return self._gathered(super().weights(trained_only))
 
 
 class _Stage(nn.Module):

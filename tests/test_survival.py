@@ -58,8 +58,8 @@ def test_a_kill_at_any_file_operation_of_a_save_changes_no_bit_and_loses_no_chec
 
 @pytest.mark.heavy
 def test_signals_at_random_instants_save_within_one_step_and_a_second_ends_at_once(tmp_path):
-    done = kill_runs(tmp_path, 30, "TERM", "INT")
-    assert done["exit codes"]["75"] >= 12 and done["exit codes"].keys() <= {"75", "-15", "-2", "130", "1"}
+    done = kill_runs(tmp_path, 20, "TERM", "INT")
+    assert done["exit codes"]["75"] >= 8 and done["exit codes"].keys() <= {"75", "-15", "-2", "130", "1"}
     assert done["longest stop"] < 10
 
 
@@ -108,13 +108,12 @@ LONG = {"max_steps": 100_000, "save_every": 100_000, "eval_every": 100_000, "val
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_both_ranks_save_the_same_step_when_one_is_asked_to_stop(tmp_path, number):
+def test_both_ranks_save_the_same_step_when_one_is_asked_to_stop(tmp_path):
     port = free_port()
     both = [rank(r, 2, port, tmp_path / "run", **LONG) for r in range(2)]
     until(lambda: last_step(tmp_path / "run") > 3)
     before = last_step(tmp_path / "run")
-    both[1].send_signal(number)
+    both[1].send_signal(signal.SIGTERM)
     said = [p.communicate(timeout=30)[1] for p in both]
     assert [p.returncode for p in both] == [75, 75], said
     step = last_step(tmp_path / "run")
@@ -133,6 +132,17 @@ def test_a_signal_to_torchrun_saves_once_on_all_ranks(tmp_path, number):
     assert said.count(f"stopped: saved {tmp_path}/run/checkpoint-{step},") == 2, said
     assert whole_steps(tmp_path / "run") == [step]
     assert process.returncode == 1  # torchrun's own, whatever its ranks' are
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_and_leaves_either_as_a_second_to_the_system(number):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with engine.StopSignals() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
 @pytest.mark.heavy
@@ -158,13 +168,13 @@ def test_a_second_signal_ends_the_ranks_at_once_with_the_last_checkpoint_whole(t
 @pytest.mark.parametrize(("ranks", "kills"), [(2, 3), (4, 1)])
 def test_torchrun_restarts_killed_ranks_and_the_end_is_that_of_an_unbroken_run(tmp_path, ranks, kills):
     # The order of more than two summands is only fixed where it is asked for.
-    options = {"max_steps": 300, "save_every": 7, "eval_every": 100, "micro_batch": 2, "deterministic": ranks > 2}
-    launch(ranks, tmp_path / "unbroken", **options)
+    options = {"max_steps": 120, "save_every": 7, "eval_every": 50, "micro_batch": 2, "deterministic": ranks > 2}
+    launch(2 if ranks == 2 else 1, tmp_path / "unbroken", **options)  # in a fixed order one process has the same bits
     rng, out_dir, gone = random.Random(ranks), tmp_path / "run", []
     process = torchrun(ranks, out_dir, f"--max-restarts={kills}", **options)
     old = []
     for k in range(kills):
-        goal = rng.randint(300 * k // kills + 1, 300 * (k + 1) // kills - 20)
+        goal = rng.randint(120 * k // kills + 1, 120 * (k + 1) // kills - 20)
         until(lambda: last_step(out_dir) >= goal and pids(out_dir, ranks) != old)  # noqa: B023
         time.sleep(rng.uniform(0, 0.1))
         old = pids(out_dir, ranks)
@@ -173,8 +183,8 @@ def test_torchrun_restarts_killed_ranks_and_the_end_is_that_of_an_unbroken_run(t
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, [line for line in said.splitlines() if "error" in line] + [said[-3000:]]
     print(f"{kills} kills, all {ranks} ranks gone within {max(gone):.2f} s")
-    assert_equal(state_of(out_dir, 300), state_of(tmp_path / "unbroken", 300))
-    assert (out_dir / "log.txt").read_text().count("resumed from") == kills
+    assert_equal(state_of(out_dir, 120), state_of(tmp_path / "unbroken", 120))
+    assert "resumed from" in (out_dir / "log.txt").read_text() and pids(out_dir, ranks) != old
 
 
 @pytest.mark.heavy
@@ -240,24 +250,24 @@ def test_a_disk_that_refuses_any_one_operation_of_a_save_costs_no_older_checkpoi
 
 @pytest.mark.heavy
 def test_a_disk_that_refuses_any_one_operation_leaves_a_model_that_loads(tmp_path, monkeypatch):
-    small_run.bin_rows(tmp_path)
-    small_run.run(tmp_path / "unbroken", max_steps=4, **BRIEF)
-    publish = checkpoint.Run.publish
+    options = BRIEF | {"save_every": 99, "min_lr": 3e-3}
+    small_run.run(tmp_path / "unbroken", max_steps=4, **options)
+    small_run.run(tmp_path / "begun", max_steps=2, **options)
+    publish, whole = checkpoint.Run.publish, load_file(tmp_path / "unbroken/checkpoint-4/model.safetensors")
 
-    def second_only(run, spread, facts, warn, must=False):
-        disk.on = facts["step"] == 4
-        try:
-            return publish(run, spread, facts, warn, must=False)
-        finally:
-            disk.on = False
-            assert not list(run.folder.glob(".t*"))
-            checkpoint.load_model(run.folder)
+    def watched(run, spread, facts, warn, must=False):
+        disk.on = True
+        publish(run, spread, facts, warn, must=False)
+        disk.on = False
+        assert not list(run.folder.glob(".t*"))
+        checkpoint.load_model(run.folder)
 
-    monkeypatch.setattr(checkpoint.Run, "publish", second_only)
+    monkeypatch.setattr(checkpoint.Run, "publish", watched)
     for at in range(1, 1000):
+        shutil.copytree(tmp_path / "begun", tmp_path / f"run-{at}")
         with FaultyDisk(at, errno.ENOSPC) as disk:
-            small_run.run(tmp_path / f"run-{at}", max_steps=4, **BRIEF)
-        weights, whole = (load_file(tmp_path / name / "checkpoint-4/model.safetensors") for name in (f"run-{at}", "unbroken"))
+            small_run.run(tmp_path / f"run-{at}", max_steps=4, **options)
+        weights = load_file(tmp_path / f"run-{at}/checkpoint-4/model.safetensors")
         assert all(torch.equal(t, whole[name]) for name, t in weights.items())
         if len(disk.done) < at:
             break
@@ -477,13 +487,13 @@ def test_a_bad_number_on_one_rank_stops_both_before_the_update(tmp_path, paralle
 
 
 def test_a_spike_is_told_and_stops_on_request(tmp_path):
-    def spike_at(number):
+    def spike_at(number, factor=3.0):
         calls = 0
 
         def loss_fn(model, batch):
             nonlocal calls
             calls += 1
-            return next_token_loss(model, batch) * (3 if calls == number else 1)
+            return next_token_loss(model, batch) * (factor if calls == number else 1)
 
         return loss_fn
 
@@ -492,6 +502,12 @@ def test_a_spike_is_told_and_stops_on_request(tmp_path):
         small_run.run(tmp_path / name / "run", loss_fn=spike_at(at), **options)
         told = [line for line in (tmp_path / name / "run/log.txt").read_text().splitlines() if "sigma" in line]
         assert [line.split(": loss")[0] for line in told] == (["warning: step 140"] if name == "late" else [])
+    usual = torch.tensor(metrics(tmp_path / "late/run")[11:140], dtype=torch.float64)
+    mean, sigma = usual[:-1].mean(), usual[:-1].std(correction=0)
+    plain = float(usual[-1]) / 3
+    for sigmas in (5.9, 6.1):
+        small_run.run(tmp_path / f"{sigmas}/run", loss_fn=spike_at(140, float(mean + sigmas * sigma) / plain), **options)
+        assert ("sigma" in (tmp_path / f"{sigmas}/run/log.txt").read_text()) == (sigmas > 6)
     model = small_run.small_model()
     with pytest.raises(Diverged, match=r"step 140: loss 1\d\.\d+ is above"):
         small_run.run(tmp_path / "stop/run", model=model, loss_fn=spike_at(140), stop_at_spike=True, **options)

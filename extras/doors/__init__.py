@@ -1,0 +1,74 @@
+"""Doors to other programs: what the formats of other Llama programs ask for alike.
+
+    gguf_file.py   llama.cpp and Ollama
+    llama2c.py     llama2.c, both ways
+
+In:  weights and a tokenizer. Out: weights in the interleaved layout, and a vocabulary that merging pairs explains.
+Knows no file format.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+import tokenizer
+from core import checkpoint
+from core.errors import UserError
+from model import Llama
+from tokenizer import Tokenizer
+from tokenizer.sentencepiece_model import BPE, SPACE, UNUSED, USER_DEFINED, Piece
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of q or k, so that RoPE turns the pairs (2i, 2i + 1) of a head, not (i, i + D/2).
+
+    Both other programs follow Meta's code in this; our files follow transformers. The scores are the same, as q and k
+    are reordered alike.
+
+    Args:
+        weight: (heads * D, C), or a bias (heads * D,).
+        heads: of q or of k.
+    Returns:
+        the same shape.
+    Source: https://arxiv.org/abs/2104.09864, equation 34; transformers' convert_llama_weights_to_hf.py, the other way.
+    """
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def half_split(weight: Tensor, heads: int) -> Tensor:
+    """The inverse of `interleaved`; arguments and result as there."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def open_folder(path: str | Path) -> tuple[Path, Llama, Tokenizer]:
+    """The folder with a run's weights, its model in fp32 and its tokenizer, which belong together."""
+    folder = checkpoint.model_folder(path)
+    text, model = tokenizer.load(folder), checkpoint.load_model(folder)
+    checkpoint.check_tokenizer(folder, model, text)
+    return folder, model, text
+
+
+def vocabulary(text: Tokenizer, size: int) -> list[Piece]:
+    """The pieces of a tokenizer, id = place in the list.
+
+    Args:
+        text: a BPE of sentencepiece that changes no text: the other programs know its merging of pairs, nothing else.
+        size: of the model's embedding. Rows that no text can name get unused pieces.
+    Raises:
+        UserError: the other programs would give other ids.
+    """
+    model = text.model
+    if model is None:
+        raise UserError(f"{text.path}: not a sentencepiece model", "llama.cpp and llama2.c need a tokenizer.model here")
+    problems = {
+        "it is no BPE": model.model_type != BPE,
+        "its normaliser changes texts": model.charsmap or model.remove_extra_whitespaces,
+        "it has no byte fallback": not model.byte_fallback,
+        "it has no piece for the space": all(p.text != SPACE for p in model.pieces),
+        "it has user-defined or unused pieces": any(p.type in (USER_DEFINED, UNUSED) for p in model.pieces),
+    }
+    for problem, there in problems.items():
+        if there:
+            raise UserError(f"{text.path}: {problem}: llama.cpp and llama2.c would read texts otherwise")
+    # sentencepiece writes a space as SPACE, so no piece of it has a plain one: these names are free.
+    return [*model.pieces, *(Piece(f"<padding {i}>", 0.0, UNUSED) for i in range(len(model.pieces), size))]
