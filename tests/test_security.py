@@ -218,6 +218,7 @@ def tokenizer_pickle(folder, canary):
 
 def chat_template(folder, canary):
     (folder / "tokenizer.model").unlink()  # so that tokenizer.json and its config are the ones that are read
+    (folder / "run.json").unlink()  # it notes the hash of the file that is gone
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"chat_template": template_payload(canary), "trust_remote_code": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -227,6 +228,7 @@ def chat_template(folder, canary):
 
 def code_of_the_tokenizer(folder, canary):
     (folder / "tokenizer.model").unlink()
+    (folder / "run.json").unlink()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"auto_map": {"AutoTokenizer": ["tokenization.Evil", None]}, "tokenizer_class": "Evil"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
