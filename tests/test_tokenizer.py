@@ -372,6 +372,18 @@ def test_a_model_that_tokenizer_json_cannot_express_is_saved_without_one_and_say
     assert load(tmp_path / "out").encode("天下") == load(tmp_path / "in.model").encode("天下")
 
 
+def test_what_lies_beside_a_tokenizer_json_may_be_nonsense(small, tmp_path):
+    pytest.importorskip("tokenizers")
+    small.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ["</s>"], "bos_token": {"content": {}}}')
+    tok = load(tmp_path / "tokenizer.json")  # special_tokens_map.json names them too
+    assert (tok.bos_id, tok.eos_id) == (small.bos_id, small.eos_id)
+    for text in ("[" * 100_000, "[]"):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: not"):
+            load(tmp_path / "tokenizer.json")
+
+
 @pytest.mark.parametrize("name", ["weights/infinitensor-story", "tokenizers/minimind-6400.tokenizer.json"])
 def test_real_tokenizer_json_encodes_decodes_and_saves_as_itself(tmp_path, name):
     tokenizers = pytest.importorskip("tokenizers")

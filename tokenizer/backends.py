@@ -158,7 +158,7 @@ class TokenizerJsonBackend:
             return {}
         try:
             found = json.loads(read_bytes(path))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise TokenizerError(f"{path}: not JSON: {e}") from None
         if not isinstance(found, dict):
             raise TokenizerError(f"{path}: not a JSON object")
@@ -168,7 +168,7 @@ class TokenizerJsonBackend:
         for found in maps:
             token = found.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token
-            if token in vocab:
+            if isinstance(token, str) and token in vocab:
                 return vocab[token]
         for found in numbers:
             i = found.get(f"{role}_token_id")
