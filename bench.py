@@ -4,6 +4,9 @@
     python bench.py dedup --input corpus.txt                                            # pip install datasketch rensa
     python bench.py memory --tokenizer chatglm2/tokenizer.model --input corpus.txt      # Linux; writes 4 GB to a folder
     python bench.py activations --model configs/llama-92m.toml                          # Linux; training's memory
+    python bench.py train --model configs/llama-92m.toml --dtype bf16                   # Linux; steps beside others'
+    python bench.py loader --model configs/llama-92m.toml                               # Linux; from a 50 GB bin
+    python bench.py saving --model configs/llama-218m.toml                              # writes 2.6 GB three times
 
 Prints a table of medians and, as its last line, the same as JSON.
 """
@@ -11,24 +14,30 @@ Prints a table of medians and, as its last line, the same as JSON.
 import contextlib
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import sentencepiece
+import torch
 
 import tokenizer
-from core import config, errors
+from core import checkpoint, config, data, engine, errors, optim, parallel
+from core.distributed import Ranks
 from core.errors import UserError
+from extras import peers
 from extras.corpus import bins, dedup, pipeline, readers
+from model import Llama, ModelConfig
 from tokenizer.parallel import map_in_order
 
 
@@ -39,6 +48,14 @@ class BenchConfig:
     model: str = ""  # a config with a [model] section, for activations
     rounds: int = 5
     documents: int = 100_000  # of dedup
+    peers: tuple[str, ...] = ("ours", "transformers", "litgpt", "classic")  # of train, the first is compared with
+    dtype: str = "fp32"  # of train: fp32 or bf16
+    compile: bool = False
+    gradient_checkpointing: str = "none"
+    rows: int = 4
+    seq_len: int = 512
+    micro_batches: int = 1
+    alike: bool = True  # the same settings of threads and allocator for all; false: each as it comes
 
     def __post_init__(self):
         if self.rounds < 1 or self.documents < 1000 or not (self.input or self.model):
@@ -47,7 +64,8 @@ class BenchConfig:
 
 def main() -> None:
     words = sys.argv[1:2]
-    ways = {"tokenize": tokenize, "dedup": deduplicate, "memory": memory, "activations": activations}
+    ways = {"tokenize": tokenize, "dedup": deduplicate, "memory": memory, "activations": activations,
+            "train": train, "loader": loader, "saving": saving}  # fmt: skip
     if not words or words[0] not in ways:
         raise UserError(f"{' '.join(words) or 'nothing'} cannot be timed", f"python bench.py {' or '.join(ways)}")
     ways[words[0]](config.load(__doc__, {"bench": BenchConfig}, sys.argv[2:]).bench)
@@ -293,16 +311,143 @@ def activations(cfg: BenchConfig) -> None:
     print(json.dumps(result))
 
 
+# ---------------------------------------------------------------- training
+
+
+def train(cfg: BenchConfig) -> None:
+    """A step of each contestant in turn, each in a process of its own, after two that are not counted."""
+    sizes = sizes_of(cfg.model)
+    about = {"sizes": asdict(sizes), "rows": cfg.rows, "seq_len": cfg.seq_len, "dtype": cfg.dtype,
+             "compiled": cfg.compile, "checkpointing": cfg.gradient_checkpointing,
+             "micro_batches": cfg.micro_batches}  # fmt: skip
+    same = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}  # memory.keep_freed_memory's
+    plain = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # core/__init__.py set it
+    processes = {
+        peer: subprocess.Popen([sys.executable, "-m", "extras.peers", json.dumps({"peer": peer, **about})],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env=same if cfg.alike else os.environ if peer == "ours" else plain)
+        for peer in cfg.peers
+    }  # fmt: skip
+    seconds, losses = {peer: [] for peer in cfg.peers}, {}
+    peaks = []  # GFLOP/s of a matrix product alone, in each round
+    for turn in range(cfg.rounds + 2):
+        for peer, process in processes.items():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            line = json.loads(process.stdout.readline())
+            losses.setdefault(peer, line["loss"])
+            if turn > 1:
+                seconds[peer].append(line["seconds"])
+        peaks.append(product_rate(cfg.dtype))
+    tokens = cfg.rows * cfg.seq_len * cfg.micro_batches
+    with torch.device("meta"):
+        flops = Llama(sizes).flops_per_token(cfg.seq_len)
+    result = {"gflops_of_a_product": round(statistics.median(peaks[2:])), "flops_per_token": flops}
+    for peer, process in processes.items():
+        rest = json.loads(process.communicate()[0])
+        ratios = sorted(a / b for a, b in zip(seconds[peer], seconds[cfg.peers[0]]))
+        speed = tokens / statistics.median(seconds[peer])
+        result[peer] = {"tokens_per_s": round(speed), "seconds": [round(s, 3) for s in seconds[peer]],
+                        "times_first": round(statistics.median(ratios), 3), "from": round(ratios[0], 3),
+                        "to": round(ratios[-1], 3), "peak_gb": round(rest["peak_gb"], 2),
+                        "first_loss": round(losses[peer], 3),
+                        "share_of_product": round(speed * flops / 1e9 / statistics.median(peaks[2:]), 3)}  # fmt: skip
+        r = result[peer]
+        print(f"{peer:<14} {r['tokens_per_s']:>7,} tokens/s  {r['times_first']:.2f} x ({r['from']:.2f} to "
+              f"{r['to']:.2f}) the time of {cfg.peers[0]}  {r['peak_gb']:.2f} GB  {r['share_of_product']:.0%} of a "
+              f"product's rate  first loss {r['first_loss']}")  # fmt: skip
+        if "parts" in rest:
+            whole = statistics.median(seconds[peer]) / cfg.micro_batches
+            result["parts"] = {name: round(part / whole, 3) for name, part in rest["parts"].items()}
+    if "parts" in result:
+        print("ours, each part alone: " + ", ".join(f"{name} {share:.0%}" for name, share in result["parts"].items()))
+    print(json.dumps(result))
+
+
+def loader(cfg: BenchConfig) -> None:
+    """The start at step 1,000,000 in a bin of 50 GB (with holes: it takes no disk), and then 1,000 micro-batches."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) >> 10
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        path = Path(folder) / "large.bin"
+        with open(path, "wb") as f:
+            f.truncate(50_000_000_000)
+        began, before = time.perf_counter(), resident()
+        bin = data.TokenBin(path, sizes_of(cfg.model).vocab_size, warn=lambda line: None, trust=True)
+        rows = data.BinRows(bin, cfg.seq_len, docs=True, eos_id=1)
+        seen, seconds = 1_000_000 * cfg.rows, []
+        data.batch(rows, data.step_rows(seen, cfg.rows, len(rows), seed=1))
+        first = time.perf_counter() - began
+        for k in range(1000):
+            began = time.perf_counter()
+            data.batch(rows, data.step_rows(seen + k * cfg.rows, cfg.rows, len(rows), seed=1))
+            seconds.append(time.perf_counter() - began)
+        grown = resident() - before
+    ms = round(1000 * statistics.median(seconds), 3)
+    result = {"first_batch_s": round(first, 3), "ms": ms, "rss_growth_mib": grown}
+    print(f"first micro-batch after {first:.3f} s, then {ms} ms each, memory grew by {grown} MiB")
+    print(json.dumps(result))
+
+
+def saving(cfg: BenchConfig) -> None:
+    """Three checkpoints of a model with AdamW's moments, and three steps of the smallest useful kind beside them."""
+    config, ranks = sizes_of(cfg.model), Ranks(0, 1, torch.device("cpu"))
+    model = Llama(config)
+    model.init_weights(0)
+    optimizers, found = optim.make_optimizers(model, optim.OptimConfig()), {}
+    spread = parallel.spread(model, engine.TrainConfig(), ranks, torch.float32)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizers[0].step()
+    model.zero_grad()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        run = checkpoint.Run(folder, {}, {}, None)
+        for step in (1, 2, 3):
+            began = time.perf_counter()
+            run.save(spread, optimizers, None, {"step": step}, print, must=True)
+            found.setdefault("save_s", []).append(round(time.perf_counter() - began, 2))
+        size = sum(path.stat().st_size for path in run.path(3).iterdir())
+        run.close()
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+    ids = torch.randint(0, config.vocab_size, (cfg.rows, cfg.seq_len + 1))
+    step = peers.ours("ours", config, ids, kind, cfg.compile, cfg.gradient_checkpointing, cfg.micro_batches)
+    for _ in range(4):
+        began = time.perf_counter()
+        step()
+        found.setdefault("step_s", []).append(round(time.perf_counter() - began, 2))
+    save, one = statistics.median(found["save_s"]), statistics.median(found["step_s"][1:])
+    every = engine.TrainConfig.save_every
+    found |= {"gb": round(size / 1e9, 2), "share": round(save / (every * one), 5)}
+    print(f"{found['gb']} GB in {save:.2f} s; a step of {cfg.rows * cfg.seq_len * cfg.micro_batches:,} tokens takes "
+          f"{one:.2f} s: one save every {every} steps costs {found['share']:.2%}")  # fmt: skip
+    print(json.dumps(found))
+
+
+def product_rate(dtype: str, size: int = 2048) -> float:
+    """GFLOP/s of the best of three matrix products: what no training can exceed."""
+    a = torch.randn(size, size, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times) / 1e9
+
+
+def sizes_of(path: str) -> ModelConfig:
+    """The [model] section, with the demo's vocabulary where it leaves it to the tokenizer."""
+    with open(path, "rb") as f:
+        sizes = tomllib.load(f)["model"]
+    return ModelConfig(**(sizes | {"vocab_size": sizes.get("vocab_size") or 4096}))
+
+
 def train_steps(path: str, kind: str, dtype: str, rows: int = 4, seq_len: int = 512) -> None:
     """In a process of its own: two steps of two micro-batches; prints GB beyond what was taken before."""
-    import tomllib
-
-    import torch
-
-    from core import memory, optim
+    from core import memory
     from core.data import Batch
     from core.loss import next_token_loss
-    from model import Llama, ModelConfig
 
     def now(what: str) -> int:
         return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) * 1024
@@ -321,9 +466,7 @@ def train_steps(path: str, kind: str, dtype: str, rows: int = 4, seq_len: int = 
                 optimizer.step()
             model.zero_grad()
 
-    with open(path, "rb") as f:
-        sizes = tomllib.load(f)["model"]
-    config = ModelConfig(**(sizes | {"vocab_size": sizes.get("vocab_size") or 4096}))
+    config = sizes_of(path)
     tiny = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     steps(tiny, torch.zeros(1, 8, dtype=torch.int64))  # what torch takes once
     before = now("VmRSS:")

@@ -222,7 +222,7 @@ class TokenBin:
 
     def _sample(self) -> str:
         """A hash of the length and both ends: it tells other bins apart, but not a change in the middle of this one."""
-        count = min(BLOCK_BYTES, self.tokens)
+        count = min(1 << 20, self.tokens)
         ends = self.read(0, count).tobytes() + self.read(self.tokens - count, count).tobytes()
         return f"sample-{hashlib.sha256(f'{self.tokens} '.encode() + ends).hexdigest()}"
 

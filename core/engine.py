@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from core import files, parallel
+from core import files, memory, parallel
 from core.checkpoint import Run, verify
 from core.data import Batch, BinRows, ChatRows, batch, step_rows
 from core.distributed import Ranks
@@ -85,9 +85,10 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
         # Before Ampere (8.0) bf16 is emulated; fp16 has matrix units from Volta (7.0) on.
         capability = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else torch.float32
-    # bf16 on a CPU pays only with AMX tiles (3.5x there); without them it is emulated (0.15x of fp32 on AVX2).
-    amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if amx else torch.float32
+    # bf16 on a CPU pays only with instructions for it: AMX tiles, AVX512-BF16. Without it is emulated: 0.15x of fp32.
+    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    has = device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in units)
+    return torch.bfloat16 if has else torch.float32
 
 
 class Log:
@@ -217,9 +218,9 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
     for what, value in must_match.items():
         ranks.same(json.dumps(value), what)
     model.gradient_checkpointing = cfg.gradient_checkpointing
+    if ranks.device.type == "cpu":
+        memory.keep_freed_memory()
     if cfg.max_memory_gb:
-        from core import memory
-
         _, micro, micro_batches, _ = plan(cfg, rows, ranks)
         docs = batch(rows, [0]).docs is not None
         log(memory.check(model.config, cfg, optim, micro, rows.seq_len, dtype, docs, ranks.device.type,

@@ -3,8 +3,10 @@
 In:  sizes of a model, options. Out: bytes of tensors at the peak, and the smallest change that fits a limit.
 The step itself runs, forward, backward and update, on tensors that have sizes but no values (torch's FakeTensorMode).
 Knows one device with the whole model on it; not the interpreter and torch themselves, about 0.3 GB.
+And: how this process gets its memory (`keep_freed_memory`).
 """
 
+import ctypes
 import weakref
 
 import torch
@@ -22,6 +24,21 @@ from model import Llama, ModelConfig
 # What an allocator takes for bytes of tensors. glibc's heap on a CPU: 1.17 to 1.32 for 92M and 218M parameters, most
 # with full checkpointing; 1.01 where each tensor gets pages of its own (MALLOC_MMAP_THRESHOLD_=131072): slower.
 OVERHEAD = 1.25
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for those of the next step.
+
+    By default it gives large ones back to the system at once, and the next has to be cleared page by page: a quarter
+    of a step on two cores (docs/performance.md). Nothing where there is no glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS; Windows
+        return
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, -1)  # never
 
 
 class _Live(TorchDispatchMode):

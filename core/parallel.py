@@ -65,7 +65,7 @@ class Copies:
         self.model, self.ranks, self.data = model, ranks, ranks
         self._materialize(fill)
         if cfg.compile:
-            model.compile()
+            compile_blocks(model)
         self.module = self._wrapped()
 
     def _materialize(self, fill: Callable | None) -> None:
@@ -140,7 +140,8 @@ class Copies:
 
     def samples(self, samples: Callable) -> str:
         """What `samples(model)` says, on the first rank."""
-        return samples(self.model) if self.ranks.first else ""
+        with torch.compiler.set_stance("force_eager"):  # each length of a text would be compiled anew
+            return samples(self.model) if self.ranks.first else ""
 
     # Whole tensors for files and parts of them back. All ranks call these; what they return counts on the first one.
 
@@ -279,9 +280,9 @@ class Shards(Copies):
                  "offload_policy": pinned if cfg.cpu_offload else fsdp.OffloadPolicy()}  # fmt: skip
         products = None if dtype == torch.float32 else dtype
         policy = fsdp.MixedPrecisionPolicy(products, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if cfg.compile:
+            compile_blocks(model)
         for block in model.model.layers:
-            if cfg.compile:
-                block.compile()
             fsdp.fully_shard(block, reshard_after_forward=cfg.reshard, mp_policy=policy, **where)
         fsdp.fully_shard(model, **where)  # embedding, last norm and head: in fp32 between the blocks
         fsdp.register_fsdp_forward_method(model, "hidden")  # generation calls it, and then the head
@@ -299,7 +300,8 @@ class Shards(Copies):
         return float(total.full_tensor())
 
     def samples(self, samples: Callable) -> str:
-        return samples(self.model)  # every forward pass needs all ranks
+        with torch.compiler.set_stance("force_eager"):
+            return samples(self.model)  # every forward pass needs all ranks
 
     def weights(self, trained_only: bool = False) -> dict[str, Tensor]:
         self._rest()
@@ -356,7 +358,7 @@ class Pipeline(Owned):
         self.model, self.ranks, self.data = model, ranks, Ranks(0, 1, ranks.device)
         self.module, self._schedule, self._scale = _Stage(model, ranks), None, 1.0
         if cfg.compile:
-            self.module.compile()
+            compile_blocks(model)
         self._materialize(fill)
 
     def accumulate(self, batches: Iterable[Batch], number: int, loss_fn: Callable, scale: float, autocast) -> Tensor:
@@ -438,6 +440,12 @@ class _Stage(nn.Module):
         for i in self.mine:
             x = self.llama.run_block(self.llama.model.layers[i], x, rope, mask, None)
         return self.llama._losses(self.llama.model.norm(x), targets) if self.last else x
+
+
+def compile_blocks(model: Llama) -> None:
+    """Compile the blocks, all with the code of the first; the head's loss makes its own gradients and stays eager."""
+    for block in model.model.layers:
+        block.compile(fullgraph=True)
 
 
 def named(model: Llama, optimizers: list) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:

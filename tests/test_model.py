@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
 from model import IGNORE, Cache, Llama, ModelConfig
@@ -92,18 +94,69 @@ def test_a_batch_without_targets_costs_nothing_and_is_not_nan(tiny_model):
     assert (losses == 0).all() and all((g == 0).all() for g in grads.values())
 
 
-def test_losses_in_chunks_equal_those_at_once_and_never_hold_all_logits(tiny_model):
+class Products(TorchDispatchMode):
+    """Notes the shape of every matrix product's result."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weigh", ["sum", "by row", "by position"])
+def test_losses_in_chunks_equal_those_at_once_and_never_hold_all_logits(tiny_model, weigh, dtype):
     ids = ids_of(2, 17)  # 34 positions: the last chunk is a short one
     targets = some_targets(ids)
-    whole, whole_grads = gradients(tiny_model, ids, targets)
-    heights = []
-    tiny_model.lm_head.register_forward_hook(lambda module, args, out: heights.append(out.shape[0]))
+    weights = {"sum": torch.tensor(0.7), "by row": torch.tensor([[1.0], [-2]]), "by position": torch.randn(2, 17)}[weigh]
+
+    def run():
+        tiny_model.zero_grad()
+        with Products() as products, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            losses = tiny_model(ids, targets)
+            (losses * weights).sum().backward() if weigh != "sum" else (losses.sum() * weights).backward()
+        logits = [shape[0] for shape in products.shapes if shape[1] == V]
+        return logits, losses.detach(), {name: p.grad for name, p in tiny_model.named_parameters()}
+
     tiny_model.loss_chunk_numel = 3 * V + 1
-    chunked, chunked_grads = gradients(tiny_model, ids, targets)
-    assert max(heights) == 3 and sum(heights) == 2 * 34  # each chunk in the forward and again in the backward pass
-    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
-    for name, grad in whole_grads.items():
-        torch.testing.assert_close(chunked_grads[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+    logits, losses, grads = run()
+    assert max(logits) == 3 and sum(logits) == 34 * (1 if weigh == "sum" else 2)  # once, or again in the backward pass
+    tiny_model._losses = lambda x, y: F.cross_entropy(tiny_model.lm_head(x).float().mT, y, reduction="none")
+    logits, expected, expected_grads = run()
+    assert logits == [34]
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+    for name, grad in expected_grads.items():
+        error = (grads[name] - grad).norm() / grad.norm()
+        assert error < (0.01 if dtype == torch.bfloat16 else 1e-5), (name, error)
+
+
+def test_gradients_of_the_head_are_made_only_where_they_are_wanted(tiny_model):
+    ids, shapes, c = ids_of(2, 16), {}, tiny_model.config.hidden_size
+    for wanted in ("nothing", "the rest", "all"):
+        tiny_model.lm_head.weight.requires_grad_(wanted == "all")
+        with Products() as products, torch.set_grad_enabled(wanted != "nothing"):
+            tiny_model._losses(torch.randn(2, 16, c, requires_grad=True), ids)
+        shapes[wanted] = products.shapes
+    assert shapes["nothing"] == [(32, V)]
+    assert shapes["the rest"] == [(32, V), (32, c)]
+    assert shapes["all"] == [(32, V), (32, c), (V, c)]
+
+
+def test_a_head_that_something_wraps_gets_its_gradients_from_autograd(tiny_model):
+    ids = ids_of(2, 17)
+    expected, grads = gradients(tiny_model, ids, ids)
+    tiny_model.loss_chunk_numel = 3 * V
+    tiny_model.lm_head = nn.Sequential(tiny_model.lm_head)
+    got, wrapped = gradients(tiny_model, ids, ids)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    for name, grad in grads.items():
+        found = wrapped[name.replace("lm_head.", "lm_head.0.")]
+        torch.testing.assert_close(found, grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_vocabulary_larger_than_the_chunk_still_gives_losses(tiny_model):
