@@ -24,6 +24,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 IGNORE = -100  # the target of a position without a loss; torch's and transformers' convention
@@ -223,6 +224,7 @@ class HeadLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g: Tensor):
         """g (N,): the weight of each position's loss."""
         x, weight, targets, *grads = ctx.saved_tensors

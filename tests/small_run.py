@@ -59,8 +59,8 @@ def chat_rows() -> ChatRows:
     return ChatRows(samples, SEQ_LEN, pad_id=2)
 
 
-def small_model(**changes) -> Llama:
-    model = Llama(ModelConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+def small_model(layers: int = 2, **changes) -> Llama:
+    model = Llama(ModelConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
                               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=SEQ_LEN,
                               **changes))  # fmt: skip
     model.init_weights(0)
@@ -73,7 +73,7 @@ def run(out_dir, model=None, rows="bin", loss_fn=next_token_loss, val=True, opti
     out_dir, model = Path(out_dir), model or small_model()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     defaults = {"max_steps": 10, "batch_tokens": 8 * SEQ_LEN, "micro_batch": 2, "save_every": 5, "eval_every": 5,
-                "log_every": 1, "device": "cpu", "timeout_s": 60}  # fmt: skip
+                "log_every": 1, "device": "cpu", "dtype": "fp32", "timeout_s": 60}  # fmt: skip
     cfg = engine.TrainConfig(out_dir=str(out_dir), **defaults | options)
     optim = OptimConfig(optimizer=optimizer, lr=lr, min_lr=lr / 10 if min_lr is None else min_lr, warmup_steps=2, grad_clip=grad_clip)
     ranks = distributed.start("cpu", cfg.timeout_s)

@@ -7,19 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import small_run
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core import engine
 from core.data import Batch
 from core.distributed import Ranks
 from core.errors import Diverged, Interrupted, UserError
+from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
-from core.optim import learning_rate
+from core.optim import OptimConfig, learning_rate, make_optimizers
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
@@ -251,7 +254,53 @@ def test_ranks_stop_together_when_one_is_asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.heavy
-def test_compiled_training_reaches_the_losses_of_eager(tmp_path):
-    small_run.run(tmp_path / "eager", max_steps=4, val=False)
-    small_run.run(tmp_path / "compiled", max_steps=4, val=False, compile=True)
+def test_compiled_training_reaches_the_losses_of_eager_with_one_graph_for_all_blocks_and_both_modes(tmp_path):
+    """Without a break (fullgraph), and samples of all lengths are not compiled."""
+    from torch._dynamo.utils import counters
+
+    def sample(model):
+        return str([complete(model, [[1] * n], SamplingConfig(max_new_tokens=3), set()) for n in (3, 5)])
+
+    small_run.run(tmp_path / "eager", max_steps=4, samples=sample)
+    torch._dynamo.reset()
+    counters.clear()
+    small_run.run(tmp_path / "compiled", max_steps=4, samples=sample, compile=True)
     assert metrics(tmp_path / "compiled") == pytest.approx(metrics(tmp_path / "eager"), rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2, "one for training, one for validation"
+    assert not counters["graph_break"]
+
+
+def test_a_step_waits_for_the_device_twice_however_many_micro_batches_and_parameters(tmp_path, monkeypatch):
+    """On a GPU each .item() lets its queue of work run empty: one for the sums, one for the gradient's norm."""
+    waits = []
+
+    def noting(name):
+        original = getattr(torch.Tensor, name)
+        return lambda self, *args, **options: (waits.append(name), original(self, *args, **options))[1]
+
+    for name in ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, noting(name))
+    for micro, layers in ((1, 2), (4, 2), (4, 6)):
+        taken = []
+        for steps in (2, 5):
+            waits.clear()
+            model = small_run.small_model(layers)
+            small_run.run(tmp_path / f"{micro}-{layers}-{steps}", model, max_steps=steps, micro_batch=micro, val=False)
+            taken.append(len(waits))
+        assert taken[1] - taken[0] == 3 * 2, waits
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_the_update_of_a_step_is_one_call_for_all_matrices_and_one_for_all_norms(layers):
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names[func.name()] += 1
+            return func(*args, **(kwargs or {}))
+
+    model, names = small_run.small_model(layers), Counter()
+    (optimizer,) = make_optimizers(model, OptimConfig())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with Calls():
+        optimizer.step()
+    assert names["aten::_fused_adamw_"] == 2 and not [n for n in names if "addcdiv" in n], names

@@ -1,6 +1,7 @@
 """Promises of the estimate of memory: what a step really takes, and a change that really fits."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,22 @@ def test_a_run_that_would_not_fit_is_refused_with_the_smallest_change_that_does(
         small_run.run(tmp_path / "d", **options, max_memory_gb=0.0001)
     with pytest.raises(ValueError, match="max_memory_gb"):
         small_run.run(tmp_path / "e", max_memory_gb=1.0, parallel="fsdp")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="nothing is changed without glibc")
+def test_freed_memory_stays_with_the_process_for_the_next_step():
+    code = """
+import sys, torch
+from core import memory
+def resident():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) >> 10
+if sys.argv[1] == "keep":
+    memory.keep_freed_memory()
+before = resident()
+tensors = [torch.ones(8 << 20) for _ in range(8)]
+del tensors
+print(resident() - before)
+"""
+    grown = {how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, text=True,
+                                     check=True).stdout) for how in ("keep", "as usual")}  # fmt: skip
+    assert grown["keep"] > 8 * 30 and grown["as usual"] < 30, grown  # MiB
