@@ -1,0 +1,57 @@
+"""The benchmark of training measures what it says: every contestant takes real steps of the same model."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from extras import peers
+from model import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = """[model]
+vocab_size = 500
+hidden_size = 64
+intermediate_size = 128
+num_hidden_layers = 2
+num_attention_heads = 4
+max_position_embeddings = 64
+tie_word_embeddings = false
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("how", [[], ["--alike", "false", "--dtype", "bf16", "--micro_batches", "2"]])
+def test_training_is_timed_beside_others_and_ends_in_json(tmp_path, how):
+    pytest.importorskip("transformers")
+    (tmp_path / "small.toml").write_text(SIZES)
+    done = subprocess.run([sys.executable, "bench.py", "train", "--model", str(tmp_path / "small.toml"), "--rounds", "2",
+                           "--seq_len", "64", "--peers", "ours", "transformers", "classic", *how],
+                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    for peer in ("ours", "transformers", "classic"):
+        assert result[peer]["first_loss"] == pytest.approx(math.log(500), rel=0.02)  # nothing is known yet
+        assert len(result[peer]["seconds"]) == 2 and result[peer]["peak_gb"] > 0.1
+    assert result["ours"]["times_first"] == 1.0
+    assert set(result["parts"]) == {"embedding", "attention", "MLP", "norms", "head and loss", "optimizer"}
+
+
+@pytest.mark.parametrize("peer", peers.PEERS)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_every_contestant_learns_what_it_sees(peer, micro_batches):
+    import torch
+
+    if peer in ("transformers", "litgpt"):
+        pytest.importorskip(peer)
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         max_position_embeddings=16, tie_word_embeddings=False)  # fmt: skip
+    ids = torch.randint(0, 50, (2, 17))
+    make = peers.ours if peer == "ours" else peers.step_of
+    step = make(peer, config, ids, torch.float32, False, "none", micro_batches)
+    losses = [step() for _ in range(60)]
+    assert losses[-1] < 0.8 * losses[0], losses
