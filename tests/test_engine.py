@@ -264,10 +264,12 @@ def test_compiled_training_reaches_the_losses_of_eager_with_one_graph_for_all_bl
     small_run.run(tmp_path / "eager", max_steps=4, samples=sample)
     torch._dynamo.reset()
     counters.clear()
-    small_run.run(tmp_path / "compiled", max_steps=4, samples=sample, compile=True)
+    model = small_run.run(tmp_path / "compiled", max_steps=4, samples=sample, compile=True)
     assert metrics(tmp_path / "compiled") == pytest.approx(metrics(tmp_path / "eager"), rel=1e-5)
     assert counters["stats"]["unique_graphs"] == 2, "one for training, one for validation"
     assert not counters["graph_break"]
+    # The whole would hide from the head's loss that its gradients are wanted for a sum: logits would be computed twice.
+    assert model._compiled_call_impl is None and model.model.layers[1]._compiled_call_impl is not None
 
 
 def test_a_step_waits_for_the_device_twice_however_many_micro_batches_and_parameters(tmp_path, monkeypatch):

@@ -603,6 +603,14 @@ def test_cards_without_bf16_get_fp16_and_older_ones_fp32(monkeypatch):
         assert engine.choose_dtype("bf16", cuda) == torch.bfloat16, "what was asked for is what is used"
 
 
+@pytest.mark.parametrize("has", [(), ("amx_tile",), ("avx512_bf16",), ("amx_tile", "avx512_bf16")])
+def test_a_cpu_gets_bf16_where_it_has_instructions_for_it(monkeypatch, has):
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda found=name in has: found, raising=False)
+    assert engine.choose_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if has else torch.float32)
+    assert engine.choose_dtype("fp32", torch.device("cpu")) == torch.float32
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("what", ["configuration", "data, model or tokenizer", "program"])
 def test_ranks_that_were_started_unlike_are_refused(tmp_path, what):
