@@ -48,7 +48,7 @@ class BenchConfig:
     model: str = ""  # a config with a [model] section, for activations
     rounds: int = 5
     documents: int = 100_000  # of dedup
-    peers: tuple[str, ...] = ("ours", "transformers", "litgpt", "classic")  # of train, the first is compared with
+    peers: tuple[str, ...] = ("ours", "transformers", "trainer", "litgpt", "classic")  # of train
     dtype: str = "fp32"  # of train: fp32 or bf16
     compile: bool = False
     gradient_checkpointing: str = "none"

@@ -28,6 +28,7 @@ from core.errors import UserError
 from model import IGNORE
 
 BLOCK_BYTES = 16 << 20  # a hash per block: a later check can name the damaged part of a large file
+SAMPLE_TOKENS = 1 << 20  # at each end of a trusted bin, which identify it
 FORMAT = 1
 
 
@@ -222,7 +223,7 @@ class TokenBin:
 
     def _sample(self) -> str:
         """A hash of the length and both ends: it tells other bins apart, but not a change in the middle of this one."""
-        count = min(1 << 20, self.tokens)
+        count = min(SAMPLE_TOKENS, self.tokens)
         ends = self.read(0, count).tobytes() + self.read(self.tokens - count, count).tobytes()
         return f"sample-{hashlib.sha256(f'{self.tokens} '.encode() + ends).hexdigest()}"
 

@@ -13,6 +13,8 @@ import json
 import math
 import statistics
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from model import ModelConfig
 
-PEERS = ("ours", "transformers", "litgpt", "classic")
+PEERS = ("ours", "transformers", "trainer", "litgpt", "classic")
 
 
 def serve(peer: str, sizes: dict, rows: int, seq_len: int, dtype: str, compiled: bool, checkpointing: str,
@@ -33,7 +35,7 @@ def serve(peer: str, sizes: dict, rows: int, seq_len: int, dtype: str, compiled:
     torch.manual_seed(0)
     ids = torch.randint(0, sizes["vocab_size"], (rows, seq_len + 1))
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    make = ours if peer == "ours" else step_of
+    make = {"ours": ours, "trainer": trainer}.get(peer, step_of)
     config = ModelConfig(**sizes)
     step = make(peer, config, ids, kind, compiled, checkpointing, micro_batches)
     for _ in sys.stdin:
@@ -115,6 +117,44 @@ def ours(_: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled:
         for p in parameters:
             p.grad = None
         return loss / count
+
+    return step
+
+
+def trainer(_: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
+            micro_batches: int) -> Callable[[], float]:  # fmt: skip
+    """A step of transformers' Trainer, which runs in a thread of its own and waits for us before each."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model, _ = transformers(config, checkpointing != "none")
+    may, did, losses = threading.Semaphore(0), threading.Semaphore(0), []
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            may.acquire()
+
+        def on_step_end(self, *_, **__):
+            did.release()
+
+    class Noting(Trainer):
+        def compute_loss(self, *args, **options):
+            loss = super().compute_loss(*args, **options)
+            losses.append(loss.item())
+            return loss
+
+    options = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(ids), gradient_accumulation_steps=micro_batches,
+        max_steps=1 << 20, learning_rate=3e-4, adam_beta2=0.95, weight_decay=0.1, lr_scheduler_type="constant",
+        bf16=dtype == torch.bfloat16, use_cpu=True, torch_compile=compiled, logging_strategy="no", save_strategy="no",
+        report_to="none", disable_tqdm=True)  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in ids[:, :-1]] * micro_batches * 1024
+    work = Noting(model=model, args=options, train_dataset=rows, callbacks=[Turns()]).train
+    threading.Thread(target=work, daemon=True).start()
+
+    def step() -> float:
+        may.release()
+        did.acquire()
+        return losses[-1]
 
     return step
 

@@ -45,13 +45,13 @@ def test_training_is_timed_beside_others_and_ends_in_json(tmp_path, how):
 def test_every_contestant_learns_what_it_sees(peer, micro_batches):
     import torch
 
-    if peer in ("transformers", "litgpt"):
-        pytest.importorskip(peer)
+    if peer in ("transformers", "litgpt", "trainer"):
+        pytest.importorskip({"trainer": "accelerate"}.get(peer, peer))
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                          max_position_embeddings=16, tie_word_embeddings=False)  # fmt: skip
     ids = torch.randint(0, 50, (2, 17))
-    make = peers.ours if peer == "ours" else peers.step_of
+    make = {"ours": peers.ours, "trainer": peers.trainer}.get(peer, peers.step_of)
     step = make(peer, config, ids, torch.float32, False, "none", micro_batches)
     losses = [step() for _ in range(60)]
     assert losses[-1] < 0.8 * losses[0], losses

@@ -282,7 +282,7 @@ def test_a_bin_without_sidecar_is_scanned_and_accepted_with_one_warning(tmp_path
 
 
 def test_a_trusted_bin_is_not_read_whole_but_what_is_read_is_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK_BYTES", 4)
+    monkeypatch.setattr(data, "SAMPLE_TOKENS", 4)
     ids = list(range(1, 41))
     ids[20] = 4001
     path, warnings, reads = foreign(tmp_path / "x.bin", ids), [], []
@@ -296,7 +296,7 @@ def test_a_trusted_bin_is_not_read_whole_but_what_is_read_is_checked(tmp_path, m
 
 
 def test_the_digest_of_a_trusted_bin_tells_length_and_ends_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK_BYTES", 4)
+    monkeypatch.setattr(data, "SAMPLE_TOKENS", 4)
     ids = list(range(1, 41))
     digest = lambda ids: TokenBin(foreign(tmp_path / "x.bin", ids), VOCAB, SHA, [].append, trust=True).digest  # noqa: E731
     assert digest(ids) == digest(ids)
