@@ -220,7 +220,8 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 
 def test_a_lock_goes_with_its_process_though_its_children_live_on(tmp_path):
     script = ("import os, signal, sys, time\nfrom pathlib import Path\nfrom core import files\n"
-              "lock = files.lock(Path(sys.argv[1]))\nchild = os.fork()\nif not child:\n    time.sleep(30)\n    os._exit(0)\n"
+              "lock = files.lock(Path(sys.argv[1]))\nthere, here = os.pipe()\nchild = os.fork()\n"
+              "if not child:\n    os.write(here, b'I live')\n    time.sleep(30)\n    os._exit(0)\nos.read(there, 1)\n"
               "print(child, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n")  # fmt: skip
     done = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     child = int(done.stdout.readline())
