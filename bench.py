@@ -60,6 +60,10 @@ class BenchConfig:
     def __post_init__(self):
         if self.rounds < 1 or self.documents < 1000 or not (self.input or self.model):
             raise ValueError("input or model must be given, rounds at least 1, documents at least 1000")
+        if unknown := set(self.peers) - set(peers.PEERS):
+            raise ValueError(f"peers: {', '.join(sorted(unknown))} is none of {', '.join(peers.PEERS)}")
+        if self.dtype not in ("fp32", "bf16") or self.gradient_checkpointing not in ("none", "selective", "full"):
+            raise ValueError("dtype must be fp32 or bf16, gradient_checkpointing none, selective or full")
 
 
 def main() -> None:

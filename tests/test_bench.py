@@ -40,6 +40,13 @@ def test_training_is_timed_beside_others_and_ends_in_json(tmp_path, how):
     assert set(result["parts"]) == {"embedding", "attention", "MLP", "norms", "head and loss", "optimizer"}
 
 
+@pytest.mark.parametrize("bad", [["--peers", "ours", "nobody"], ["--dtype", "fp16"], ["--gradient_checkpointing", "x"]])
+def test_what_cannot_be_timed_is_refused_in_a_line(bad):
+    done = subprocess.run([sys.executable, "bench.py", "train", "--model", "configs/demo.toml", *bad], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: "), done.stderr
+
+
 @pytest.mark.parametrize("peer", peers.PEERS)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_every_contestant_learns_what_it_sees(peer, micro_batches):
