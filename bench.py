@@ -416,7 +416,7 @@ def saving(cfg: BenchConfig) -> None:
         run.close()
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
     ids = torch.randint(0, config.vocab_size, (cfg.rows, cfg.seq_len + 1))
-    step = peers.ours("ours", config, ids, kind, cfg.compile, cfg.gradient_checkpointing, cfg.micro_batches)
+    step = peers.ours(config, ids, kind, cfg.compile, cfg.gradient_checkpointing, cfg.micro_batches)
     for _ in range(4):
         began = time.perf_counter()
         step()

@@ -9,12 +9,12 @@ Knows nothing of files or of the other contestants.
     python -m extras.peers '{"peer": "classic", ...}'       # a line in: take steps; a line out: what they took
 """
 
+import functools
 import json
 import math
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,18 +35,37 @@ def serve(peer: str, sizes: dict, rows: int, seq_len: int, dtype: str, compiled:
     torch.manual_seed(0)
     ids = torch.randint(0, sizes["vocab_size"], (rows, seq_len + 1))
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    make = {"ours": ours, "trainer": trainer}.get(peer, step_of)
     config = ModelConfig(**sizes)
-    step = make(peer, config, ids, kind, compiled, checkpointing, micro_batches)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        loss = step()
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss}), flush=True)
+    compete(peer, config, ids, kind, compiled, checkpointing, micro_batches, Turns())
     peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
     about = {"peak_gb": int(peak) * 1024 / 1e9}
     if peer == "ours" and not compiled and checkpointing == "none":
         about["parts"] = parts(config, ids, kind)
     print(json.dumps(about), flush=True)
+
+
+def compete(peer: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
+            micro_batches: int, turns) -> None:  # fmt: skip
+    """Steps on ids (B, T + 1), always the same ones (speed does not depend on them), for as long as turns.wait()."""
+    if peer == "trainer":
+        trainer(config, ids, dtype, compiled, checkpointing, micro_batches, turns)
+        return
+    make = ours if peer == "ours" else functools.partial(step_of, peer)
+    step = make(config, ids, dtype, compiled, checkpointing, micro_batches)
+    while turns.wait():
+        turns.tell(step())
+
+
+class Turns:
+    """Who asks for the steps: a line in for each, its seconds and loss as a line out."""
+
+    def wait(self) -> bool:
+        asked = bool(sys.stdin.readline())
+        self.began = time.perf_counter()
+        return asked
+
+    def tell(self, loss: float) -> None:
+        print(json.dumps({"seconds": time.perf_counter() - self.began, "loss": loss}), flush=True)
 
 
 def parts(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> dict[str, float]:
@@ -88,7 +107,7 @@ def parts(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> dict[str, flo
     return found | {"optimizer": statistics.median(seconds)}
 
 
-def ours(_: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
+def ours(config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
          micro_batches: int) -> Callable[[], float]:  # fmt: skip
     """A step of core/engine.py, without the data and the log."""
     from core import engine, memory, optim, parallel
@@ -121,20 +140,22 @@ def ours(_: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled:
     return step
 
 
-def trainer(_: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
-            micro_batches: int) -> Callable[[], float]:  # fmt: skip
-    """A step of transformers' Trainer, which runs in a thread of its own and waits for us before each."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+def trainer(config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
+            micro_batches: int, turns) -> None:  # fmt: skip
+    """transformers' Trainer, which waits before each step and tells after it. In the main thread: glibc's allocator
+    keeps no large memory for others."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     model, _ = transformers(config, checkpointing != "none")
-    may, did, losses = threading.Semaphore(0), threading.Semaphore(0), []
+    losses = []
 
-    class Turns(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            may.acquire()
+    class AsAsked(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            control.should_training_stop = not turns.wait()  # after one step more, which nobody counts
 
-        def on_step_end(self, *_, **__):
-            did.release()
+        def on_step_end(self, args, state, control, **_):
+            if not control.should_training_stop:
+                turns.tell(losses[-1])
 
     class Noting(Trainer):
         def compute_loss(self, *args, **options):
@@ -148,20 +169,14 @@ def trainer(_: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, compil
         bf16=dtype == torch.bfloat16, use_cpu=True, torch_compile=compiled, logging_strategy="no", save_strategy="no",
         report_to="none", disable_tqdm=True)  # fmt: skip
     rows = [{"input_ids": row, "labels": row} for row in ids[:, :-1]] * micro_batches * 1024
-    work = Noting(model=model, args=options, train_dataset=rows, callbacks=[Turns()]).train
-    threading.Thread(target=work, daemon=True).start()
-
-    def step() -> float:
-        may.release()
-        did.acquire()
-        return losses[-1]
-
-    return step
+    work = Noting(model=model, args=options, train_dataset=rows, callbacks=[AsAsked()])
+    work.remove_callback(PrinterCallback)  # standard output is ours
+    work.train()
 
 
 def step_of(peer: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
             micro_batches: int) -> Callable[[], float]:  # fmt: skip
-    """The peer's step on ids (B, T + 1), always the same ones: speed does not depend on them."""
+    """The peer's step in the plainest loop."""
     make = {"transformers": transformers, "litgpt": litgpt, "classic": classic}[peer]
     model, loss_of = make(config, checkpointing != "none")
     if compiled:
