@@ -17,7 +17,7 @@ from pathlib import Path
 import tokenizer
 from core import checkpoint, config, errors, files
 from core.errors import UserError
-from extras import doors, lora
+from extras import doors, families, lora
 from extras.doors import gguf_file, llama2c
 
 
@@ -69,6 +69,7 @@ class MergeConfig:
 
 
 def main() -> None:
+    families.register()
     word, argv = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     sections = {name.replace("-", "_"): section for name, (section, _) in WAYS.items()}
     if word in ("-h", "--help"):

@@ -46,6 +46,10 @@ class ModelConfig:
     rope_theta: float = 10000.0
     attention_bias: bool = False
     tie_word_embeddings: bool = True  # one matrix for embedding and head: at small C it is most of the model
+    model_type: str = "llama"  # or qwen2: biases on queries, keys and values; qwen3: these two normed in each head
+    rope_type: str = "default"  # longer contexts: linear, dynamic (NTK), yarn, llama3; see `rope_speeds`
+    rope_factor: float = 1.0  # how many times as long
+    original_max_position_embeddings: int = 0  # of yarn and llama3: trained on before; 0: max_position_embeddings
 
     def __post_init__(self):
         # A frozen dataclass fills its own blanks: every reader sees the final numbers.
@@ -79,6 +83,27 @@ class ModelConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             if not (0 < getattr(self, name) < math.inf):
                 raise ValueError(f"{name} is {getattr(self, name)}, must be a positive number")
+        if type(self) is ModelConfig and self.model_type not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(f"model_type is {self.model_type!r}, must be one of llama, qwen2, qwen3")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        known = ("default", "linear", "dynamic", "yarn", "llama3")
+        if self.rope_type not in known:
+            raise ValueError(f"rope_type is {self.rope_type!r}, must be one of {', '.join(known)}")
+        if not 1 <= self.rope_factor < math.inf:
+            raise ValueError(f"rope_factor is {self.rope_factor}, must be at least 1")
+        if self.rope_factor != 1 and self.rope_type == "default":
+            raise ValueError(f"rope_factor is {self.rope_factor}, but rope_type is default")
+        if not 0 <= self.original_max_position_embeddings <= 1 << 24:
+            raise ValueError(f"original_max_position_embeddings is {self.original_max_position_embeddings}")
+        if self.rope_type == "dynamic" and self.rotary_dim < 4:
+            raise ValueError(f"rope_type is dynamic, but a head turns only {self.rotary_dim} numbers")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of the D numbers of a head are turned; all of them here."""
+        return self.head_dim
 
 
 class Cache:
@@ -107,19 +132,52 @@ class Cache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-def rope_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+def rope_speeds(config: ModelConfig, length: int, device=None) -> tuple[Tensor, float]:
+    """How far each pair of numbers turns from one position to the next.
+
+    Args:
+        length: of the text so far; `dynamic` depends on it.
+    Returns:
+        angles (D/2,) fp32, and a factor for cosines and sines.
+
+    Sources: linear https://arxiv.org/abs/2306.15595, yarn https://arxiv.org/abs/2309.00071, dynamic (NTK) section 3.4
+    there, llama3 https://arxiv.org/abs/2407.21783 section 3.4.3; each with the constants that transformers takes
+    """
+    d, theta, factor = config.rotary_dim, config.rope_theta, config.rope_factor
+    trained = config.original_max_position_embeddings or config.max_position_embeddings
+    if config.rope_type == "dynamic":
+        known = config.max_position_embeddings
+        theta *= (factor * max(length, known) / known - (factor - 1)) ** (d / (d - 2))
+    speeds = 1.0 / theta ** (torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)  # (D/2,)
+    if config.rope_type == "linear":
+        return speeds / factor, 1.0
+    if config.rope_type == "yarn":
+        # Pairs that turn more than 32 times within what was trained on stay; those below one turn are stretched.
+        low, high = (d * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (32, 1))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), d - 1)
+        stretched = ((torch.arange(d // 2, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)
+        return speeds * (1 - stretched) + speeds / factor * stretched, 0.1 * math.log(factor) + 1
+    if config.rope_type == "llama3":
+        # The same with 4 turns and 1, and a ramp over the turns instead of over the pairs.
+        stays = ((trained * speeds / (2 * math.pi) - 1) / (4 - 1)).clamp(0, 1)
+        return speeds * stays + speeds / factor * (1 - stays), 1.0
+    return speeds, 1.0
+
+
+def rope_table(positions: Tensor, config: ModelConfig, length: int = 0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding.
 
     Args:
         positions: (B, T) or (1, T) integers.
+        length: as in `rope_speeds`.
     Returns:
         cos, sin, each (B or 1, 1, T, D) fp32; the second half of D repeats the first (half-split layout, as in
         transformers; the interleaved layout of the paper is the same up to a permutation of the rows of q and k).
     """
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    angle = positions[..., None].float() * (1.0 / config.rope_theta**exponent)  # (B, T, D/2)
+    speeds, factor = rope_speeds(config, length, positions.device)
+    angle = positions[..., None].float() * speeds  # (B, T, D/2)
     angle = torch.cat((angle, angle), dim=-1)[:, None]  # (B, 1, T, D)
-    return angle.cos(), angle.sin()
+    return angle.cos() * factor, angle.sin() * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -136,24 +194,39 @@ class Attention(nn.Module):
         c, d, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.layer, self.head_dim = layer, d
         self.grouped = config.num_key_value_heads != config.num_attention_heads
+        self.make_projections(config, bias or config.model_type == "qwen2")
+        self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=bias)
+
+    def make_projections(self, config: ModelConfig, bias: bool) -> None:
+        c, d = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=bias)
         self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=bias)
+        if config.model_type == "qwen3":
+            self.q_norm, self.k_norm = (nn.RMSNorm(d, eps=config.rms_norm_eps) for _ in range(2))
+        self.normed = config.model_type == "qwen3"
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> queries (B, H, T, D), keys and values (B, K, T, D), the first two turned."""
+        q, k, v = (w(x).view(*x.shape[:2], -1, self.head_dim) for w in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return rotate(q, *rope), rotate(k, *rope), v
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
         b, t, _ = x.shape
-        q = self.q_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(b, t, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
+        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).reshape(b, t, -1))  # (B, T, C)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, H, T, D), twice (B, K, S, D) -> (B, H, T, D)."""
         # is_causal aligns the triangle at the top left, right only where queries and keys are the same positions.
-        y = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # (B, T, C)
+        )
 
 
 class MLP(nn.Module):
@@ -318,8 +391,7 @@ class Llama(nn.Module):
 
     def hidden(self, ids: Tensor, docs: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the head reads: (B, T, C). Arguments as in `forward`."""
-        positions, mask = self._positions_and_mask(ids, docs, cache)
-        rope = rope_table(positions, self.config)
+        rope, mask = self.context(ids, docs, cache)
         x = self.model.embed_tokens(ids)  # (B, T, C)
         for block in self.model.layers:
             x = self.run_block(block, x, rope, mask, cache)
@@ -336,6 +408,11 @@ class Llama(nn.Module):
         if self.gradient_checkpointing == "selective":
             contexts = partial(create_selective_checkpoint_contexts, PRODUCTS)
         return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+
+    def context(self, ids: Tensor, docs: Tensor | None, cache: Cache | None):
+        """What every block needs besides x: the rotary table and the mask (None for plain causal)."""
+        positions, mask = self._positions_and_mask(ids, docs, cache)
+        return rope_table(positions, self.config, ids.shape[1] + (cache.used if cache is not None else 0)), mask
 
     def _positions_and_mask(self, ids: Tensor, docs: Tensor | None, cache: Cache | None):
         """Position of each token in its document (B or 1, T), and the mask of allowed keys, None for plain causal."""
@@ -390,10 +467,9 @@ class Llama(nn.Module):
         return 6 * (blocks + c.vocab_size * c.hidden_size) + attention
 
 
-def describe(config: ModelConfig) -> str:
+def describe(model: Llama) -> str:
     """A few lines on the size of a model: parameters, FLOPs per token and bytes."""
-    with torch.device("meta"):  # shapes without memory
-        model = Llama(config)
+    config = model.config
     total, embedding = model.num_parameters()
     tied = "tied" if config.tie_word_embeddings else "untied"
     rows = [
@@ -419,7 +495,8 @@ def main() -> int:
     try:
         with open(sys.argv[1], "rb") as f:
             config = ModelConfig(**tomllib.load(f)["model"])
-        text = describe(replace(config, vocab_size=config.vocab_size or 4096))
+        with torch.device("meta"):  # shapes without memory
+            text = describe(Llama(replace(config, vocab_size=config.vocab_size or 4096)))
         if not config.vocab_size:
             text = "vocabulary: the tokenizer's; 4,096 are assumed here, what data_process.py trains\n" + text
         print(text)

@@ -21,6 +21,7 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
+from extras import families
 from model import Llama, ModelConfig, describe
 
 
@@ -33,7 +34,7 @@ class DataConfig:
     docs: bool = True  # attention stays within a document where several share a row
     verify: bool = False  # before step 0 read every bin whole and compare it with the hashes in its .json
     trust: bool = False  # bins without .json: do not read them whole first; ids are still checked as they are used
-    init_from: str = ""  # a Llama-family folder to go on from; "": new weights
+    init_from: str = ""  # a model folder to go on from; "": new weights
     allow_pickle: bool = False  # its weights may be a .bin, .pt or .pth: only tensors are read from it
     prompt: str = ""  # continued after every validation; "": none
 
@@ -45,6 +46,7 @@ class DataConfig:
 def main() -> None:
     sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": engine.TrainConfig}
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo.toml")
+    families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
     base = cfg.data.init_from and checkpoint.model_folder(cfg.data.init_from)
     text = tokenizer.load(base or cfg.data.tokenizer)
@@ -63,9 +65,9 @@ def main() -> None:
     parts = [open_rows(path, tail=False) for path in train]
     rows = data.MixedRows(parts, shares) if len(parts) > 1 else parts[0]
     val_rows = open_rows(cfg.data.val, tail=True) if cfg.data.val else None
-    identity = {"model": dataclasses.asdict(model.config), "tokenizer": text.sha256, "docs": cfg.data.docs,
+    identity = {"model": checkpoint.sizes(model.config), "tokenizer": text.sha256, "docs": cfg.data.docs,
                 "base": checkpoint.weights_digest(base) if base else ""}  # fmt: skip
-    intro = [config.show(cfg), describe(model.config), rows.describe()]
+    intro = [config.show(cfg), describe(model), rows.describe()]
     engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text,
                  identity, {"command": "pretrain", "options": config.as_dict(cfg), "intro": intro},
                  (lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None, fill)  # fmt: skip

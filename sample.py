@@ -25,7 +25,7 @@ from core import checkpoint, config, data, errors, files
 from core.distributed import start
 from core.errors import UserError
 from core.generate import SamplingConfig, complete, generate
-from extras import lora
+from extras import families, lora
 from tokenizer import chat
 
 
@@ -59,6 +59,7 @@ class Speaker:
     """A model with its tokenizer and the way it is spoken to."""
 
     def __init__(self, cfg: SampleConfig, sampling: SamplingConfig):
+        families.register()
         asked = cfg.model or (lora.base_of(cfg.adapter) if cfg.adapter else newest_model())
         folder = checkpoint.model_folder(asked)
         self.text, self.sampling, self.stop = tokenizer.load(folder), sampling, cfg.stop

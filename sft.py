@@ -20,14 +20,14 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import lora
+from extras import families, lora
 from model import Llama
 from tokenizer import chat
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    init_from: str = "out/pretrain"  # any Llama-family folder
+    init_from: str = "out/pretrain"  # a model folder: ours, or Hugging Face's of a known family
     allow_pickle: bool = False  # its weights may be a .bin, .pt or .pth: only tensors are read from it
     train: tuple[str, ...] = ("data/sft_train.jsonl",)  # chat files
     val: tuple[str, ...] = ("data/sft_val.jsonl",)  # none: no validation
@@ -50,6 +50,7 @@ class ChatConfig:
 def main() -> None:
     sections = {"chat": ChatConfig, "lora": lora.LoraConfig, "optim": OptimConfig, "train": engine.TrainConfig}
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo-sft.toml")
+    families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
     folder = checkpoint.model_folder(cfg.chat.init_from)
     text = tokenizer.load(folder)

@@ -61,17 +61,7 @@ def save_model(folder: Path, model: Llama, tokenizer, about: dict, weights: dict
         Diverged: a weight is not a finite number.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **dataclasses.asdict(model.config),
-        "hidden_act": "silu",
-        "mlp_bias": False,
-        "rope_scaling": None,
-        "attention_dropout": 0.0,
-        "torch_dtype": "float32",
-        "use_cache": True,
-    }
+    config = family_of(model.config).write(model.config) | {"torch_dtype": "float32", "use_cache": True}
     if tokenizer is not None:
         special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         config |= special
@@ -104,16 +94,16 @@ def save_about(folder: Path, tokenizer, about: dict) -> None:
 
 
 def model_tensors(model: Llama, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Weights by name, the model's own if no others are given; tied ones once, under the embedding's name."""
+    """Weights by the names of files, the model's own if no others are given; tied ones once, as the embedding."""
     state = {name: t.detach().contiguous() for name, t in (weights or dict(model.named_parameters())).items()}
     if model.config.tie_word_embeddings:
         state.pop(HEAD, None)
-    return state
+    return {family_of(model.config).theirs(name): t for name, t in state.items()}
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
                allow_pickle: bool = False) -> Llama:  # fmt: skip
-    """Build the model that a Llama-family folder describes, with its weights.
+    """Build the model that a folder describes, with its weights.
 
     Args:
         dtype: of the weights in memory.
@@ -135,7 +125,7 @@ def build(model: Llama, fill: Callable, device: torch.device | str = "cpu",
 
 
 def open_model(folder: str | Path, allow_pickle: bool = False) -> tuple[Llama, Callable]:
-    """Look at a Llama-family folder, and hold its weights ready.
+    """Look at a model folder, and hold its weights ready.
 
     Args:
         folder: config.json and model.safetensors (or shards named by model.safetensors.index.json), or where there is
@@ -149,6 +139,7 @@ def open_model(folder: str | Path, allow_pickle: bool = False) -> tuple[Llama, C
     """
     folder = Path(folder)
     config = load_config(folder)
+    family = family_of(config)
     paths = _weight_files(folder)
     state: dict[str, Tensor] = {}
     for path in paths:  # mapped, not read: nothing is allocated before sizes and names have been compared
@@ -156,17 +147,17 @@ def open_model(folder: str | Path, allow_pickle: bool = False) -> tuple[Llama, C
         if twins := sorted(state.keys() & tensors.keys()):
             raise UserError(f"{path}: {twins[0]} is in another of the files, too")
         state |= tensors
+    state = {name: t for theirs, t in state.items() if (name := family.ours(theirs))}
     layers = {m[1] for name in state if (m := re.match(r"model\.layers\.(\d+)\.", name))}
     if len(layers) != config.num_hidden_layers:
         raise UserError(f"{folder}/config.json: describes {config.num_hidden_layers} layers, the weights {len(layers)}")
     with torch.device("meta"):  # names and shapes without memory
-        described = Llama(config)
+        described = family.model(config)
     size = sum(p.numel() for p in described.parameters())
     on_disk = sum(path.stat().st_size for path in paths)
     # Every stored weight takes at least half a byte; a config that asks for far more was not written for these files.
     if size > 4 * on_disk + (1 << 20):
         raise UserError(f"{folder}/config.json: describes {size:,} parameters, the weights are {on_disk:,} bytes")
-    state = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}  # old exports store this constant
     if config.tie_word_embeddings:
         # Tied weights are stored once, and both names are in use for them.
         one = state.pop(HEAD, None)
@@ -195,46 +186,122 @@ def check_tokenizer(folder: Path, model: Llama, tokenizer) -> None:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """ModelConfig out of a folder's config.json, every number checked before anything is allocated."""
+    """What a folder's config.json says, every number checked before anything is allocated."""
     path = Path(folder) / "config.json"
     raw = read_json(path, hint=f"is {folder} a model folder?")
-    family = raw.get("model_type")
-    if family != "llama":
-        raise UserError(f"{path}: model_type {reprlib.repr(family)} is not supported", "llama is")
-    rope = raw.get("rope_parameters") or {}  # transformers 5 keeps rope_theta in here
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise UserError(f"{path}: model_type {reprlib.repr(name)} is not supported", f"known: {', '.join(FAMILIES)}")
+    config = FAMILIES[name].read(raw, path)
+    if not config.vocab_size:
+        raise UserError(f"{path}: vocab_size is 0")
+    return config
+
+
+class Family:
+    """How the folders of Llama and its descendants in model.py are read and written. Others: extras/families.py.
+
+    Attributes:
+        model: class of the model.
+        architecture: what transformers calls it.
+    """
+
+    model, architecture = Llama, "LlamaForCausalLM"
+
+    def __init__(self, architecture: str):
+        self.architecture = architecture
+
+    def read(self, raw: dict, path: Path) -> ModelConfig:
+        """config.json -> config.
+
+        Raises:
+            UserError: a number that is missing or impossible, a way of computing that is not here.
+        """
+        if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
+            raise UserError(f"{path}: hidden_act must be silu and mlp_bias false")
+        if raw.get("use_sliding_window"):
+            raise UserError(f"{path}: use_sliding_window is not supported")
+        return make_config(ModelConfig, raw | read_rope(raw, path), path)
+
+    def write(self, config: ModelConfig) -> dict:
+        """config -> config.json."""
+        scaling = {"rope_type": config.rope_type, "factor": config.rope_factor}
+        if config.original_max_position_embeddings:
+            scaling["original_max_position_embeddings"] = config.original_max_position_embeddings
+        if config.rope_type == "llama3":
+            scaling |= {name: ROPE_CONSTANTS[name] for name in ("low_freq_factor", "high_freq_factor")}
+        sizes = {k: v for k, v in dataclasses.asdict(config).items() if k not in ROPE_FIELDS}
+        scaling = None if config.rope_type == "default" else scaling
+        return {"architectures": [self.architecture], **sizes, "hidden_act": "silu", "mlp_bias": False,
+                "rope_scaling": scaling, "attention_dropout": 0.0}  # fmt: skip
+
+    def ours(self, name: str) -> str:
+        """Our name of a stored tensor, "" for a constant that old exports store."""
+        return "" if name.endswith("rotary_emb.inv_freq") else name
+
+    def theirs(self, name: str) -> str:
+        return name
+
+
+# By model_type. Commands add those of extras/families.py.
+FAMILIES: dict[str, Family] = {"llama": Family("LlamaForCausalLM"), "qwen2": Family("Qwen2ForCausalLM"),
+                               "qwen3": Family("Qwen3ForCausalLM")}  # fmt: skip
+ROPE_FIELDS = ("rope_type", "rope_factor", "original_max_position_embeddings")
+# What transformers lets a config.json say and model.py takes as given.
+ROPE_CONSTANTS = {"beta_fast": 32, "beta_slow": 1, "low_freq_factor": 1, "high_freq_factor": 4, "truncate": True}
+
+
+def sizes(config: ModelConfig) -> dict:
+    """What tells one model from another; fields that came later only where they are used: older runs go on."""
+    later = {"model_type": "llama", "rope_type": "default", "rope_factor": 1.0, "original_max_position_embeddings": 0}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in later or v != later[k]}
+
+
+def family_of(config: ModelConfig) -> Family:
+    return FAMILIES[config.model_type]
+
+
+def read_rope(raw: dict, path: Path) -> dict:
+    """rope_theta and ROPE_FIELDS out of a config.json, old (rope_scaling) or of transformers 5 (rope_parameters)."""
+    rope = raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters = {reprlib.repr(rope)} is not an object")
-    scaling = raw.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
-    if scaling:
+    scaling = raw.get("rope_scaling") or rope
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else None
+    plain = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+    if kind is None or (kind != "default" and scaling.get("factor") is None) or any(
+        value is not None and key not in plain and value != ROPE_CONSTANTS.get(key) for key, value in scaling.items()
+    ):  # fmt: skip
         raise UserError(f"{path}: rope_scaling {reprlib.repr(scaling)} is not supported")
-    if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
-        raise UserError(f"{path}: hidden_act must be silu and mlp_bias false")
-    # transformers' own defaults where its config.json leaves a key out.
-    if raw.get("rope_theta") is None:
-        raw["rope_theta"] = rope.get("rope_theta", 10000.0)
-    raw.setdefault("tie_word_embeddings", False)
-    raw.setdefault("rms_norm_eps", 1e-6)
-    raw.setdefault("max_position_embeddings", 2048)
+    theta = raw.get("rope_theta")
+    found = {"rope_theta": rope.get("rope_theta", 10000.0) if theta is None else theta, "rope_type": kind}
+    if kind != "default":
+        found["rope_factor"] = scaling["factor"]
+        if kind in ("yarn", "llama3"):
+            found["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings", 0)
+    return found
+
+
+def make_config(cls: type, raw: dict, path: Path, **own):
+    """A ModelConfig or one derived from it, out of what a config.json says, every number checked; `own` is not."""
+    raw = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048} | raw
     values = {}
-    for field in dataclasses.fields(ModelConfig):
+    for field in (f for f in dataclasses.fields(cls) if f.name not in own):
         value = raw.get(field.name)
         if value is None:
             if field.name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                               "num_attention_heads"):  # fmt: skip
                 raise UserError(f"{path}: {field.name} is missing")
             continue
-        numeric = (int, float) if field.type in (float, "float") else (field.type,)
+        fits = type(value) in (int, float) if field.type is float else type(value) is field.type
         # The comparison also keeps out integers that no float holds.
-        if type(value) not in numeric or (type(value) is not bool and not abs(value) <= sys.float_info.max):
+        if not fits or (type(value) in (int, float) and not abs(value) <= sys.float_info.max):
             raise UserError(f"{path}: {field.name} = {reprlib.repr(value)} is not of type {field.type.__name__}")
         values[field.name] = field.type(value)
     try:
-        config = ModelConfig(**values)
+        return cls(**values, **own)
     except ValueError as e:
         raise UserError(f"{path}: {e}") from None
-    if not config.vocab_size:
-        raise UserError(f"{path}: vocab_size is 0")
-    return config
 
 
 def read_json(path: Path, hint: str = "") -> dict:
@@ -407,7 +474,8 @@ class WholeModel:
 
     def load(self, folder: Path) -> dict[str, Tensor]:
         """What was saved, by the model's names."""
-        return load_tensors(folder / self.file)
+        family = family_of(load_config(folder))
+        return {family.ours(name): t for name, t in load_tensors(folder / self.file).items()}
 
 
 class Run:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from core.checkpoint import family_of
 from core.data import Batch
 from core.errors import UserError
 from core.loss import next_token_loss
@@ -82,7 +83,7 @@ def peak_bytes(config: ModelConfig, rows: int, seq_len: int, dtype: torch.dtype 
         weights, gradients, moments and activations together, at the worst moment.
     """
     with torch.device("meta"):
-        model = Llama(config)
+        model = family_of(config).model(config)
     with FakeTensorMode(), _Live() as live:
         _take_memory(model, device)
         model.gradient_checkpointing = checkpointing

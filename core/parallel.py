@@ -26,7 +26,7 @@ from core.data import Batch
 from core.distributed import Ranks
 from core.errors import UserError
 from core.loss import next_token_loss
-from model import Llama, rope_table
+from model import Llama
 
 WAYS = ("ddp", "zero1", "fsdp", "pipeline")
 
@@ -434,8 +434,7 @@ class _Stage(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
         """ids (B, T) on the first rank, else x (B, T, C) -> x (B, T, C), on the last rank losses (B, T)."""
-        positions, mask = self.llama._positions_and_mask(x[..., 0] if x.ndim == 3 else x, docs, None)
-        rope = rope_table(positions, self.llama.config)
+        rope, mask = self.llama.context(x[..., 0] if x.ndim == 3 else x, docs, None)
         x = self.llama.model.embed_tokens(x)
         for i in self.mine:
             x = self.llama.run_block(self.llama.model.layers[i], x, rope, mask, None)

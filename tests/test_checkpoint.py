@@ -339,7 +339,14 @@ def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
     ({"rms_norm_eps": 0}, "must be"),
     ({"vocab_size": 0}, "vocab_size"),
     ({"model_type": "bloom"}, "not supported"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "not of type float"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "long_factor": [1, 2]}}, "not supported"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "not supported"),
+    ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, "not of type str"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "at least 1"),
+    ({"model_type": "qwen2", "use_sliding_window": True}, "sliding"),
     ({"num_key_value_heads": 3}, "divisible"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_is_refused_before_anything_is_allocated(tmp_path, changes, says):

@@ -70,7 +70,7 @@ def test_the_model_builds_and_has_as_many_parameters_as_its_numbers_say(path):
         model = Llama(sizes)
     assert sum(p.numel() for p in model.parameters()) == expected
     assert model.num_parameters() == (expected, embedding)
-    assert f"{expected:,}" in describe(sizes)
+    assert f"{expected:,}" in describe(model)
 
 
 @each_config

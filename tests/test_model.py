@@ -210,7 +210,7 @@ def test_rows_of_a_batch_have_documents_of_their_own(tiny_model):
 def test_positions_restart_at_each_document_and_after_the_padding(tiny_model, monkeypatch):
     """RoPE sees only distances, so a shift would not show in the losses: it would only leave the trained range."""
     seen, real = [], model_file.rope_table
-    monkeypatch.setattr(model_file, "rope_table", lambda positions, config: seen.append(positions.tolist()) or
+    monkeypatch.setattr(model_file, "rope_table", lambda positions, config, length: seen.append(positions.tolist()) or
                         real(positions, config))  # fmt: skip
     ids, docs = packed(3, 1, 4)
     tiny_model(ids, docs=docs)

@@ -44,6 +44,10 @@ def open_folder(path: str | Path) -> tuple[Path, Llama, Tokenizer]:
     """The folder with a run's weights, its model in fp32 and its tokenizer, which belong together."""
     folder = checkpoint.model_folder(path)
     text, model = tokenizer.load(folder), checkpoint.load_model(folder)
+    kind, rope = model.config.model_type, model.config.rope_type
+    if (kind, rope) != ("llama", "default"):
+        raise UserError(f"{folder}: {kind} with rope_type {rope}, only plain Llama models are written for others",
+                        "transformers reads the folder as it is, llama.cpp's own converter too")  # fmt: skip
     checkpoint.check_tokenizer(folder, model, text)
     return folder, model, text
 

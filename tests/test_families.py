@@ -1,0 +1,329 @@
+"""Promises of model families: their logits are those of transformers, whatever is done with them, and so are their files."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pretrain
+import sft
+from core import checkpoint
+from core.data import BinWriter
+from core.errors import UserError
+from extras import families
+from model import Cache
+
+transformers = pytest.importorskip("transformers")
+families.register()
+SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 64}  # fmt: skip
+FALCON = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
+
+
+def bloom(heads):
+    return "Bloom", {"vocab_size": 96, "hidden_size": 16 * heads, "n_layer": 2, "n_head": heads}
+
+
+KINDS = {
+    "llama": ("Llama", SIZES | {"num_key_value_heads": 2}),
+    "llama, linear": ("Llama", SIZES | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama, dynamic": ("Llama", SIZES | {"max_position_embeddings": 16, "rope_parameters": {
+        "rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama, yarn": ("Llama", SIZES | {"head_dim": 64, "rope_parameters": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
+    "llama, llama3": ("Llama", SIZES | {"head_dim": 64, "rope_parameters": {
+        "rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 32, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "rope_theta": 1e4}}),
+    "qwen2": ("Qwen2", SIZES | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", SIZES | {"num_key_value_heads": 2, "head_dim": 32}),
+    "glm": ("Glm", SIZES | {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}),
+    "gpt_neox": ("GPTNeoX", SIZES),
+    "gpt_neox, one after the other": ("GPTNeoX", SIZES | {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "gpt_neox, all turned": ("GPTNeoX", SIZES | {"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 1.0,
+                                                                   "rope_type": "default"}, "attention_bias": False}),
+    "bloom, 4 heads": bloom(4),
+    "bloom, 6 heads": bloom(6),
+    "falcon, one key": ("Falcon", FALCON),
+    "falcon, a key for each head": ("Falcon", FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon, new": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, new with one norm": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2,
+                                                      "num_ln_in_parallel_attn": 1}),
+}  # fmt: skip
+
+
+def theirs(kind, folder, **changes):
+    """A model of transformers with random weights, norms and biases too, saved to a folder."""
+    name, options = KINDS[kind][0], KINDS[kind][1] | changes
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**options)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.ndim == 1 else 0.0, 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def ids_of(rows, length):
+    return torch.randint(0, 96, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def close(ours, expected):
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers(tmp_path, kind):
+    model, ids = theirs(kind, tmp_path), ids_of(2, 40)
+    ours = checkpoint.load_model(tmp_path).eval()
+    with torch.no_grad():
+        close(ours(ids), model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "llama, dynamic"])  # whose keys turn anew as a text grows
+def test_step_by_step_and_packed_logits_are_those_of_the_whole(tmp_path, kind):
+    theirs(kind, tmp_path)
+    model = checkpoint.load_model(tmp_path).eval()
+    ids = ids_of(2, 20)
+    with torch.no_grad():
+        cache, whole = Cache(model.config, 2, 20), model(ids)
+        parts = [model(part, cache=cache) for part in ids.split([9, 1, 1, 9], dim=1)]
+        close(torch.cat(parts, dim=1), whole)
+        # padded on the left: what comes after is as without padding
+        cache = Cache(model.config, 2, 25, pad=torch.tensor([5, 0]))
+        padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:1]], dim=1)
+        longer = torch.cat([ids[1:], ids[1:, :5]], dim=1)
+        close(model(torch.cat([padded, longer]), cache=cache)[0, 5:], whole[0])
+        docs = torch.tensor([[0] * 8 + [1] * 12])
+        packed = model(ids[:1], docs=docs)[0]
+        close(packed, torch.cat([model(ids[:1, :8])[0], model(ids[:1, 8:])[0]]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_we_save_transformers_reads_with_the_same_logits(tmp_path, kind):
+    theirs(kind, tmp_path / "theirs")
+    ours = checkpoint.load_model(tmp_path / "theirs").eval()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    checkpoint.save_model(tmp_path / "ours", ours, None, {})
+    back, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert type(back).__name__ == f"{KINDS[kind][0]}ForCausalLM"
+    with torch.no_grad():
+        close(back.eval()(ids_of(2, 40)).logits, ours(ids_of(2, 40)))
+        close(checkpoint.load_model(tmp_path / "ours")(ids_of(2, 40)), ours(ids_of(2, 40)))
+
+
+# ---------------------------------------------------------------- families that transformers does not have
+
+
+def test_chatglm2_is_glm_under_other_names_with_joined_products(tmp_path):
+    """Source: THUDM's modeling_chatglm.py; GLM has its block with queries, keys and values apart."""
+    model, ids = theirs("glm", tmp_path / "glm"), ids_of(2, 40)
+    state, renamed = load_file(tmp_path / "glm/model.safetensors"), {}
+    for part in ("weight", "bias"):
+        for i in range(2):
+            block = [state.pop(f"model.layers.{i}.self_attn.{w}_proj.{part}") for w in "qkv"]
+            renamed[f"transformer.encoder.layers.{i}.self_attention.query_key_value.{part}"] = torch.cat(block)
+    names = {"model.embed_tokens": "transformer.embedding.word_embeddings", "lm_head": "transformer.output_layer",
+             "model.layers": "transformer.encoder.layers", "model.norm": "transformer.encoder.final_layernorm",
+             "self_attn.o_proj": "self_attention.dense", "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+             "mlp.down_proj": "mlp.dense_4h_to_h"}  # fmt: skip
+    for name, t in state.items():
+        for ours, their in names.items():
+            name = name.replace(ours, their)
+        renamed[name] = t
+    renamed["transformer.rotary_pos_emb.inv_freq"] = torch.ones(4)
+    (tmp_path / "chatglm").mkdir()
+    save_file(renamed, tmp_path / "chatglm/model.safetensors")
+    config = {"model_type": "chatglm", "padded_vocab_size": 96, "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2,
+              "num_attention_heads": 4, "kv_channels": 16, "multi_query_group_num": 2, "multi_query_attention": True,
+              "add_qkv_bias": True, "add_bias_linear": False, "rmsnorm": True, "post_layer_norm": True, "seq_length": 64,
+              "apply_residual_connection_post_layernorm": False, "layernorm_epsilon": model.config.rms_norm_eps,
+              "original_rope": True}  # fmt: skip
+    (tmp_path / "chatglm/config.json").write_text(json.dumps(config))
+    ours = checkpoint.load_model(tmp_path / "chatglm").eval()
+    with torch.no_grad():
+        close(ours(ids), model(ids).logits)
+    checkpoint.save_model(tmp_path / "back", ours, None, {})
+    back = load_file(tmp_path / "back/model.safetensors")
+    del renamed["transformer.rotary_pos_emb.inv_freq"]
+    assert back.keys() == renamed.keys() and all(torch.equal(back[n], renamed[n]) for n in back)
+    assert config.items() <= json.loads((tmp_path / "back/config.json").read_text()).items()
+
+
+def baichuan_folder(folder, kind, **changes):
+    """Llama's folder with its three products joined, as Baichuan has them."""
+    model = theirs(kind, folder)
+    state, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    for i in range(2):
+        block = [state.pop(f"model.layers.{i}.self_attn.{w}_proj.weight") for w in "qkv"]
+        state[f"model.layers.{i}.self_attn.W_pack.weight"] = torch.cat(block)
+    save_file(state, folder / "model.safetensors")
+    config = {k: v for k, v in config.items() if k not in ("rope_parameters", "num_key_value_heads", "head_dim")}
+    config |= {"model_type": "baichuan"} | changes
+    config = {k: v for k, v in config.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+KINDS["llama, as many keys"] = ("Llama", SIZES)
+
+
+def test_baichuan_7b_is_llama_with_its_products_joined(tmp_path):
+    model, ids = baichuan_folder(tmp_path, "llama, as many keys"), ids_of(2, 40)
+    with torch.no_grad():
+        close(checkpoint.load_model(tmp_path)(ids), model(ids).logits)
+
+
+def test_baichuan_13b_is_that_with_the_biases_of_alibi_instead_of_rotations(tmp_path):
+    """Against attention written out with loops: no rotation, a bias that falls with distance, slopes 1/4, 1/16 ..."""
+    theirs_model = baichuan_folder(tmp_path, "llama, as many keys", max_position_embeddings=None, model_max_length=64)
+    ids, w = ids_of(1, 12), dict(theirs_model.named_parameters())
+
+    def norm(x, name):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w[name]
+
+    with torch.no_grad():
+        x = w["model.embed_tokens.weight"][ids[0]]
+        for i in range(2):
+            p = f"model.layers.{i}."
+            h = norm(x, p + "input_layernorm.weight")
+            q, k, v = (h @ w[f"{p}self_attn.{n}_proj.weight"].T for n in "qkv")
+            y = torch.zeros_like(x)
+            for head in range(4):
+                part, slope = slice(16 * head, 16 * head + 16), 4.0 ** -(head + 1)
+                for t in range(12):
+                    scores = torch.stack([q[t, part] @ k[s, part] / 4 - slope * (t - s) for s in range(t + 1)])
+                    y[t, part] = scores.softmax(0) @ v[: t + 1, part]
+            x = x + y @ w[p + "self_attn.o_proj.weight"].T
+            h = norm(x, p + "post_attention_layernorm.weight")
+            gate, up = (h @ w[f"{p}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+            x = x + (torch.nn.functional.silu(gate) * up) @ w[p + "mlp.down_proj.weight"].T
+        close(checkpoint.load_model(tmp_path)(ids)[0], norm(x, "model.norm.weight") @ w["lm_head.weight"].T)
+
+
+# ---------------------------------------------------------------- what folders say
+
+
+def test_names_of_old_exports_are_read(tmp_path):
+    """BLOOM's own files leave `transformer.` out, Pythia's hold constants, old configs have other keys."""
+    for kind in ("bloom, 4 heads", "gpt_neox"):
+        folder = tmp_path / kind
+        model, ids = theirs(kind, folder), ids_of(2, 40)
+        state, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+        if kind == "gpt_neox":
+            state |= {f"gpt_neox.layers.0.attention.{n}": torch.ones(1) for n in ("bias", "masked_bias", "rotary_emb.inv_freq")}
+            del config["rope_parameters"]
+            config |= {"rotary_pct": 0.25, "rotary_emb_base": 10000}
+        else:
+            state = {n.removeprefix("transformer."): t for n, t in state.items()}
+            config |= {"n_embed": config.pop("hidden_size"), "num_attention_heads": config.pop("n_head")}
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        with torch.no_grad():
+            close(checkpoint.load_model(folder)(ids), model(ids).logits)
+
+
+@pytest.mark.parametrize(("kind", "changes", "says"), [
+    ("bloom, 4 heads", {"apply_residual_connection_post_layernorm": True}, "not supported"),
+    ("bloom, 4 heads", {"hidden_size": None}, "missing"),
+    ("bloom, 4 heads", {"hidden_size": "64"}, "not of type int"),
+    ("bloom, 4 heads", {"qkv": "row", "layer_norm": False}, ""),  # words of ours mean nothing in their files
+    ("gpt_neox", {"hidden_act": "relu"}, "hidden_act"),
+    ("gpt_neox", {"hidden_act": ["gelu"]}, "hidden_act"),
+    ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.01}}, "turned"),
+    ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": -1}}, "turned"),
+    ("gpt_neox", {"rope_parameters": ["partial_rotary_factor"]}, "not an object"),
+    ("gpt_neox", {"use_parallel_residual": "yes"}, "not true or false"),
+    ("falcon, one key", {"alibi": True}, "not supported"),
+    ("falcon, new", {"num_kv_heads": 3}, "divisible"),
+    ("glm", {"hidden_act": "gelu"}, "not supported"),
+    ("glm", {"model_type": "chatglm"}, "first ChatGLM"),
+    ("llama", {"model_type": "baichuan", "vocab_size": 125696}, "Baichuan 2"),
+    ("qwen2", {"use_sliding_window": True}, "sliding"),
+])  # fmt: skip
+def test_what_a_config_asks_for_and_is_not_here_is_refused_by_name(tmp_path, kind, changes, says):
+    theirs(kind, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    if not says:
+        checkpoint.load_model(tmp_path)
+        return
+    with pytest.raises(UserError, match=says) as e:
+        checkpoint.load_model(tmp_path)
+    assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------- commands
+
+ROOT = Path(__file__).resolve().parents[1]
+ONE_OF_EACH = ["llama", "qwen2", "qwen3", "glm", "gpt_neox", "bloom, 4 heads", "falcon, new"]
+WORDS = ["--max_steps", "4", "--micro_batch", "2", "--batch_tokens", "256", "--save_every", "2", "--eval_every", "2",
+         "--log_every", "1", "--device", "cpu", "--dtype", "fp32", "--warmup_steps", "1"]  # fmt: skip
+
+
+def run(command, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [command.__name__, *WORDS, *words])
+    command.main()
+
+
+@pytest.fixture
+def place(tmp_path, small, monkeypatch):
+    """Chats and a bin; `base(kind)` makes a folder with a model and the tokenizer."""
+    chats = [{"messages": [{"role": "user", "content": f"{a}是什么？"}, {"role": "assistant", "content": f"{b}的。"}]}
+             for a in "天火雪叶夜金木水" for b in "蓝红白绿黑黄"]  # fmt: skip
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in chats))
+    with BinWriter(tmp_path / "text.bin", small.vocab_size, small.eos_id, small.sha256) as out:
+        for chat in chats * 4:
+            text = "".join(m["content"] for m in chat["messages"])
+            out.add(small.encode(text, bos=True, eos=True), len(text.encode()))
+    monkeypatch.chdir(tmp_path)
+
+    def base(kind):
+        model = theirs(kind, tmp_path / "base", vocab_size=small.vocab_size)
+        small.save(tmp_path / "base")
+        return model
+
+    return base
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+@pytest.mark.parametrize("way", ["full", "lora"])
+def test_every_family_is_trained_on_chats_and_read_by_transformers_afterwards(place, monkeypatch, kind, way):
+    model = place(kind)
+    configs = [str(ROOT / "configs" / f"{name}.toml") for name in ("sft", "lora")[: 1 + (way == "lora")]]
+    words = [*configs, "--init_from", "base", "--chat.train", "chats.jsonl", "--chat_format", "bos", "--chat.val", "chats.jsonl",
+             "--out_dir", "out/new", "--lr", "1e-2", "--seq_len", "32", "--batch_tokens", "128"]  # fmt: skip
+    run(sft, monkeypatch, *words)
+    losses = [m["loss"] for m in map(json.loads, Path("out/new/metrics.jsonl").read_text().splitlines()) if "loss" in m]
+    assert losses[-1] < losses[0]
+    run(sft, monkeypatch, *words, "--max_steps", "6")  # goes on from its checkpoint
+    assert Path("out/new/checkpoint-6").is_dir() and Path("out/new/checkpoint-4").is_dir()
+    if way == "full":
+        back = transformers.AutoModelForCausalLM.from_pretrained("out/new").eval()
+        ids = ids_of(2, 20)
+        with torch.no_grad():
+            close(checkpoint.load_model("out/new")(ids), back(ids).logits)
+            assert not torch.allclose(back(ids).logits, model(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_continued_pretraining_begins_at_the_loss_of_the_base(place, small, monkeypatch, kind):
+    model = place(kind)
+    ids = np.fromfile("text.bin", dtype=np.uint16)[: 8 * 32 + 1].astype(np.int64)
+    rows = torch.from_numpy(ids)
+    with torch.no_grad():
+        logits = model(rows[:-1].view(8, 32)).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[1:]).item()
+    with BinWriter("eight.bin", small.vocab_size, small.eos_id, small.sha256) as out:
+        out.add(ids.tolist(), 1000)
+    run(pretrain, monkeypatch, "--init_from", "base", "--data.train", "eight.bin", "--data.val", "", "--docs", "false",
+        "--seq_len", "32", "--out_dir", "out/more", "--prompt", "", "--optimizer", "adamw", "--max_steps", "1")  # fmt: skip
+    first = json.loads(Path("out/more/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(expected, abs=1e-5)
