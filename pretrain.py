@@ -21,7 +21,7 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import families
+from extras import families, finetune, longlora, lora
 from model import Llama, ModelConfig, describe
 
 
@@ -44,7 +44,8 @@ class DataConfig:
 
 
 def main() -> None:
-    sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": engine.TrainConfig}
+    sections = {"model": ModelConfig, "data": DataConfig, "lora": lora.LoraConfig, "long": longlora.LongConfig,
+                "optim": OptimConfig, "train": engine.TrainConfig}  # fmt: skip
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
@@ -53,7 +54,12 @@ def main() -> None:
     model, fill = checkpoint.open_model(base, cfg.data.allow_pickle) if base else new_model(cfg, text)
     if base:
         checkpoint.check_tokenizer(base, model, text)
-    seq_len = cfg.data.seq_len or model.config.max_position_embeddings
+    intro = [config.show(cfg), describe(model)]
+    identity = {"tokenizer": text.sha256, "docs": cfg.data.docs,
+                "base": checkpoint.weights_digest(base) if base else ""}  # fmt: skip
+    fill, saver = finetune.begin(model, fill, cfg, base, identity, intro)
+    identity["model"] = checkpoint.sizes(model.config)
+    seq_len = cfg.data.seq_len or cfg.long.context or model.config.max_position_embeddings
     train, shares = data.parse_mix(cfg.data.train)
 
     def open_rows(path: str, tail: bool) -> data.BinRows:
@@ -65,12 +71,11 @@ def main() -> None:
     parts = [open_rows(path, tail=False) for path in train]
     rows = data.MixedRows(parts, shares) if len(parts) > 1 else parts[0]
     val_rows = open_rows(cfg.data.val, tail=True) if cfg.data.val else None
-    identity = {"model": checkpoint.sizes(model.config), "tokenizer": text.sha256, "docs": cfg.data.docs,
-                "base": checkpoint.weights_digest(base) if base else ""}  # fmt: skip
-    intro = [config.show(cfg), describe(model), rows.describe()]
+    intro.append(rows.describe())
     engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text,
                  identity, {"command": "pretrain", "options": config.as_dict(cfg), "intro": intro},
-                 (lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None, fill)  # fmt: skip
+                 (lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None, fill,
+                 saver)  # fmt: skip
     ranks.close()
 
 

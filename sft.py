@@ -20,7 +20,7 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import families, lora
+from extras import families, finetune, longlora, lora
 from model import Llama
 from tokenizer import chat
 
@@ -48,7 +48,8 @@ class ChatConfig:
 
 
 def main() -> None:
-    sections = {"chat": ChatConfig, "lora": lora.LoraConfig, "optim": OptimConfig, "train": engine.TrainConfig}
+    sections = {"chat": ChatConfig, "lora": lora.LoraConfig, "long": longlora.LongConfig,
+                "optim": OptimConfig, "train": engine.TrainConfig}
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo-sft.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
@@ -56,35 +57,21 @@ def main() -> None:
     text = tokenizer.load(folder)
     model, fill = checkpoint.open_model(folder, cfg.chat.allow_pickle)
     checkpoint.check_tokenizer(folder, model, text)
-    seq_len = cfg.chat.seq_len or model.config.max_position_embeddings
     intro = [config.show(cfg)]
+    identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder),
+                "chat_format": cfg.chat.chat_format, "train_on": cfg.chat.train_on}  # fmt: skip
+    fill, saver = finetune.begin(model, fill, cfg, folder, identity, intro)
+    seq_len = cfg.chat.seq_len or cfg.long.context or model.config.max_position_embeddings
     rows = chat_rows(cfg.chat.train, text, cfg.chat, seq_len, intro)
     if cfg.chat.show_mask:
         for ids, mask, where in rows.samples[: cfg.chat.show_mask]:
             print(f"{where}: {marked(text, ids, mask)}")
         return
     val_rows = chat_rows(cfg.chat.val, text, cfg.chat, seq_len, intro) if cfg.chat.val else None
-    identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder),
-                "chat_format": cfg.chat.chat_format, "train_on": cfg.chat.train_on}  # fmt: skip
-    saver = None
-    if cfg.lora.r:
-        check_lora(cfg)
-        fill, saver = lora.begin(model, fill, cfg.lora, cfg.train.seed, folder)
-        identity["lora"] = saver.identity
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        intro.append(f"LoRA: {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained")
     about = {"command": "sft", "chat_format": cfg.chat.chat_format, "options": config.as_dict(cfg), "intro": intro}
     engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text, identity, about,
                  (lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None, fill, saver)  # fmt: skip
     ranks.close()
-
-
-def check_lora(cfg) -> None:
-    """Refuse options that do not go with LoRA."""
-    if cfg.optim.optimizer == "muon":  # its updates have full rank, a product's factors do not
-        raise errors.UserError("optimizer = \"muon\" does not go with LoRA", "--optimizer adamw, or configs/lora.toml")
-    if cfg.train.max_memory_gb:
-        raise errors.UserError("max_memory_gb knows what training of all weights needs, not LoRA")
 
 
 def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro: list[str]) -> data.ChatRows:

@@ -2,6 +2,8 @@
 
 In:  a model, on the meta device or not, and LoraConfig. Out: the same model with y = W x + alpha / r * B A x where it
 had y = W x; adapters as files in PEFT's format; or a plain model again, with the products added to its weights.
+QLoRA: W is packed while A and B are trained. The adapter's file is the same, and it is used, sampled from and merged
+with the base as it is on disk, as with PEFT.
 Knows nothing of data, losses or ranks: frozen weights have requires_grad False, and that is all the others see.
 
 Shapes:  A (r, in), B (out, r), W (out, in)
@@ -11,7 +13,8 @@ Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,10 +23,11 @@ from torch import Tensor, nn
 
 from core import checkpoint, files
 from core.errors import UserError
-from model import Llama
+from model import Llama, ModelConfig
 
 CONFIG, PREFIX = "adapter_config.json", "base_model.model."  # of PEFT: a file, and what its names have before ours
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+QUANTIZING = ("quantize", "double_quant")  # of LoraConfig: what adapters' own files do not say
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,13 @@ class LoraConfig:
     target_modules: tuple[str, ...] = ()  # linear layers, by the ends of their names; none: all of the blocks
     modules_to_save: tuple[str, ...] = ()  # what is trained whole besides: embed_tokens, lm_head, norm ...
     lora_config: str = ""  # a JSON file with lora_r, lora_alpha, lora_dropout, lora_target_modules instead of these
+    quantize: str = ""  # nf4 (QLoRA): weights of the blocks that LoRA stands beside are kept in 4.5 bits each
+    double_quant: bool = False  # nf4 in 4.127 bits: the scales of its blocks in 8 bits, too
 
     def __post_init__(self):
         given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
         if self.lora_config:
-            if given != {"lora_config"}:
+            if given - {*QUANTIZING} != {"lora_config"}:
                 raise ValueError("lora_config and the other options of the section: one or the other")
             for name, value in read_config(Path(self.lora_config)).items():
                 object.__setattr__(self, name, value)
@@ -50,33 +56,47 @@ class LoraConfig:
             object.__setattr__(self, "alpha", 2.0 * self.r)
         if not 0 <= self.alpha < math.inf or not 0 <= self.dropout < 1:
             raise ValueError(f"alpha = {self.alpha}, dropout = {self.dropout}: from 0, and from 0 to below 1")
+        if self.quantize not in ("", "nf4") or (self.double_quant and not self.quantize):
+            raise ValueError(f"quantize = {self.quantize!r}, double_quant = {self.double_quant}: nf4, or neither")
         if isinstance(self.target_modules, str):
             raise ValueError(f"target_modules = {self.target_modules!r}, must be a list of names")
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with W frozen: W x + alpha / r * B A x. Names are those of the plain layer and of PEFT."""
+    """A linear layer with W frozen: W x + alpha / r * B A x. Names are those of the plain layer and of PEFT.
 
-    def __init__(self, plain: nn.Linear, cfg: LoraConfig):
+    Args:
+        pack: W -> a module in its place that computes W x + b; None: W stays.
+    """
+
+    def __init__(self, plain: nn.Linear, cfg: LoraConfig, pack: Callable[[Tensor], nn.Module] | None = None):
         super().__init__(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
         self.weight, self.bias, self.scale, self.dropout = plain.weight, plain.bias, cfg.alpha / cfg.r, cfg.dropout
         self.lora_A = nn.Linear(plain.in_features, cfg.r, bias=False, device=plain.weight.device)
         self.lora_B = nn.Linear(cfg.r, plain.out_features, bias=False, device=plain.weight.device)
+        self.packed = pack is not None
+        if pack is not None:
+            del self.weight  # a parameter's name takes no module
+            self.weight = pack(plain.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout, self.training)
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(dropped))  # (..., in) -> (..., out)
+        plain = self.weight(x, self.bias) if self.packed else super().forward(x)
+        return plain + self.scale * self.lora_B(self.lora_A(dropped))  # (..., in) -> (..., out)
 
 
 # ---------------------------------------------------------------- model -> model
 
 
-def apply(model: Llama, cfg: LoraConfig) -> Llama:
+def apply(model: Llama, cfg: LoraConfig, packed: Callable[[Tensor, bool], nn.Module] | None = None) -> Llama:
     """Put LoRA into a model, in place, and freeze all but it and modules_to_save. A and B get no values here.
 
+    Args:
+        packed: where cfg.quantize asks for it, (W, double_quant) -> a module in W's place: `nf4.Weight`.
     Raises:
         UserError: a name that the model does not have, r larger than a matrix.
     """
+    assert bool(cfg.quantize) == (packed is not None)
     tied = model.config.tie_word_embeddings
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not (tied and name == HEAD)}
     assert not any(isinstance(layer, LoraLinear) for layer in linear.values())
@@ -89,7 +109,8 @@ def apply(model: Llama, cfg: LoraConfig) -> Llama:
         if not 0 < cfg.r <= least:
             raise UserError(f"r = {cfg.r} for {name} of {' x '.join(map(str, linear[name].weight.shape))}",
                             f"from 1 to {least}")  # fmt: skip
-        _replace(model, name, LoraLinear(linear[name], cfg))
+        pack = partial(packed, double_quant=cfg.double_quant) if packed and ".layers." in name else None  # not the head
+        _replace(model, name, LoraLinear(linear[name], cfg, pack))
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
     return model
@@ -97,9 +118,14 @@ def apply(model: Llama, cfg: LoraConfig) -> Llama:
 
 @torch.no_grad()
 def merge(model: Llama) -> Llama:
-    """Add each product to its weight, in place: a plain model that computes the same."""
+    """Add each product to its weight, in place: a plain model that computes the same.
+
+    Args:
+        model: with its base's own weights, as `attach` makes it: what QLoRA packs is for training only.
+    """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLinear):
+            assert not layer.packed
             plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             plain.weight = nn.Parameter(layer.weight + layer.scale * layer.lora_B.weight @ layer.lora_A.weight)
             plain.bias = layer.bias
@@ -124,27 +150,53 @@ def _replace(model: Llama, name: str, layer: nn.Module) -> None:
 # ---------------------------------------------------------------- training
 
 
-def begin(model: Llama, fill: Callable, cfg: LoraConfig, seed: int, base: Path) -> tuple[Callable, "Adapter"]:
+def begin(model: Llama, fill: Callable, cfg: LoraConfig, seed: int, base: Path,
+          packed: Callable[[Tensor, bool], nn.Module] | None = None,
+          changes: dict | None = None) -> tuple[Callable, "Adapter"]:  # fmt: skip
     """Apply LoRA to what `checkpoint.open_model` returned, for training.
 
     Args:
-        seed: of A's first values; those of B are zero, so that the model begins as its base.
         base: the folder that was opened.
+        changes: what was changed in the base's config before, noted beside the adapter.
+        The rest as in `begun`.
     Returns:
         `fill` for the whole, and the saver for `engine.train`.
     """
-    apply(model, cfg)
+    return begun(model, fill, cfg, seed, packed), Adapter(cfg, base, model.config, changes or {})
+
+
+def begun(model: Llama, fill: Callable, cfg: LoraConfig, seed: int,
+          packed: Callable[[Tensor, bool], nn.Module] | None = None) -> Callable:  # fmt: skip
+    """Apply LoRA to a model on the meta device, and give all of it its first values.
+
+    Args:
+        fill: calls what it is given with (name, values) of each of the plain model's weights.
+        seed: of A's first values; those of B are zero, so that the model begins as its base.
+        packed: see `apply`; weights are packed one after another, so that they never are in memory all at once.
+    Returns:
+        `fill` for the whole.
+    """
+    apply(model, cfg, packed)
+    weights = {f"{name}.weight": layer.weight for name, layer in model.named_modules()
+               if isinstance(layer, LoraLinear) and layer.packed}  # fmt: skip
     shapes = {name: p.shape for name, p in model.named_parameters() if ".lora_" in name}  # a pipeline takes layers away
 
     def fill_both(write: Callable[[str, Tensor], None]) -> None:
-        fill(write)
+        def write_packed(name: str, values: Tensor) -> None:
+            if name not in weights:
+                write(name, values)
+                return
+            for part, t in weights[name].pack(values).items():
+                write(f"{name}.{part}", t)
+
+        fill(write_packed)
         generator = torch.Generator().manual_seed(seed)
         for name, shape in shapes.items():
             # As wide as PEFT's uniform numbers, whatever the layer's width is.
             std = 1 / math.sqrt(3 * shape[1]) if name.endswith("lora_A.weight") else 0.0
             write(name, torch.zeros(shape).normal_(0.0, std, generator=generator))
 
-    return fill_both, Adapter(cfg, base, model.config.tie_word_embeddings)
+    return fill_both
 
 
 class Adapter:
@@ -152,37 +204,45 @@ class Adapter:
 
     file, trained_only = "adapter_model.safetensors", True
 
-    def __init__(self, cfg: LoraConfig, base: Path, tied: bool):
-        self.cfg, self.base, self.tied, self.base_sha256 = cfg, base, tied, checkpoint.weights_digest(base)
-        # What a resumed run must share with the one it continues.
-        self.identity = {k: v for k, v in asdict(cfg).items() if k != "lora_config"} | {
+    def __init__(self, cfg: LoraConfig, base: Path, config: ModelConfig, changes: dict):
+        self.cfg, self.base, self.config, self.changes = cfg, base, config, changes
+        self.base_sha256 = checkpoint.weights_digest(base)
+        # What a resumed run must share with the one it continues; QLoRA's only with it: runs from before it go on.
+        skip = ("lora_config", *(QUANTIZING if not cfg.quantize else ()))
+        self.identity = {k: v for k, v in asdict(cfg).items() if k not in skip} | {
             "target_modules": list(cfg.target_modules), "modules_to_save": list(cfg.modules_to_save)}  # fmt: skip
 
     def save(self, folder: Path, model: Llama, tokenizer, about: dict, weights: dict[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         weights = dict(weights)
-        if self.tied and f"{EMBEDDING}.weight" in weights:  # PEFT has no tied ones: both get the same values
-            weights[f"{HEAD}.weight"] = weights[f"{EMBEDDING}.weight"].clone()
+        if self.config.tie_word_embeddings and f"{EMBEDDING}.weight" in weights:
+            weights[f"{HEAD}.weight"] = weights[f"{EMBEDDING}.weight"].clone()  # PEFT has no tied ones: the same values
+        weights = {checkpoint.family_of(self.config).theirs(name): t for name, t in weights.items()}
         checkpoint.save_tensors(folder / self.file, {PREFIX + n: t.detach().contiguous() for n, t in weights.items()})
-        checkpoint.save_about(folder, tokenizer, about | {"base_sha256": self.base_sha256})
-        layers = sorted({name.split(".")[-3] for name in weights if name.endswith(".lora_A.weight")})
+        checkpoint.save_about(folder, tokenizer, about | {"base_sha256": self.base_sha256} |
+                              ({"base_changes": self.changes} if self.changes else {}))  # fmt: skip
+        targets = [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]
+        if not self.cfg.target_modules:
+            targets = sorted({name.rpartition(".")[2] for name in targets})
+        elif type(self.config) is ModelConfig:  # as the user said it; another family has other names
+            targets = list(self.cfg.target_modules)
         whole = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
         # Last: a folder that has it has all the rest.
         files.write_json(folder / CONFIG, {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.base), "r": self.cfg.r,
             "lora_alpha": self.cfg.alpha, "lora_dropout": self.cfg.dropout, "bias": "none", "inference_mode": True,
-            "target_modules": list(self.cfg.target_modules) or layers, "modules_to_save": whole or None,
+            "target_modules": targets, "modules_to_save": whole or None,
         })  # fmt: skip
 
     def load(self, folder: Path) -> dict[str, Tensor]:
-        return _load(folder / self.file, self.tied)
+        return _load(folder / self.file, self.config)
 
 
 # ---------------------------------------------------------------- files
 
 
 def attach(model: Llama, fill: Callable, adapter: str | Path, base: Path) -> tuple[Llama, Callable, Path]:
-    """Apply a saved adapter, ours or PEFT's, to what `checkpoint.open_model` returned.
+    """Apply a saved adapter, ours or PEFT's, to what `checkpoint.open_model` returned: its weights are never packed.
 
     Args:
         adapter: a folder with adapter_config.json, or of a run that was cut short.
@@ -199,12 +259,14 @@ def attach(model: Llama, fill: Callable, adapter: str | Path, base: Path) -> tup
         raise UserError(f"{folder}: is merged into {base} already")
     if noted != here:
         raise UserError(f"{folder}: an adapter for the base {str(noted)[:12]}, {base} is {here[:12]}", "--model BASE")
-    values, read = _load(path, model.config.tie_word_embeddings), read_config(folder / CONFIG)
+    values, read = _load(path, model.config), read_config(folder / CONFIG)
     modules = [name.rpartition(".")[0] for name in values]
-    if isinstance(read.get("target_modules"), str):  # a pattern: the weights say what it has found
+    # A pattern, or names of another family: the weights say what was found.
+    if isinstance(read.get("target_modules"), str) or type(model.config) is not ModelConfig:
         read["target_modules"] = tuple(m.removesuffix(".lora_A") for m in modules if m.endswith(".lora_A"))
     for word in read.get("modules_to_save", ()):
-        if not any(name.endswith(word) for name in [*modules, HEAD * model.config.tie_word_embeddings]):
+        theirs = [checkpoint.family_of(model.config).theirs(f"{name}.").rstrip(".") for name in [*modules, HEAD]]
+        if not any(name.endswith(word) for name in theirs[: len(modules) + model.config.tie_word_embeddings]):
             raise UserError(f"{path}: {word} is missing", f"modules_to_save of {CONFIG} names it")
     read["modules_to_save"] = tuple(dict.fromkeys(m for m in modules if ".lora_" not in m))
     try:
@@ -214,6 +276,10 @@ def attach(model: Llama, fill: Callable, adapter: str | Path, base: Path) -> tup
     except UserError as e:
         raise UserError(f"{folder}: {e}") from None
     checkpoint.check_tensors(path, values, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    try:  # a base that was made to reach further
+        model.config = replace(model.config, **checkpoint.load_about(folder).get("base_changes", {}))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{folder}/run.json: base_changes: {e}") from None
 
     def fill_both(write: Callable[[str, Tensor], None]) -> None:
         fill(write)
@@ -232,10 +298,11 @@ def base_of(adapter: str | Path) -> str:
     return name
 
 
-def _load(path: Path, tied: bool) -> dict[str, Tensor]:
+def _load(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """An adapter's tensors by our names."""
-    values = {name.removeprefix(PREFIX): t for name, t in checkpoint.load_tensors(path).items()}
-    if tied and (f"{HEAD}.weight" in values or f"{EMBEDDING}.weight" in values):
+    ours = checkpoint.family_of(config).ours
+    values = {ours(name.removeprefix(PREFIX)): t for name, t in checkpoint.load_tensors(path).items()}
+    if config.tie_word_embeddings and (f"{HEAD}.weight" in values or f"{EMBEDDING}.weight" in values):
         head, embedding = values.pop(f"{HEAD}.weight", None), values.get(f"{EMBEDDING}.weight")
         if head is None or embedding is None or not torch.equal(head, embedding):
             raise UserError(f"{path}: embedding and head differ, in its base they are one matrix")
@@ -257,7 +324,7 @@ def read_config(path: Path) -> dict:
     Raises:
         UserError: a key or value that we do not know or cannot do.
     """
-    ours = {field.name for field in fields(LoraConfig)} - {"lora_config"}
+    ours = {field.name for field in fields(LoraConfig)} - {"lora_config", *QUANTIZING}
     found = {}
     for key, value in checkpoint.read_json(path).items():
         name = NAMES.get(key, key)

@@ -14,7 +14,7 @@ import sft
 from core import checkpoint
 from core.data import BinWriter
 from core.errors import UserError
-from extras import families
+from extras import families, lora
 from model import Cache
 
 transformers = pytest.importorskip("transformers")
@@ -311,6 +311,29 @@ def test_every_family_is_trained_on_chats_and_read_by_transformers_afterwards(pl
         with torch.no_grad():
             close(checkpoint.load_model("out/new")(ids), back(ids).logits)
             assert not torch.allclose(back(ids).logits, model(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+@pytest.mark.parametrize("some", [False, True])
+def test_adapters_of_every_family_go_to_peft_and_come_back(place, monkeypatch, kind, some):
+    peft = pytest.importorskip("peft")
+    model = place(kind)
+    name = "query_key_value" if kind.startswith(("gpt", "bloom", "falcon")) else "v_proj"
+    words = ["--target_modules", f"layers.1.self_attn.{name}", "--modules_to_save", "embed_tokens"] if some else []
+    run(sft, monkeypatch, str(ROOT / "configs/sft.toml"), str(ROOT / "configs/lora.toml"), "--init_from", "base", "--chat.train",
+        "chats.jsonl", "--chat_format", "bos", "--chat.val", "", "--out_dir", "out/new", "--lr", "3e-2", "--seq_len", "32",
+        "--batch_tokens", "128", *words)  # fmt: skip
+    ids = ids_of(2, 20)
+    with torch.no_grad():
+        before = model(ids).logits
+        ours, fill, _ = lora.attach(*checkpoint.open_model("base"), "out/new", Path("base"))
+        ours = checkpoint.build(ours, fill).eval()
+        theirs_model = peft.PeftModel.from_pretrained(model, "out/new").eval()
+        close(ours(ids), theirs_model(ids).logits)
+        assert not torch.allclose(ours(ids), before, atol=1e-3)
+        theirs_model.save_pretrained("peft")
+        again, fill, _ = lora.attach(*checkpoint.open_model("base"), "peft", Path("base"))
+        close(checkpoint.build(again, fill).eval()(ids), ours(ids))
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
