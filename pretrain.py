@@ -70,7 +70,7 @@ def main() -> None:
 
     parts = [open_rows(path, tail=False) for path in train]
     rows = data.MixedRows(parts, shares) if len(parts) > 1 else parts[0]
-    val_rows = open_rows(cfg.data.val, tail=True) if cfg.data.val else None
+    val_rows = {cfg.data.val: open_rows(cfg.data.val, tail=True)} if cfg.data.val else {}
     intro.append(rows.describe())
     engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text,
                  identity, {"command": "pretrain", "options": config.as_dict(cfg), "intro": intro},

@@ -30,9 +30,9 @@ class ChatConfig:
     init_from: str = "out/pretrain"  # a model folder: ours, or Hugging Face's of a known family
     allow_pickle: bool = False  # its weights may be a .bin, .pt or .pth: only tensors are read from it
     train: tuple[str, ...] = ("data/sft_train.jsonl",)  # chat files
-    val: tuple[str, ...] = ("data/sft_val.jsonl",)  # none: no validation
+    val: tuple[str, ...] = ("data/sft_val.jsonl",)  # none: no validation; several: a loss for each, and of all
     chat_format: str = "chatml"  # how roles and turns become tokens: see tokenizer/chat.py
-    train_on: str = "assistant"  # assistant: loss on all answers and their ends; all: on every token
+    train_on: str = "assistant"  # assistant: loss on all answers and their ends; last: on the last; all: on every token
     seq_len: int = 0  # positions per row; 0: the model's max_position_embeddings
     pack: bool = True  # several chats in one row, attention within each
     show_mask: int = 0  # print so many samples with their trained tokens marked, and stop
@@ -41,8 +41,8 @@ class ChatConfig:
     def __post_init__(self):
         if self.chat_format not in chat.FORMATS:
             raise ValueError(f"chat_format = {self.chat_format!r}, must be one of {', '.join(chat.FORMATS)}")
-        if self.train_on not in ("assistant", "all"):
-            raise ValueError(f"train_on = {self.train_on!r}, must be assistant or all")
+        if self.train_on not in chat.TRAIN_ON:
+            raise ValueError(f"train_on = {self.train_on!r}, must be one of {', '.join(chat.TRAIN_ON)}")
         if self.seq_len < 0 or self.show_mask < 0:
             raise ValueError("seq_len and show_mask must not be negative")
 
@@ -62,12 +62,15 @@ def main() -> None:
                 "chat_format": cfg.chat.chat_format, "train_on": cfg.chat.train_on}  # fmt: skip
     fill, saver = finetune.begin(model, fill, cfg, folder, identity, intro)
     seq_len = cfg.chat.seq_len or cfg.long.context or model.config.max_position_embeddings
+    for paths in (cfg.chat.train, cfg.chat.val):
+        if len({os.path.realpath(path) for path in paths}) < len(paths):
+            raise errors.UserError(f"{', '.join(paths)}: the same file stands twice")
     rows = chat_rows(cfg.chat.train, text, cfg.chat, seq_len, intro)
     if cfg.chat.show_mask:
         for ids, mask, where in rows.samples[: cfg.chat.show_mask]:
             print(f"{where}: {marked(text, ids, mask)}")
         return
-    val_rows = chat_rows(cfg.chat.val, text, cfg.chat, seq_len, intro) if cfg.chat.val else None
+    val_rows = {path: chat_rows((path,), text, cfg.chat, seq_len, intro) for path in cfg.chat.val}
     about = {"command": "sft", "chat_format": cfg.chat.chat_format, "options": config.as_dict(cfg), "intro": intro}
     engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text, identity, about,
                  (lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None, fill, saver)  # fmt: skip
@@ -77,8 +80,6 @@ def main() -> None:
 def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro: list[str]) -> data.ChatRows:
     """Chat files rendered and packed; what does not fit is left out, counted and named in `intro`."""
     samples, too_long = [], []
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise errors.UserError(f"{', '.join(paths)}: the same file stands twice")
     for path in paths:
         for where, item in data.read_jsonl(path):
             if "messages" not in item:

@@ -170,7 +170,7 @@ def plan(cfg: TrainConfig, rows: BinRows | ChatRows, ranks: Ranks) -> tuple[int,
     return per_step, micro, mine // micro, steps
 
 
-def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: BinRows | ChatRows | None,
+def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: dict[str, BinRows | ChatRows],
           cfg: TrainConfig, optim: OptimConfig, ranks: Ranks, tokenizer, identity: dict, about: dict,
           samples: Callable[[Llama], str] | None = None, fill: Callable | None = None, saver=None) -> None:  # fmt: skip
     """Train until the last step, a stop signal or divergence.
@@ -178,7 +178,8 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: B
     Args:
         model: fp32 weights, on ranks.device; or on the meta device, then `fill` gives the weights (`parallel.spread`).
         loss_fn: (model, Batch) -> sum of the losses of the batch's targets.
-        rows, val_rows: what to train and validate on; no validation where val_rows is None.
+        rows: what to train on.
+        val_rows: what to validate on, by its source; none: no validation.
         tokenizer: saved with the model.
         identity: what a resumed run must share with the one it continues, besides the seed and the training rows.
         about: plain data for run.json; `intro` in it is a list of lines to log first.
@@ -391,8 +392,8 @@ def _program() -> str:
 
 @torch.no_grad()
 def evaluate(spread, loss_fn: Callable, rows: BinRows | ChatRows, cfg: TrainConfig,
-             autocast) -> tuple[float, float | None]:  # fmt: skip
-    """Mean loss in nats per target over the first eval_tokens positions, and bits per byte where bytes are known."""
+             autocast) -> tuple[float, float, float | None]:  # fmt: skip
+    """Loss in nats and targets over the first eval_tokens positions, and bits per byte where bytes are known."""
     spread.model.eval()
     ranks, among = spread.ranks, spread.data
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
@@ -406,25 +407,30 @@ def evaluate(spread, loss_fn: Callable, rows: BinRows | ChatRows, cfg: TrainConf
             total += spread.losses(data, loss_fn) * bool(mine)
     spread.model.train()
     nats, targets = ranks.sum(total).tolist()
-    loss = nats / max(1.0, targets)
     if not rows.bytes_per_token:
-        return loss, None
+        return nats, targets, None
     # The text's bytes are spread evenly over all positions; an id without a target (a document's first) counts too.
     positions = min(number * rows.seq_len, rows.bin.tokens)
-    return loss, nats / math.log(2) / (positions * rows.bytes_per_token)
+    return nats, targets, nats / math.log(2) / (positions * rows.bytes_per_token)
 
 
 def _validate(spread, loss_fn, val_rows, cfg, autocast, run: Run, log: Log, state: dict, samples,
               must: bool = False) -> None:  # fmt: skip
     """Measure, print early samples, and publish the model into the run folder unless an earlier one was better."""
     facts, better = {"step": state["step"]}, True
-    if val_rows is not None:
-        loss, bits = evaluate(spread, loss_fn, val_rows, cfg, autocast)
+    if val_rows:
+        parts = {name: evaluate(spread, loss_fn, rows, cfg, autocast) for name, rows in val_rows.items()}
+        loss = sum(nats for nats, _, _ in parts.values()) / max(1.0, sum(targets for _, targets, _ in parts.values()))
+        bits = next(iter(parts.values()))[2] if len(parts) == 1 else None
         facts |= {"val_loss": _plain(loss)} | ({"val_bits_per_byte": _plain(bits)} if bits is not None else {})
         better = math.isfinite(loss) and (state["best"] is None or loss < state["best"])
         log(f"step {state['step']} validation loss {loss:.4f}"
             + (f" bits/byte {bits:.4f}" if bits is not None else "")
             + (" (best so far)" if better else ""))  # fmt: skip
+        if len(parts) > 1:
+            means = {name: nats / max(1.0, targets) for name, (nats, targets, _) in parts.items()}
+            log("  of which " + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
+            facts["val_loss_by_source"] = {name: _plain(mean) for name, mean in means.items()}
         log.metrics(**facts)
     if samples:
         spread.model.eval()

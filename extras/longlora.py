@@ -48,11 +48,10 @@ def begin(model: Llama, cfg: LongConfig) -> dict:
                             f"{model.config.rope_type}", "a Llama or Qwen whose positions are not scaled")  # fmt: skip
         if cfg.context <= known:
             raise UserError(f"context = {cfg.context}: the base has {known} positions", f"--context {4 * known}")
-        # transformers measures `dynamic` from max_position_embeddings, the others say what was trained on.
-        dynamic = cfg.scaling == "dynamic"
+        # transformers measures `dynamic` from max_position_embeddings; yarn alone wants to know what was trained on.
         changes = {"rope_type": cfg.scaling, "rope_factor": cfg.context / known,
-                   "max_position_embeddings": known if dynamic else cfg.context,
-                   "original_max_position_embeddings": 0 if dynamic else known}  # fmt: skip
+                   "max_position_embeddings": known if cfg.scaling == "dynamic" else cfg.context,
+                   "original_max_position_embeddings": known if cfg.scaling == "yarn" else 0}  # fmt: skip
         model.config = replace(model.config, **changes)
     if cfg.shifted:
         if model.config.num_attention_heads % 2:

@@ -78,7 +78,7 @@ def run(out_dir, model=None, rows="bin", loss_fn=next_token_loss, val=True, opti
     optim = OptimConfig(optimizer=optimizer, lr=lr, min_lr=lr / 10 if min_lr is None else min_lr, warmup_steps=2, grad_clip=grad_clip)
     ranks = distributed.start("cpu", cfg.timeout_s)
     train_rows = chat_rows() if rows == "chats" else bin_rows(out_dir.parent)
-    val_rows = bin_rows(out_dir.parent, tail=True) if val else None
+    val_rows = {"val": bin_rows(out_dir.parent, tail=True)} if val else {}
     about = {"options": {"train": dataclasses.asdict(cfg), "optim": dataclasses.asdict(optim)}}
     engine.train(model, loss_fn, train_rows, val_rows, cfg, optim, ranks, NoTokenizer(),
                  {"model": dataclasses.asdict(model.config)}, about, samples, fill)  # fmt: skip

@@ -40,6 +40,26 @@ def test_training_is_timed_beside_others_and_ends_in_json(tmp_path, how):
     assert set(result["parts"]) == {"embedding", "attention", "MLP", "norms", "head and loss", "optimizer"}
 
 
+@pytest.mark.heavy
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to ask")
+def test_finetuning_is_measured_in_each_way_and_needs_less_the_less_it_trains(tmp_path):
+    changes = (("vocab_size = 500", "vocab_size = 2000"), ("hidden_size = 64", "hidden_size = 512"), ("layers = 2", "layers = 16"),
+               ("intermediate_size = 128", "intermediate_size = 2048"))  # fmt: skip
+    sizes = SIZES
+    for old, new in changes:
+        sizes = sizes.replace(old, new)
+    (tmp_path / "wide.toml").write_text(sizes)
+    done = subprocess.run([sys.executable, "bench.py", "finetune", "--model", str(tmp_path / "wide.toml"), "--rounds", "2", "--rows", "1",
+                           "--seq_len", "32"], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    weights_gb = 4 * 16 * (4 * 512**2 + 3 * 512 * 2048) / 1e9
+    full, low, packed = (result[way]["peak_gb"] for way in ("full", "lora", "qlora"))
+    assert full > low + 2.5 * weights_gb  # gradients and two moments
+    assert low > packed + 0.7 * weights_gb  # 27.5 of 32 bits, less what unpacks them
+    assert all(0 < r["least"] <= r["step_s"] <= r["most"] for r in result.values())
+
+
 @pytest.mark.parametrize("bad", [["--peers", "ours", "nobody"], ["--dtype", "fp16"], ["--gradient_checkpointing", "x"]])
 def test_what_cannot_be_timed_is_refused_in_a_line(bad):
     done = subprocess.run([sys.executable, "bench.py", "train", "--model", "configs/demo.toml", *bad], cwd=ROOT,

@@ -259,8 +259,17 @@ def test_generation_needs_a_question_at_the_end(small):
 def test_unknown_choices_are_refused(small):
     with pytest.raises(TokenizerError, match="bos, user-assistant"):
         render(TALK, small, "vicuna")
-    with pytest.raises(TokenizerError, match="assistant or all"):
+    with pytest.raises(TokenizerError, match="assistant, last, all"):
         render(TALK, small, "bos", train_on="user")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_last_answer_alone_is_trained_on_where_that_is_asked_for(tok, name):
+    ids, every = render(TALK, tok, name)
+    same, last = render(TALK, tok, name, train_on="last")
+    second = every.index(0, every.index(1))  # behind the first answer
+    assert same == ids and last == [0] * second + every[second:] and sum(every[:second]) and sum(last)
+
 
 
 def test_a_format_without_its_control_pieces_names_the_formats_that_work(small, tmp_path):

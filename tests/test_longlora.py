@@ -1,16 +1,24 @@
 """Promises of longer contexts: attention in shifted groups is what a mask of loops allows, and only in training."""
 
 import math
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import export
+import pretrain
 from core import checkpoint
+from core.data import BinWriter
 from core.errors import UserError
-from extras import longlora
+from extras import longlora, lora
 from extras.longlora import LongConfig
 from model import Llama, ModelConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                     num_key_value_heads=2, max_position_embeddings=16)  # fmt: skip
 
@@ -74,3 +82,44 @@ def test_transformers_reads_the_longer_model_with_the_same_logits(tmp_path, scal
         expected = theirs(ids).logits
         torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
         assert not torch.allclose(model_of().eval()(ids), expected, atol=1e-4)
+
+
+def test_a_base_is_brought_further_by_pretraining_and_its_adapter_says_so(tmp_path, small, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = replace(SIZES, vocab_size=small.vocab_size)
+    base = Llama(config)
+    base.init_weights(0)
+    checkpoint.save_model(tmp_path / "base", base, small, {})
+    with BinWriter(tmp_path / "text.bin", small.vocab_size, small.eos_id, small.sha256) as out:
+        for n in range(40):
+            text = "天地玄黄，宇宙洪荒。" * (n % 7 + 1)
+            out.add(small.encode(text, bos=True, eos=True), len(text.encode()))
+    monkeypatch.chdir(tmp_path)
+    words = ["--init_from", "base", "--data.train", "text.bin", "--data.val", "", "--prompt", "", "--context", "64",
+             "--max_steps", "6", "--batch_tokens", "128", "--device", "cpu", "--dtype", "fp32", "--save_every", "3"]  # fmt: skip
+    run(pretrain, monkeypatch, str(ROOT / "configs/longlora.toml"), *words)
+    values = load_file("out/long/adapter_model.safetensors")
+    trained = {name.removeprefix("base_model.model.").removesuffix(".weight") for name in values}
+    assert {"model.embed_tokens", "model.norm", "model.layers.1.input_layernorm"} <= trained
+    assert not torch.equal(values["base_model.model.model.norm.weight"], base.model.norm.weight)
+    model, fill, _ = lora.attach(*checkpoint.open_model("base"), "out/long", Path("base"))
+    assert (model.config.rope_type, model.config.rope_factor, model.config.max_position_embeddings) == ("linear", 4.0, 64)
+    tuned = checkpoint.build(model, fill).eval()
+    run(export, monkeypatch, "merge", "--adapter", "out/long", "--output", "merged")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
+    ids = torch.randint(0, small.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = tuned(ids)
+        torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    # the whole model instead of an adapter; and what cannot be
+    run(pretrain, monkeypatch, *words, "--optimizer", "adamw", "--out_dir", "out/whole")
+    assert checkpoint.load_config("out/whole").rope_factor == 4.0
+    for bad, says in ((["--context", "32"], "cannot be resumed"), (["--init_from", "out/whole"], "rope_type linear"),
+                      (["--init_from", "", "--tokenizer", "base"], "--init_from DIR"), (["--optimizer", "muon"], "LoRA")):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            run(pretrain, monkeypatch, str(ROOT / "configs/longlora.toml"), *words, *bad)
+
+
+def run(command, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [command.__name__, *words])
+    command.main()

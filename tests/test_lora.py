@@ -19,6 +19,7 @@ from test_engine import metrics
 import export
 import sample
 import sft
+import tokenizer
 from core import checkpoint, engine
 from core.errors import UserError
 from core.generate import SamplingConfig
@@ -26,6 +27,7 @@ from core.optim import OptimConfig, make_optimizers
 from extras import lora
 from extras.lora import LoraConfig, LoraLinear
 from model import Llama, ModelConfig
+from tokenizer import chat
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTER = "adapter_model.safetensors"
@@ -407,3 +409,23 @@ def test_the_json_of_other_projects_is_taken_with_its_names(tmp_path):
 def test_lora_is_not_there_where_it_is_not_asked_for(tiny_model):
     assert LoraConfig().r == 0
     refused(lambda: lora.apply(tiny_model, LoraConfig()), "r = 0")
+
+
+def test_each_source_has_its_own_validation_loss_beside_that_of_all(place):
+    lines = (place / "chats.jsonl").read_text().splitlines(keepends=True)
+    (place / "a.jsonl").write_text("".join(lines[:5]))
+    (place / "b.jsonl").write_text("".join(lines[20:40]))
+    found = {}
+    for name, files in (("a", ["a.jsonl"]), ("b", ["b.jsonl"]), ("both", ["a.jsonl", "b.jsonl"])):
+        out = train("--val", *files, "--max_steps", "3", "--out_dir", name)
+        found[name] = [m for m in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "val_loss" in m][-1]
+    parts = found["both"]["val_loss_by_source"]
+    assert parts == {"a.jsonl": found["a"]["val_loss"], "b.jsonl": found["b"]["val_loss"]}
+    text, targets = tokenizer.load("base"), []
+    for name in "ab":
+        chats = [json.loads(line)["messages"] for line in (place / f"{name}.jsonl").read_text().splitlines()]
+        targets.append(sum(sum(chat.render(c, text, "bos")[1]) for c in chats))
+    mean = (targets[0] * parts["a.jsonl"] + targets[1] * parts["b.jsonl"]) / sum(targets)
+    assert found["both"]["val_loss"] == pytest.approx(mean, rel=1e-5)
+    assert "val_loss_by_source" not in found["a"]
+    refused(lambda: train("--val", "a.jsonl", "./a.jsonl"), "the same file stands twice")

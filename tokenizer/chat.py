@@ -86,6 +86,9 @@ FORMATS = {
 }
 
 
+TRAIN_ON = ("assistant", "last", "all")
+
+
 def render(
     messages: list[dict], tokenizer, chat_format: str, *, generation: bool = False, train_on: str = "assistant"
 ) -> tuple[list[int], list[int]]:
@@ -96,7 +99,8 @@ def render(
         tokenizer: a `Tokenizer`.
         chat_format: a name from `FORMATS`.
         generation: end where the assistant begins to speak; the last message is then the user's.
-        train_on: "assistant" for all answers and what ends them, "all" for everything but the very first token.
+        train_on: "assistant" for all answers and what ends them, "last" for the last one only, "all" for everything
+            but the very first token.
 
     Returns:
         (ids, mask), lists of the same length; mask[i] is 1 iff token i is to be predicted with loss.
@@ -105,8 +109,8 @@ def render(
         TokenizerError: a message that breaks the rules, named by its number from 0; an unknown format; or a format that
             needs control pieces this vocabulary lacks.
     """
-    if train_on not in ("assistant", "all"):
-        raise TokenizerError(f"train_on is {train_on!r} -- choose assistant or all")
+    if train_on not in TRAIN_ON:
+        raise TokenizerError(f"train_on is {train_on!r} -- choose {', '.join(TRAIN_ON)}")
     special = special_ids(tokenizer, chat_format)
     ids: list[int] = []
     mask: list[int] = []
@@ -133,6 +137,10 @@ def render(
     if run:
         emit(run, in_answer)
     mask[0] = 0  # nothing stands before it to predict it from
+    if train_on == "last" and any(mask):
+        end = len(mask) - mask[::-1].index(1)  # a question stands between two answers
+        begin = max((i for i in range(end) if not mask[i]), default=-1) + 1
+        mask = [0] * begin + mask[begin:]
     return ids, mask
 
 
