@@ -294,10 +294,10 @@ def place(tmp_path, small, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
-@pytest.mark.parametrize("way", ["full", "lora"])
+@pytest.mark.parametrize("way", ["full", "lora", "qlora"])
 def test_every_family_is_trained_on_chats_and_read_by_transformers_afterwards(place, monkeypatch, kind, way):
     model = place(kind)
-    configs = [str(ROOT / "configs" / f"{name}.toml") for name in ("sft", "lora")[: 1 + (way == "lora")]]
+    configs = [str(ROOT / "configs" / f"{name}.toml") for name in ["sft", way][: 1 + (way != "full")]]
     words = [*configs, "--init_from", "base", "--chat.train", "chats.jsonl", "--chat_format", "bos", "--chat.val", "chats.jsonl",
              "--out_dir", "out/new", "--lr", "1e-2", "--seq_len", "32", "--batch_tokens", "128"]  # fmt: skip
     run(sft, monkeypatch, *words)
