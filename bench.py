@@ -4,6 +4,7 @@
     python bench.py dedup --input corpus.txt                                            # pip install datasketch rensa
     python bench.py memory --tokenizer chatglm2/tokenizer.model --input corpus.txt      # Linux; writes 4 GB to a folder
     python bench.py activations --model configs/llama-92m.toml                          # Linux; training's memory
+    python bench.py finetune --model configs/llama-218m.toml --dtype bf16               # Linux; LoRA, QLoRA's memory
     python bench.py train --model configs/llama-92m.toml --dtype bf16                   # Linux; steps beside others'
     python bench.py loader --model configs/llama-92m.toml                               # Linux; from a 50 GB bin
     python bench.py saving --model configs/llama-218m.toml                              # writes 2.6 GB three times
@@ -12,6 +13,7 @@ Prints a table of medians and, as its last line, the same as JSON.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -35,21 +37,26 @@ import tokenizer
 from core import checkpoint, config, data, engine, errors, optim, parallel
 from core.distributed import Ranks
 from core.errors import UserError
-from extras import peers
+from core.loss import next_token_loss
+from extras import lora, nf4, peers
 from extras.corpus import bins, dedup, pipeline, readers
 from model import Llama, ModelConfig
 from tokenizer.parallel import map_in_order
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What memory.keep_freed_memory does in a training run, for a process from its beginning.
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     tokenizer: str = "data/tokenizer"
     input: str = ""  # a UTF-8 text, a document a line
-    model: str = ""  # a config with a [model] section, for activations
+    model: str = ""  # a config with a [model] section, for all that trains
     rounds: int = 5
     documents: int = 100_000  # of dedup
     peers: tuple[str, ...] = ("ours", "transformers", "trainer", "litgpt", "classic")  # of train
-    dtype: str = "fp32"  # of train: fp32 or bf16
+    dtype: str = "fp32"  # of train and finetune: fp32 or bf16
     compile: bool = False
     gradient_checkpointing: str = "none"
     rows: int = 4
@@ -69,7 +76,7 @@ class BenchConfig:
 def main() -> None:
     words = sys.argv[1:2]
     ways = {"tokenize": tokenize, "dedup": deduplicate, "memory": memory, "activations": activations,
-            "train": train, "loader": loader, "saving": saving}  # fmt: skip
+            "finetune": finetune, "train": train, "loader": loader, "saving": saving}  # fmt: skip
     if not words or words[0] not in ways:
         raise UserError(f"{' '.join(words) or 'nothing'} cannot be timed", f"python bench.py {' or '.join(ways)}")
     ways[words[0]](config.load(__doc__, {"bench": BenchConfig}, sys.argv[2:]).bench)
@@ -305,14 +312,88 @@ def peak_memory(command: list[str]) -> list[int]:
 
 def activations(cfg: BenchConfig) -> None:
     """Peak memory of training steps with each kind of checkpointing, measured and as core/memory.py expects it."""
-    result = []
+    from core.memory import OVERHEAD, peak_bytes
+
+    result, sizes = [], sizes_of(cfg.model)
     for dtype in ("fp32", "bf16"):
         for kind in ("none", "selective", "full"):
-            code = f"import bench; bench.train_steps({cfg.model!r}, {kind!r}, {dtype!r})"
-            done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-            result.append({"dtype": dtype, "checkpointing": kind, **json.loads(done.stdout)})
+            taken = train_steps_alone(os.environ, sizes, kind=kind, dtype=dtype)["bytes"]
+            expected = OVERHEAD * peak_bytes(sizes, 4, 512, DTYPES[dtype], kind)
+            result.append({"dtype": dtype, "checkpointing": kind, "gb": round(taken / 1e9, 2),
+                           "expected_gb": round(expected / 1e9, 2)})  # fmt: skip
             print(result[-1], flush=True)
     print(json.dumps(result))
+
+
+def finetune(cfg: BenchConfig) -> None:
+    """Memory and time of a step that trains all weights, LoRA (r = 8, all linear layers of the blocks), or QLoRA."""
+    result = {}
+    print(f"{cfg.rows} x {cfg.seq_len} tokens, {cfg.dtype}, gradient_checkpointing {cfg.gradient_checkpointing}")
+    for way in ("full", "lora", "qlora"):
+        found = train_steps_alone(os.environ | KEEP_FREED, sizes_of(cfg.model), way=way, dtype=cfg.dtype,
+                                  kind=cfg.gradient_checkpointing, rows=cfg.rows, seq_len=cfg.seq_len,
+                                  steps=cfg.rounds + 1, micro_batches=cfg.micro_batches)  # fmt: skip
+        seconds = found["seconds"][1:]  # moments are made in the first step
+        result[way] = {"peak_gb": round(found["bytes"] / 1e9, 2), "step_s": round(statistics.median(seconds), 3),
+                       "least": round(min(seconds), 3), "most": round(max(seconds), 3)}  # fmt: skip
+        r = result[way]
+        print(f"{way:<6} {r['peak_gb']:>6.2f} GB  {r['step_s']:>7.2f} s a step ({r['least']:.2f} to {r['most']:.2f})",
+              flush=True)  # fmt: skip
+    print(json.dumps(result))
+
+
+def train_steps_alone(env: dict, sizes: ModelConfig, **options) -> dict:
+    """`train_steps` in a process of its own, with these variables of the environment."""
+    code = "import json, sys, bench; bench.train_steps(**json.loads(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps({"sizes": asdict(sizes), **options})],
+                          stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent, env=env)  # fmt: skip
+    if done.returncode:
+        raise UserError(f"training steps with {options} ended with code {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def train_steps(sizes: dict, way: str = "full", kind: str = "none", dtype: str = "fp32", rows: int = 4,
+                seq_len: int = 512, steps: int = 2, micro_batches: int = 2, optimizer: str = "adamw") -> None:
+    """In a process of its own: training steps; prints bytes beyond what was taken before, and seconds of each step.
+
+    Args:
+        sizes: fields of ModelConfig.
+        way: full, lora or qlora: what is trained.
+        kind: of gradient checkpointing.
+    """
+
+    def now(what: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) * 1024
+
+    def take(sizes: ModelConfig, rows: int, seq_len: int) -> list[float]:
+        with torch.device("meta"):
+            model, plain = Llama(sizes), Llama(sizes)
+        fill, seconds = functools.partial(plain.init_weights, 0), []
+        if way != "full":
+            options = lora.LoraConfig(r=8, quantize="nf4" if way == "qlora" else "")
+            fill = lora.begun(model, fill, options, 0, nf4.Weight if way == "qlora" else None)
+        parallel.spread(model, engine.TrainConfig(), Ranks(0, 1, torch.device("cpu")), DTYPES[dtype], fill)
+        model.gradient_checkpointing = kind
+        optimizers = optim.make_optimizers(model, optim.OptimConfig(optimizer=optimizer))
+        ids = torch.randint(0, sizes.vocab_size, (rows, seq_len))
+        for _ in range(steps):
+            began = time.perf_counter()
+            for _ in range(micro_batches):
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+                    loss = next_token_loss(model, data.Batch(ids, ids, torch.zeros_like(ids), []))
+                loss.backward()
+                del loss
+            for each in optimizers:
+                each.step()
+            model.zero_grad()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    tiny = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    take(tiny, 1, 8)  # what torch takes once
+    before = now("VmRSS:")
+    seconds = take(ModelConfig(**sizes), rows, seq_len)
+    print(json.dumps({"bytes": now("VmHWM:") - before, "seconds": seconds}))
 
 
 # ---------------------------------------------------------------- training
@@ -324,7 +405,7 @@ def train(cfg: BenchConfig) -> None:
     about = {"sizes": asdict(sizes), "rows": cfg.rows, "seq_len": cfg.seq_len, "dtype": cfg.dtype,
              "compiled": cfg.compile, "checkpointing": cfg.gradient_checkpointing,
              "micro_batches": cfg.micro_batches}  # fmt: skip
-    same = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}  # memory.keep_freed_memory's
+    same = os.environ | KEEP_FREED
     plain = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # core/__init__.py set it
     processes = {
         peer: subprocess.Popen([sys.executable, "-m", "extras.peers", json.dumps({"peer": peer, **about})],
@@ -414,7 +495,7 @@ def saving(cfg: BenchConfig) -> None:
             found.setdefault("save_s", []).append(round(time.perf_counter() - began, 2))
         size = sum(path.stat().st_size for path in run.path(3).iterdir())
         run.close()
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+    kind = DTYPES[cfg.dtype]
     ids = torch.randint(0, config.vocab_size, (cfg.rows, cfg.seq_len + 1))
     step = peers.ours(config, ids, kind, cfg.compile, cfg.gradient_checkpointing, cfg.micro_batches)
     for _ in range(4):
@@ -431,7 +512,7 @@ def saving(cfg: BenchConfig) -> None:
 
 def product_rate(dtype: str, size: int = 2048) -> float:
     """GFLOP/s of the best of three matrix products: what no training can exceed."""
-    a = torch.randn(size, size, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    a = torch.randn(size, size, dtype=DTYPES[dtype])
     times = []
     for _ in range(4):
         began = time.perf_counter()
@@ -445,39 +526,6 @@ def sizes_of(path: str) -> ModelConfig:
     with open(path, "rb") as f:
         sizes = tomllib.load(f)["model"]
     return ModelConfig(**(sizes | {"vocab_size": sizes.get("vocab_size") or 4096}))
-
-
-def train_steps(path: str, kind: str, dtype: str, rows: int = 4, seq_len: int = 512) -> None:
-    """In a process of its own: two steps of two micro-batches; prints GB beyond what was taken before."""
-    from core import memory
-    from core.data import Batch
-    from core.loss import next_token_loss
-
-    def now(what: str) -> int:
-        return int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) * 1024
-
-    def steps(config: ModelConfig, ids: torch.Tensor) -> None:
-        model = Llama(config)
-        model.gradient_checkpointing = kind
-        optimizers = optim.make_optimizers(model, optim.OptimConfig())
-        for _ in range(2):
-            for _ in range(2):
-                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-                    loss = next_token_loss(model, Batch(ids, ids, torch.zeros_like(ids), []))
-                loss.backward()
-                del loss
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad()
-
-    config = sizes_of(path)
-    tiny = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    steps(tiny, torch.zeros(1, 8, dtype=torch.int64))  # what torch takes once
-    before = now("VmRSS:")
-    steps(config, torch.randint(0, config.vocab_size, (rows, seq_len)))
-    half = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    expected = memory.OVERHEAD * memory.peak_bytes(config, rows, seq_len, half, kind)
-    print(json.dumps({"gb": round((now("VmHWM:") - before) / 1e9, 2), "expected_gb": round(expected / 1e9, 2)}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Run folders: resume bit for bit, damage, locks, foreign folders. Kills are in test_survival.py."""
 
+import dataclasses
 import json
 import os
 import re
@@ -354,6 +355,15 @@ def test_a_config_that_cannot_be_is_refused_before_anything_is_allocated(tmp_pat
     with pytest.raises(UserError, match=says):
         checkpoint.load_model(folder_with(tmp_path, **changes))
     assert time.monotonic() - began < 5
+
+
+def test_what_a_resumed_run_must_share_names_later_fields_only_where_they_are_used():
+    """Runs that began before these fields were there go on."""
+    before = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "attention_bias", "tie_word_embeddings"}  # fmt: skip
+    assert checkpoint.sizes(small_run.small_model().config).keys() == before
+    qwen = dataclasses.replace(small_run.small_model().config, model_type="qwen3", rope_type="yarn", rope_factor=2.0)
+    assert checkpoint.sizes(qwen).keys() - before == {"model_type", "rope_type", "rope_factor"}
 
 
 def test_all_mismatches_of_weights_are_listed(tmp_path):
