@@ -72,8 +72,6 @@ def test_resuming_another_run_is_refused_with_what_differs(tmp_path, change):
     elif change == "data":
         options = {"rows": "chats"}
     else:
-        import dataclasses
-
         from model import Llama
 
         model = Llama(dataclasses.replace(small_run.small_model().config, rope_theta=5e5))

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pretrain
+import sample
 import sft
 from core import checkpoint
 from core.data import BinWriter
 from core.errors import UserError
+from core.generate import SamplingConfig, complete
 from extras import families, lora
 from model import Cache
 
@@ -311,6 +313,12 @@ def test_every_family_is_trained_on_chats_and_read_by_transformers_afterwards(pl
         with torch.no_grad():
             close(checkpoint.load_model("out/new")(ids), back(ids).logits)
             assert not torch.allclose(back(ids).logits, model(ids).logits, atol=1e-3)
+            # and it says what transformers has it say, the most likely token each time
+            speaker = sample.Speaker(sample.SampleConfig(model="out/new", device="cpu"), SamplingConfig(max_new_tokens=8, temperature=0))
+            asked = speaker.ids("天是什么？")
+            said = complete(speaker.model, [asked], speaker.sampling, speaker.stop_ids)[0]
+            expected = back.generate(torch.tensor([asked]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(asked) :].tolist()
+            assert said and said == expected[: len(said)]
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
