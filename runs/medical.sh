@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Purpose: a model that answers medical questions, from your own files: vocabulary, base, chats, samples. What a model of
+#   six million parameters says is NO medical advice; the recipe is to be repeated with larger bases and more text.
+# Hardware: 2 CPU cores, 3 GB of memory.  Time: 15 minutes with the default steps.
+# Data: texts (books, articles; what data_process.py reads) and chats or questions with answers (20 formats):
+#   bash runs/medical.sh out/medical --texts books/*.txt --chats sft.jsonl questions.csv
+# Started again it goes on where it was. STEPS, SFT_STEPS, VOCAB, SIZES: in the environment.
+set -eu
+code=$(dirname "$0")/..
+usage="usage: bash runs/medical.sh OUT_DIR --texts FILE ... --chats FILE ..."
+out=${1:?$usage}
+shift
+texts=() chats=() list=
+for word in "$@"; do
+  case $word in
+  --texts | --chats) list=${word#--} ;;
+  *) case $list in texts) texts+=("$word") ;; chats) chats+=("$word") ;; *) echo "$usage" >&2 && exit 2 ;; esac ;;
+  esac
+done
+if [ ${#texts[@]} = 0 ] || [ ${#chats[@]} = 0 ]; then echo "$usage" >&2 && exit 2; fi
+
+[ -e "$out/text/train.bin" ] || python "$code/data_process.py" --input "${texts[@]}" --vocab_size "${VOCAB:-6000}" --out_dir "$out/text"
+[ -e "$out/chats/chats.jsonl" ] || python "$code/data_process.py" sft --input "${chats[@]}" --out_dir "$out/chats"
+# Every 50th chat is held out.
+awk -v train="$out/chats/train.jsonl" -v val="$out/chats/val.jsonl" \
+  '{ print > (NR % 50 == 0 ? val : train) }' "$out/chats/chats.jsonl"
+
+python "$code/pretrain.py" "$code/configs/demo.toml" --out_dir "$out/base" --tokenizer "$out/text/tokenizer" --data.train "$out/text/train.bin" \
+  --data.val "$out/text/val.bin" --hidden_size 256 --intermediate_size 704 --num_attention_heads 4 \
+  --max_position_embeddings 512 --batch_tokens 4096 --max_steps "${STEPS:-600}" --prompt "" ${SIZES:-}
+python "$code/sft.py" "$code/configs/demo-sft.toml" --out_dir "$out/chat" --init_from "$out/base" --chat.train "$out/chats/train.jsonl" \
+  --chat.val "$out/chats/val.jsonl" --batch_tokens 4096 --max_steps "${SFT_STEPS:-600}" --prompt ""
+
+echo "What follows is what a very small model says. It is no medical advice."
+printf '%s\n' "感冒了应该怎么办？" "高血压患者饮食上要注意什么？" "医生，我最近总是失眠，吃什么药好？" "小孩发烧39度怎么办？" \
+  "糖尿病有哪些症状？" >"$out/questions.txt"
+python "$code/sample.py" --model "$out/chat" --prompts "$out/questions.txt" --temperature 0 --repetition_penalty 1.1 \
+  --max_new_tokens 120
