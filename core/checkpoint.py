@@ -230,10 +230,10 @@ class Family:
             scaling["original_max_position_embeddings"] = config.original_max_position_embeddings
         if config.rope_type == "llama3":
             scaling |= {name: ROPE_CONSTANTS[name] for name in ("low_freq_factor", "high_freq_factor")}
-        sizes = {k: v for k, v in dataclasses.asdict(config).items() if k not in ROPE_FIELDS}
-        scaling = None if config.rope_type == "default" else scaling
-        return {"architectures": [self.architecture], **sizes, "hidden_act": "silu", "mlp_bias": False,
-                "rope_scaling": scaling, "attention_dropout": 0.0}  # fmt: skip
+        same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ROPE_FIELDS}
+        return {"architectures": [self.architecture], **same, "hidden_act": "silu", "mlp_bias": False,
+                "rope_scaling": None if config.rope_type == "default" else scaling, "attention_dropout": 0.0,
+                }  # fmt: skip
 
     def ours(self, name: str) -> str:
         """Our name of a stored tensor, "" for a constant that old exports store."""
