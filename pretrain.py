@@ -21,7 +21,7 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import families, finetune, longlora, lora
+from extras import families, longlora, lora, nf4
 from model import Llama, ModelConfig, describe
 
 
@@ -57,7 +57,10 @@ def main() -> None:
     intro = [config.show(cfg), describe(model)]
     identity = {"tokenizer": text.sha256, "docs": cfg.data.docs,
                 "base": checkpoint.weights_digest(base) if base else ""}  # fmt: skip
-    fill, saver = finetune.begin(model, fill, cfg, base, identity, intro)
+    if cfg.long.context and not base:
+        raise errors.UserError("context: a new model has max_position_embeddings", "--init_from DIR")
+    changes = longlora.begin(model, cfg.long, identity)
+    fill, saver = lora.tune(model, fill, cfg, base, identity, intro, nf4.Weight, changes)
     identity["model"] = checkpoint.sizes(model.config)
     seq_len = cfg.data.seq_len or cfg.long.context or model.config.max_position_embeddings
     train, shares = data.parse_mix(cfg.data.train)

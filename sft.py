@@ -20,7 +20,7 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import families, finetune, longlora, lora
+from extras import families, longlora, lora, nf4
 from model import Llama
 from tokenizer import chat
 
@@ -60,7 +60,8 @@ def main() -> None:
     intro = [config.show(cfg)]
     identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder),
                 "chat_format": cfg.chat.chat_format, "train_on": cfg.chat.train_on}  # fmt: skip
-    fill, saver = finetune.begin(model, fill, cfg, folder, identity, intro)
+    changes = longlora.begin(model, cfg.long, identity)
+    fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, changes)
     seq_len = cfg.chat.seq_len or cfg.long.context or model.config.max_position_embeddings
     for paths in (cfg.chat.train, cfg.chat.val):
         if len({os.path.realpath(path) for path in paths}) < len(paths):

@@ -33,9 +33,11 @@ class LongConfig:
             raise ValueError(f"scaling = {self.scaling!r}, must be linear, dynamic or yarn")
 
 
-def begin(model: Llama, cfg: LongConfig) -> dict:
+def begin(model: Llama, cfg: LongConfig, identity: dict) -> dict:
     """Make a model that was opened reach further, in place.
 
+    Args:
+        identity: of the run; gets what a resumed run must share.
     Returns:
         what changed in its config, {} for nothing.
     Raises:
@@ -58,6 +60,8 @@ def begin(model: Llama, cfg: LongConfig) -> dict:
             raise UserError(f"shifted: {model.config.num_attention_heads} heads have no halves")
         for block in model.model.layers:
             block.self_attn.attend = partial(shifted_attention, block.self_attn)
+    if changes or cfg.shifted:
+        identity["long"] = changes | {"shifted": cfg.shifted}
     return changes
 
 

@@ -150,6 +150,40 @@ def _replace(model: Llama, name: str, layer: nn.Module) -> None:
 # ---------------------------------------------------------------- training
 
 
+def tune(model: Llama, fill: Callable, cfg, base: Path | str, identity: dict, intro: list[str],
+         packed: Callable[[Tensor, bool], nn.Module], changes: dict) -> tuple[Callable, "Adapter | None"]:  # fmt: skip
+    """What a command does to an opened model before it trains it: LoRA, QLoRA or nothing, as the options say.
+
+    Args:
+        cfg: with sections lora, optim and train.
+        base: the folder that was opened; "": the model is new.
+        identity: of the run; gets what a resumed run must share.
+        intro: lines for the run's beginning; gets how much is trained.
+        packed: see `apply`, for cfg.lora.quantize.
+        changes: see `begin`.
+    Returns:
+        `fill` for the whole, and the saver, None for a whole model.
+    Raises:
+        UserError: options that do not go together.
+    """
+    if not cfg.lora.r:
+        return fill, None
+    if not base:
+        raise UserError("LoRA stands beside a model that there is", "--init_from DIR")
+    if cfg.optim.optimizer == "muon":  # its updates have full rank, a product's factors do not
+        raise UserError("optimizer = \"muon\" does not go with LoRA", "--optimizer adamw, or configs/lora.toml")
+    if cfg.train.max_memory_gb:
+        raise UserError("max_memory_gb knows what training of all weights needs, not LoRA")
+    if cfg.lora.quantize and cfg.train.parallel == "fsdp":
+        raise UserError("parallel = \"fsdp\" does not go with quantize", "--parallel ddp: packed weights are small")
+    fill, saver = begin(model, fill, cfg.lora, cfg.train.seed, base, packed if cfg.lora.quantize else None, changes)
+    identity["lora"] = saver.identity
+    trained, frozen = ([p for p in model.parameters() if p.requires_grad is flag] for flag in (True, False))
+    intro.append(f"{'QLoRA' if cfg.lora.quantize else 'LoRA'}: {sum(p.numel() for p in trained):,} parameters are "
+                 f"trained, {sum(p.numel() * p.element_size() for p in frozen) / 1e6:,.0f} MB are frozen")  # fmt: skip
+    return fill, saver
+
+
 def begin(model: Llama, fill: Callable, cfg: LoraConfig, seed: int, base: Path,
           packed: Callable[[Tensor, bool], nn.Module] | None = None,
           changes: dict | None = None) -> tuple[Callable, "Adapter"]:  # fmt: skip

@@ -69,18 +69,17 @@ def quantize(weight: Tensor, double_quant: bool = False) -> tuple[Tensor, ...]:
     return packed, codes.flatten()[: len(absmax)].clone(), scale, mean
 
 
-def dequantize(parts: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype = torch.float32,
+def dequantize(parts: tuple[Tensor | None, ...], shape: torch.Size, dtype: torch.dtype = torch.float32,
                room: Tensor | None = None) -> Tensor:  # fmt: skip
     """The weight that `quantize` has packed, in the shape it had: computed in fp32, rounded once to dtype.
 
     Args:
         room: of dtype, for 64 n numbers or more: where the weight comes; None: a new place.
     """
-    packed, absmax, *double = parts
+    packed, absmax, scale, mean = (*parts, None, None)[:4]
     if room is None:
         room = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
-    if double:
-        scale, mean = double
+    if scale is not None:
         absmax = TREE.to(absmax.device)[absmax.int()] * scale.repeat_interleave(ABSMAX_BLOCK)[: len(absmax)] + mean
     pairs, blocks = PAIRS.to(packed.device), room[: packed.numel() * 2].view(-1, BLOCK)
     for part in (slice(i, i + UNPACKED_AT_ONCE) for i in range(0, len(packed), UNPACKED_AT_ONCE)):
@@ -105,8 +104,10 @@ def _nearest(values: Tensor, levels: Tensor, size: int) -> tuple[Tensor, Tensor]
 ROOMS: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
-def _unpacked(parts: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _unpacked(parts: tuple[Tensor | None, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """W, until the next is unpacked."""
+    if torch.compiler.is_compiling():  # it plans its memory itself
+        return dequantize(parts, shape, dtype)
     key, numel = (parts[0].device, dtype), parts[0].numel() * 2
     if key not in ROOMS or len(ROOMS[key]) < numel:
         ROOMS[key] = torch.empty(numel, dtype=dtype, device=parts[0].device)
@@ -117,11 +118,10 @@ class Product(torch.autograd.Function):
     """x W^T + b with a packed W. The backward pass gets W from its bytes again: nothing as large as W is kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, shape: torch.Size, *parts: Tensor) -> Tensor:
-        """x (..., in), bias (out,), shape (out, in) -> (..., out), of autocast's dtype or x's."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.shape, ctx.dtype = shape, x.dtype
+    def forward(ctx, x: Tensor, bias: Tensor | None, shape: torch.Size, dtype: torch.dtype, packed: Tensor,
+                absmax: Tensor, scale: Tensor | None, mean: Tensor | None) -> Tensor:  # fmt: skip
+        """x (..., in), bias (out,), shape (out, in), W's PARTS, for torch.compile one by one -> (..., out) of dtype."""
+        ctx.shape, ctx.dtype, parts = shape, x.dtype, (packed, absmax, scale, mean)
         ctx.save_for_backward(*parts)
         return F.linear(x.to(dtype), _unpacked(parts, shape, dtype), None if bias is None else bias.to(dtype))
 
@@ -132,7 +132,7 @@ class Product(torch.autograd.Function):
         dx, parts = None, ctx.saved_tensors
         if ctx.needs_input_grad[0]:
             dx = (g @ _unpacked(parts, ctx.shape, g.dtype)).to(ctx.dtype)
-        return dx, None, None, *[None] * len(parts)
+        return dx, *[None] * 7
 
 
 class Weight(nn.Module):
@@ -155,4 +155,6 @@ class Weight(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) -> x W^T + b (..., out)."""
-        return Product.apply(x, bias, self.shape, *self._parameters.values())
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return Product.apply(x, bias, self.shape, dtype, *(getattr(self, name, None) for name in PARTS))

@@ -26,7 +26,7 @@ SIZES = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hid
 def model_of(**changes):
     model = Llama(SIZES)
     model.init_weights(0)
-    longlora.begin(model, LongConfig(**changes))
+    longlora.begin(model, LongConfig(**changes), {})
     return model
 
 
@@ -65,7 +65,7 @@ def test_rows_that_do_not_divide_and_contexts_that_are_none_are_refused():
         model_of(context=16)
     scaled = model_of(context=64)
     with pytest.raises(UserError, match="rope_type linear"):
-        longlora.begin(scaled, LongConfig(context=128))
+        longlora.begin(scaled, LongConfig(context=128), {})
     for bad in ({"context": -1}, {"scaling": "none"}):
         with pytest.raises(ValueError):
             LongConfig(**bad)

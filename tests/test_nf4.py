@@ -192,6 +192,7 @@ def test_steps_are_those_of_lora_beside_the_unpacked_base_and_change_a_and_b_onl
             optimizers[0].zero_grad()
         changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
         assert changed == {n for n in before if ".lora_" in n} and len(changed) == 28
+        assert changed == {n for n, p in model.named_parameters() if p.requires_grad}
         found.append([loss.item() for loss in losses])
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0][-1] < found[0][0]
 
@@ -275,6 +276,14 @@ def test_two_ranks_have_the_losses_of_one_process_and_its_adapter(place, way):  
     assert "resumed from two/checkpoint-6" in (place / "two/log.txt").read_text()
 
 
+@pytest.mark.heavy
+@both_ways
+def test_compiled_blocks_have_the_losses_of_those_that_are_not(place, double_quant):  # noqa: F811
+    words = [*QLORA, "--double_quant", str(double_quant), "--max_steps", "3"]
+    eager, compiled = (metrics(train(*words, "--compile", flag, "--out_dir", flag)) for flag in ("false", "true"))
+    assert compiled == pytest.approx(eager, rel=1e-5)
+
+
 def test_what_does_not_go_together_is_refused(place):  # noqa: F811
     refused(lambda: train("--quantize", "int4"), "quantize = 'int4'")
     refused(lambda: train("--double_quant", "true"), "double_quant = True")
@@ -283,3 +292,5 @@ def test_what_does_not_go_together_is_refused(place):  # noqa: F811
     assert LoraConfig(lora_config="lora.json", quantize="nf4").r == 8  # the file cannot say it
     (place / "lora.json").write_text(json.dumps({"lora_r": 8, "lora_alpha": 32, "quantize": "nf4"}))
     refused(lambda: LoraConfig(lora_config="lora.json"), "quantize = 'nf4' is not supported")
+    (place / "lora.json").write_text(json.dumps({"lora_r": 8, "lora_alpha": 32, "quantize": None}))
+    assert LoraConfig(lora_config="lora.json").quantize == ""
