@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Purpose: a model that answers medical questions, from your own files: vocabulary, base, chats, samples. What a model of
 #   six million parameters says is NO medical advice; the recipe is to be repeated with larger bases and more text.
-# Hardware: 2 CPU cores, 3 GB of memory.  Time: 15 minutes with the default steps.
-# Data: texts (books, articles; what data_process.py reads) and chats or questions with answers (20 formats):
-#   bash runs/medical.sh out/medical --texts books/*.txt --chats sft.jsonl questions.csv
+# Hardware: 2 CPU cores, 3 GB of memory.  Time: about a second for each of the 2 x 400 steps, and a minute for the data.
+# Data: texts are what data_process.py reads, in UTF-8 or GB18030, JSON with its text in "text" (others become that with
+#   data_process.py clean --input cmrc2018_dev.json --adapter cmrc2018 --out_dir data/cmrc); chats are questions with
+#   answers in any of 20 formats:
+#   bash runs/medical.sh out/medical --texts books/*.txt data/cmrc/docs.jsonl --chats sft.jsonl questions.csv
 # Started again it goes on where it was. STEPS, SFT_STEPS, VOCAB, SIZES: in the environment.
 set -eu
 code=$(dirname "$0")/..
@@ -19,17 +21,31 @@ for word in "$@"; do
 done
 if [ ${#texts[@]} = 0 ] || [ ${#chats[@]} = 0 ]; then echo "$usage" >&2 && exit 2; fi
 
-[ -e "$out/text/train.bin" ] || python "$code/data_process.py" --input "${texts[@]}" --vocab_size "${VOCAB:-6000}" --out_dir "$out/text"
+mkdir -p "$out"
+asked=$(printf '%s\n' "${VOCAB:-6000}" "${texts[@]}" --chats "${chats[@]}")
+[ ! -e "$out/files.txt" ] || [ "$asked" = "$(cat "$out/files.txt")" ] || {
+  echo "error: $out was made of other files, see $out/files.txt -- another OUT_DIR" >&2
+  exit 2
+}
+echo "$asked" >"$out/files.txt"
+
+# Windows without overlap: a book is many documents, some of which are held out.
+[ -e "$out/text/train.bin" ] || python "$code/data_process.py" clean dedup window tokenize --input "${texts[@]}" \
+  --window_chars 1000 --window_step 1000 --vocab_size "${VOCAB:-6000}" --out_dir "$out/text"
 [ -e "$out/chats/chats.jsonl" ] || python "$code/data_process.py" sft --input "${chats[@]}" --out_dir "$out/chats"
-# Every 50th chat is held out.
-awk -v train="$out/chats/train.jsonl" -v val="$out/chats/val.jsonl" \
-  '{ print > (NR % 50 == 0 ? val : train) }' "$out/chats/chats.jsonl"
+# Every 50th question is held out, with all its answers.
+awk -v train="$out/chats/train.jsonl" -v val="$out/chats/val.jsonl" '{
+  question = $0
+  sub(/"role": "assistant".*/, "", question)
+  if (!(question in side)) side[question] = ++n % 50 ? train : val
+  print > side[question]
+}' "$out/chats/chats.jsonl"
 
 python "$code/pretrain.py" "$code/configs/demo.toml" --out_dir "$out/base" --tokenizer "$out/text/tokenizer" --data.train "$out/text/train.bin" \
   --data.val "$out/text/val.bin" --hidden_size 256 --intermediate_size 704 --num_attention_heads 4 \
-  --max_position_embeddings 512 --batch_tokens 4096 --max_steps "${STEPS:-600}" --prompt "" ${SIZES:-}
+  --max_position_embeddings 512 --batch_tokens 4096 --max_steps "${STEPS:-400}" --prompt "" ${SIZES:-}
 python "$code/sft.py" "$code/configs/demo-sft.toml" --out_dir "$out/chat" --init_from "$out/base" --chat.train "$out/chats/train.jsonl" \
-  --chat.val "$out/chats/val.jsonl" --batch_tokens 4096 --max_steps "${SFT_STEPS:-600}" --prompt ""
+  --chat.val "$out/chats/val.jsonl" --batch_tokens 4096 --max_steps "${SFT_STEPS:-400}" --prompt ""
 
 echo "What follows is what a very small model says. It is no medical advice."
 printf '%s\n' "感冒了应该怎么办？" "高血压患者饮食上要注意什么？" "医生，我最近总是失眠，吃什么药好？" "小孩发烧39度怎么办？" \

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -32,9 +33,12 @@ def test_a_recipe_is_bash_and_without_files_says_how_it_is_used(script, tmp_path
 @pytest.mark.heavy
 def test_the_medical_recipe_goes_from_files_to_answers_and_goes_on_where_it_was(tmp_path):
     places = ["头", "胃", "腰", "手", "脚", "眼"]
-    text = "".join(f"第{n}条：{a}痛多因劳累，宜静养{n}日，多饮水，忌辛辣。\n\n" for n in range(300) for a in places)
+    rng = random.Random(0)  # a text that says the same again and again would be cleaned away
+    words = ["".join(rng.sample("头胃腰手脚眼痛多因劳累宜静养日饮水忌辛辣热寒风湿气血", 3)) for _ in range(300)]
+    text = "".join("，".join(rng.choices(words, k=9)) + "。\n" for _ in range(600))
     (tmp_path / "a book.txt").write_text(text)
     chats = [{"instruction": f"{a}痛{n}天怎么办？", "input": "", "output": f"您好，{a}痛请静养{n}日。"} for n in range(60) for a in places]
+    chats += chats[:100]  # the same again: on the same side
     (tmp_path / "chats.json").write_text(json.dumps(chats, ensure_ascii=False))
     words = [ROOT / "runs/medical.sh", "out", "--texts", "a book.txt", "--chats", "chats.json"]
     env = {"STEPS": "3", "SFT_STEPS": "3", "VOCAB": "360", "OMP_NUM_THREADS": "1"}
@@ -42,9 +46,13 @@ def test_the_medical_recipe_goes_from_files_to_answers_and_goes_on_where_it_was(
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("？") >= 5 and "no medical advice" in done.stdout
     lines = [(tmp_path / f"out/chats/{name}.jsonl").read_text().splitlines() for name in ("chats", "train", "val")]
-    assert sorted(lines[1] + lines[2]) == sorted(lines[0]) and len(lines[2]) == len(lines[0]) // 50 > 0
+    assert sorted(lines[1] + lines[2]) == sorted(lines[0]) and 7 <= len(lines[2]) < 20
+    asked = [{json.loads(line)["messages"][0]["content"] for line in part} for part in lines[1:]]
+    assert not asked[0] & asked[1]
     weights = tmp_path / "out/base/checkpoint-3/model.safetensors"
     before = weights.stat().st_mtime_ns
     again = run(*words, env=env | {"SFT_STEPS": "4"}, cwd=tmp_path)
     assert again.returncode == 0, again.stderr[-2000:]
     assert weights.stat().st_mtime_ns == before and "resumed from out/chat/checkpoint-3" in again.stdout + again.stderr
+    other = run(*words[:-1], "a book.txt", env=env, cwd=tmp_path)
+    assert other.returncode == 2 and "made of other files" in other.stderr
