@@ -311,8 +311,9 @@ def falcon(raw: dict, path: Path) -> dict:
 
 def glm(raw: dict, path: Path) -> dict:
     _only(raw, path, hidden_act="silu")
+    rope = checkpoint.read_rope(raw, path)
     share = _first(raw.get("rope_parameters") or {}, "partial_rotary_factor") or raw.get("partial_rotary_factor", 0.5)
-    return checkpoint.read_rope(raw, path) | {
+    return rope | {
         "qkv": "apart", "qkv_bias": _flag(raw, path, "attention_bias", True), "attention_bias": False,
         "rms_norm_eps": raw.get("rms_norm_eps", 1.5625e-07), "mlp": "joined_swiglu",
         "rotary_share": _share(raw, path, share), "out_bias": False, "mlp_bias": False,
@@ -325,8 +326,10 @@ def chatglm(raw: dict, path: Path) -> dict:
     _only(raw, path, rmsnorm=True, post_layer_norm=True, apply_residual_connection_post_layernorm=False,
           add_bias_linear=False, multi_query_attention=True, original_rope=True)  # fmt: skip
     ratio = raw.get("rope_ratio", 1)
-    if "padded_vocab_size" not in raw or type(ratio) not in (int, float):
+    if "padded_vocab_size" not in raw:
         raise UserError(f"{path}: not ChatGLM2's or ChatGLM3's; the first ChatGLM is not supported")
+    if type(ratio) not in (int, float) or not 0 < ratio < 1e9:
+        raise UserError(f"{path}: rope_ratio = {str(ratio)[:60]!r}, must be a positive number")
     return {
         "vocab_size": raw["padded_vocab_size"], "hidden_size": raw.get("hidden_size"),
         "intermediate_size": raw.get("ffn_hidden_size"), "num_hidden_layers": raw.get("num_layers"),

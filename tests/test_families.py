@@ -123,10 +123,10 @@ def test_what_we_save_transformers_reads_with_the_same_logits(tmp_path, kind):
 # ---------------------------------------------------------------- families that transformers does not have
 
 
-def test_chatglm2_is_glm_under_other_names_with_joined_products(tmp_path):
-    """Source: THUDM's modeling_chatglm.py; GLM has its block with queries, keys and values apart."""
-    model, ids = theirs("glm", tmp_path / "glm"), ids_of(2, 40)
-    state, renamed = load_file(tmp_path / "glm/model.safetensors"), {}
+def chatglm2_folder(folder):
+    """GLM's folder under ChatGLM2's names, with its products joined. Source: THUDM's modeling_chatglm.py"""
+    model = theirs("glm", folder / "glm")
+    state, renamed = load_file(folder / "glm/model.safetensors"), {}
     for part in ("weight", "bias"):
         for i in range(2):
             block = [state.pop(f"model.layers.{i}.self_attn.{w}_proj.{part}") for w in "qkv"]
@@ -139,21 +139,23 @@ def test_chatglm2_is_glm_under_other_names_with_joined_products(tmp_path):
         for ours, their in names.items():
             name = name.replace(ours, their)
         renamed[name] = t
-    renamed["transformer.rotary_pos_emb.inv_freq"] = torch.ones(4)
-    (tmp_path / "chatglm").mkdir()
-    save_file(renamed, tmp_path / "chatglm/model.safetensors")
+    save_file(renamed | {"transformer.rotary_pos_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
     config = {"model_type": "chatglm", "padded_vocab_size": 96, "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2,
               "num_attention_heads": 4, "kv_channels": 16, "multi_query_group_num": 2, "multi_query_attention": True,
               "add_qkv_bias": True, "add_bias_linear": False, "rmsnorm": True, "post_layer_norm": True, "seq_length": 64,
               "apply_residual_connection_post_layernorm": False, "layernorm_epsilon": model.config.rms_norm_eps,
               "original_rope": True}  # fmt: skip
-    (tmp_path / "chatglm/config.json").write_text(json.dumps(config))
-    ours = checkpoint.load_model(tmp_path / "chatglm").eval()
+    (folder / "config.json").write_text(json.dumps(config))
+    return model, renamed, config
+
+
+def test_chatglm2_is_glm_under_other_names_with_joined_products(tmp_path):
+    (model, renamed, config), ids = chatglm2_folder(tmp_path), ids_of(2, 40)
+    ours = checkpoint.load_model(tmp_path).eval()
     with torch.no_grad():
         close(ours(ids), model(ids).logits)
     checkpoint.save_model(tmp_path / "back", ours, None, {})
     back = load_file(tmp_path / "back/model.safetensors")
-    del renamed["transformer.rotary_pos_emb.inv_freq"]
     assert back.keys() == renamed.keys() and all(torch.equal(back[n], renamed[n]) for n in back)
     assert config.items() <= json.loads((tmp_path / "back/config.json").read_text()).items()
 
@@ -260,6 +262,28 @@ def test_what_a_config_asks_for_and_is_not_here_is_refused_by_name(tmp_path, kin
     with pytest.raises(UserError, match=says) as e:
         checkpoint.load_model(tmp_path)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "chatglm", "baichuan"])
+def test_no_value_in_a_config_is_more_than_a_refusal(tmp_path, kind):
+    if kind in KINDS:
+        theirs(kind, tmp_path)
+    elif kind == "chatglm":
+        chatglm2_folder(tmp_path)
+    else:
+        baichuan_folder(tmp_path, "llama, as many keys")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    keys = [*config, "rope_scaling", "rope_parameters", "rope_ratio", "num_kv_heads", "rotary_pct", "rotary_emb_base", "layernorm_epsilon"]
+    odd = [None, -1, 0, 1.5, 10**400, 1 << 60, True, "x", [], [1], {}, {"partial_rotary_factor": [1]}, {"rope_type": "yarn", "factor": -1},
+           {"type": {}, "factor": 2}, {"rope_theta": "x"}, {"partial_rotary_factor": 10**400}]  # fmt: skip
+    for key in keys:
+        for value in odd:
+            path.write_text(json.dumps(config | {key: value}))
+            try:
+                checkpoint.open_model(tmp_path)
+            except UserError as e:
+                assert "\n" not in str(e) and len(str(e)) < 3000, (key, value)
 
 
 # ---------------------------------------------------------------- commands
