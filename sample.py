@@ -181,6 +181,10 @@ def answer_file(speaker: Speaker, cfg: SampleConfig) -> None:
             ids.append(speaker.ids(prompt))
         except (UserError, tokenizer.TokenizerError) as e:
             raise UserError(f"{where}: {e}") from None
+    context = speaker.model.config.max_position_embeddings
+    if long := [k for k in range(len(ids)) if len(ids[k]) > context]:
+        raise UserError(f"{items[long[0]][0]}: {len(ids[long[0]])} tokens, the model has {context} positions",
+                        f"as in {len(long)} of {len(ids)} prompts")  # fmt: skip
     tell_room(speaker, ids)
     lines, right = [], defaultdict(list)
     # Prompts of one length share a batch without padding; the answers are put back into the file's order.

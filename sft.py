@@ -10,8 +10,10 @@ Writes a Hugging Face folder with its chat template to out/sft; run.json in it n
 an adapter in PEFT's format.
 """
 
+import math
 import os
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -34,6 +36,8 @@ class ChatConfig:
     chat_format: str = "chatml"  # how roles and turns become tokens: see tokenizer/chat.py
     train_on: str = "assistant"  # assistant: loss on all answers and their ends; last: on the last; all: on every token
     seq_len: int = 0  # positions per row; 0: the model's max_position_embeddings
+    max_prompt_tokens: int = 0  # chats with more in front of their last answer are left out and counted; 0: no limit
+    max_answer_tokens: int = 0  # the same for the last answer
     pack: bool = True  # several chats in one row, attention within each
     show_mask: int = 0  # print so many samples with their trained tokens marked, and stop
     prompt: str = ""  # answered after every validation; "": none
@@ -43,8 +47,9 @@ class ChatConfig:
             raise ValueError(f"chat_format = {self.chat_format!r}, must be one of {', '.join(chat.FORMATS)}")
         if self.train_on not in chat.TRAIN_ON:
             raise ValueError(f"train_on = {self.train_on!r}, must be one of {', '.join(chat.TRAIN_ON)}")
-        if self.seq_len < 0 or self.show_mask < 0:
-            raise ValueError("seq_len and show_mask must not be negative")
+        for name in ("seq_len", "max_prompt_tokens", "max_answer_tokens", "show_mask"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}, must not be negative")
 
 
 def main() -> None:
@@ -80,24 +85,35 @@ def main() -> None:
 
 def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro: list[str]) -> data.ChatRows:
     """Chat files rendered and packed; what does not fit is left out, counted and named in `intro`."""
-    samples, too_long = [], []
+    samples, left_out = [], defaultdict(list)  # limit -> (where, tokens)
+    question, answer = cfg.max_prompt_tokens, cfg.max_answer_tokens
+    limits = {f"longer than {seq_len} tokens": seq_len + 1,
+              f"with a question longer than {question} tokens": question or math.inf,
+              f"with an answer longer than {answer} tokens": answer or math.inf}  # fmt: skip
     for path in paths:
         for where, item in data.read_jsonl(path):
             if "messages" not in item:
                 raise errors.UserError(f"{where}: messages is missing", f"keys here: {', '.join(item)}")
             try:
                 ids, mask = chat.render(item["messages"], text, cfg.chat_format, train_on=cfg.train_on)
+                sizes = [len(ids)]
+                if question or answer:
+                    last = chat.render(item["messages"], text, cfg.chat_format, train_on="last")[1]
+                    sizes += [last.index(1) if any(last) else len(ids), sum(last)]
             except tokenizer.TokenizerError as e:
                 raise errors.UserError(f"{where}: {e}") from None
-            (samples if len(ids) <= seq_len + 1 else too_long).append((ids, mask, where))
+            over = [(what, size) for (what, most), size in zip(limits.items(), sizes) if size > most]
+            if over:
+                left_out[over[0][0]].append((where, over[0][1]))
+            else:
+                samples.append((ids, mask, where))
+    told = [f"{len(chats)} chats {what} left out: " + ", ".join(f"{where} ({n} tokens)" for where, n in chats[:10])
+            for what, chats in left_out.items()]  # fmt: skip
     if not samples:
-        raise errors.UserError(f"{', '.join(paths)}: no chats that fit into {seq_len} tokens",
-                               f"{len(too_long)} are longer")  # fmt: skip
+        raise errors.UserError(f"{', '.join(paths)}: no chats that fit into {seq_len} tokens", "; ".join(told)[:300])
     rows = data.ChatRows(samples, seq_len, text.eos_id, cfg.pack)
     intro.append(f"{', '.join(paths)}: {len(samples)} chats in {len(rows)} rows of {seq_len}")
-    if too_long:
-        first = ", ".join(f"{where} ({len(ids)} tokens)" for ids, _, where in too_long[:10])
-        intro.append(f"{len(too_long)} chats longer than {seq_len} tokens left out: {first}")
+    intro += told
     return rows
 
 

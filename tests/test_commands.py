@@ -279,6 +279,20 @@ def test_too_long_chats_are_counted_and_named(chain, tmp_path):
     assert "1 chats longer than 64 tokens left out" in said and "long.jsonl:19" in said
     with pytest.raises(AssertionError):
         data.ChatRows([(list(range(80)), [1] * 80, "x")], 64, 2)
+    # limits of their own for what is asked and what is answered, of the last answer where there are several
+    words = "天火雪叶夜金木水" * 4  # each a token of its own, most of them
+    turns = [(words[:30], "雪"), ("天", words[:30]), ("天", words[:3]), ("天", words[:12], "夜", "雪")]
+    chats = [[{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(turn)] for turn in turns]
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"messages": c}, ensure_ascii=False) + "\n" for c in chats))
+    said = command(chain, "sft.py", "--train", str(tmp_path / "short.jsonl"), "--val", "", "--max_steps", "1", "--batch_tokens", "256",
+                   "--micro_batch", "4", "--out_dir", str(tmp_path / "out2"), "--max_prompt_tokens", "22", "--max_answer_tokens",
+                   "11", "--chat_format", "bos")  # fmt: skip
+    assert "short.jsonl: 2 chats in " in said and "1 chats with a question longer than 22 tokens left out" in said, said
+    assert "1 chats with an answer longer than 11 tokens left out" in said and "short.jsonl:1 (" in said and "short.jsonl:2 (" in said
+    # and a file of prompts is refused before the first is answered
+    (tmp_path / "prompts.txt").write_text("天\n" + "天" * 200 + "\n" + "雪" * 300 + "\n")
+    said = error(chain, "sample.py", "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "answers.jsonl"))
+    assert "prompts.txt:2: 20" in said and "in 2 of 3 prompts" in said and not (tmp_path / "answers.jsonl").exists()
 
 
 def test_ids_of_a_thousand_real_texts_are_transformers_ids(chain, shared_data):
