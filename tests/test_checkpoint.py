@@ -337,7 +337,7 @@ def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
     ({"hidden_size": "delete"}, "missing"),
     ({"rms_norm_eps": 0}, "must be"),
     ({"vocab_size": 0}, "vocab_size"),
-    ({"model_type": "bloom"}, "not supported"),
+    ({"model_type": "gpt2"}, "not supported"),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
     ({"rope_scaling": {"type": "linear", "factor": "2"}}, "not of type float"),
     ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
