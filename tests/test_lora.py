@@ -213,8 +213,9 @@ def test_a_run_holds_the_adapter_only_and_its_base_is_untouched(place):
 
 
 @pytest.mark.heavy
-def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(place):
-    words = ["--dropout", "0.1", "--max_steps", "30"]
+@pytest.mark.parametrize("packing", [[], ["--quantize", "nf4", "--double_quant", "true"]])
+def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(place, packing):
+    words = [*packing, "--dropout", "0.1", "--max_steps", "30"]
     unbroken, out = train(*words, "--out_dir", "unbroken"), place / "killed"
     process = launch(1, *words, "--out_dir", "killed", wait=False)
     while not (out / "checkpoint-4").exists() and process.poll() is None:

@@ -1,9 +1,7 @@
 """Promises of NF4 and QLoRA: the numbers of naive loops and of bitsandbytes, a packed base that trains as its unpacked one."""
 
 import json
-import signal
 import statistics
-import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -241,24 +239,6 @@ def test_a_run_goes_on_only_with_the_same_way_of_packing(place):  # noqa: F811
 def test_the_identity_of_lora_alone_is_what_it_was_before_there_was_qlora(place):  # noqa: F811
     assert lora.Adapter(LoraConfig(r=4), place / "base", ModelConfig(), {}).identity == {
         "r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": [], "modules_to_save": []}  # fmt: skip
-
-
-@pytest.mark.heavy
-def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(place):  # noqa: F811
-    words = [*QLORA, "--double_quant", "true", "--lora.dropout", "0.1", "--max_steps", "30"]
-    unbroken, out = train(*words, "--out_dir", "unbroken"), place / "killed"
-    process = launch(1, *words, "--out_dir", "killed", wait=False)
-    while not (out / "checkpoint-4").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    launch(1, *words, "--out_dir", "killed")
-    assert "resumed from" in (out / "log.txt").read_text()
-    for name in (ADAPTER, "optimizer.safetensors"):
-        a, b = (load_file(folder / "checkpoint-30" / name) for folder in (unbroken, out))
-        assert a.keys() == b.keys() and len(a) >= 28 and all(torch.equal(a[n], b[n]) for n in a)
-    assert metrics(unbroken) == metrics(out)
 
 
 @pytest.mark.heavy
