@@ -91,12 +91,15 @@ class ModelConfig:
         known = ("default", "linear", "dynamic", "yarn", "llama3")
         if self.rope_type not in known:
             raise ValueError(f"rope_type is {self.rope_type!r}, must be one of {', '.join(known)}")
-        if not 1 <= self.rope_factor < math.inf:
-            raise ValueError(f"rope_factor is {self.rope_factor}, must be at least 1")
+        if not 1 <= self.rope_factor <= 1 << 24:
+            raise ValueError(f"rope_factor is {self.rope_factor}, must be from 1 to {1 << 24}")
+        if self.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}, must be above 1 with rope_type yarn")
         if self.rope_factor != 1 and self.rope_type == "default":
-            raise ValueError(f"rope_factor is {self.rope_factor}, but rope_type is default")
+            raise ValueError(f"rope_factor is {self.rope_factor}, with rope_type default it must be 1")
         if not 0 <= self.original_max_position_embeddings <= 1 << 24:
-            raise ValueError(f"original_max_position_embeddings is {self.original_max_position_embeddings}")
+            raise ValueError(f"original_max_position_embeddings is {self.original_max_position_embeddings}, "
+                             f"must be from 0 to {1 << 24}")  # fmt: skip
         if self.rope_type == "dynamic" and self.rotary_dim < 4:
             raise ValueError(f"rope_type is dynamic, but a head turns only {self.rotary_dim} numbers")
 

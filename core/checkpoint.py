@@ -201,12 +201,14 @@ def load_config(folder: Path) -> ModelConfig:
 class Family:
     """How the folders of Llama and its descendants in model.py are read and written. Others: extras/families.py.
 
+    Args:
+        architecture: what transformers calls the model.
+
     Attributes:
-        model: class of the model.
-        architecture: what transformers calls it.
+        model: its class here.
     """
 
-    model, architecture = Llama, "LlamaForCausalLM"
+    model = Llama
 
     def __init__(self, architecture: str):
         self.architecture = architecture

@@ -344,7 +344,9 @@ def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
     ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "long_factor": [1, 2]}}, "not supported"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "not supported"),
     ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, "not of type str"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "at least 1"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "from 1 to"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 1e300}}, "from 1 to"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "above 1"),
     ({"model_type": "qwen2", "use_sliding_window": True}, "sliding"),
     ({"num_key_value_heads": 3}, "divisible"),
 ])  # fmt: skip
