@@ -18,6 +18,7 @@ Sources: Llama 2 https://arxiv.org/abs/2307.09288, RMSNorm https://arxiv.org/abs
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -110,29 +111,43 @@ class ModelConfig:
 
 
 class Cache:
-    """Keys and values of the positions already seen, for step-by-step decoding.
+    """Keys and values of the positions already seen, for step-by-step decoding; each row is at its own place.
 
     Args:
         config: sizes.
         batch: rows B.
         length: positions S that fit.
-        pad: (B,) int64, how many positions at the left of each row are padding; None: none.
+
+    Attributes:
+        used: (B,) int64, positions filled so far. After prompts of different lengths, padded on the right, set it back
+            to their lengths: what lies behind is written over before anything sees it.
+        span: how many of the S positions attention looks at; at least as many as are used.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, pad: Tensor | None = None, *,
-                 device=None, dtype=None):  # fmt: skip
+    def __init__(self, config: ModelConfig, batch: int, length: int, *, device=None, dtype=None):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.pad = pad if pad is not None else torch.zeros(batch, dtype=torch.long, device=device)
-        self.used = 0  # positions filled so far, the same for all rows: prompts are padded on the left
+        self.used = torch.zeros(batch, dtype=torch.long, device=device)
+        self.span = length
+        self.fresh = True  # nothing in it: the keys are those of the queries' own positions
+
+    def first(self, rows: int) -> "Cache":
+        """The first rows of it, in the same memory."""
+        part = copy(self)
+        part.k, part.v, part.used = self.k[:, :rows], self.v[:, :rows], self.used[:rows]
+        return part
+
+    def positions(self, count: int) -> Tensor:
+        """Where the next `count` tokens of each row go: (B, T)."""
+        return self.used[:, None] + torch.arange(count, device=self.used.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) of the new positions; return all keys and values so far (B, K, used + T, D)."""
-        end = self.used + k.shape[2]
-        self.k[layer, :, :, self.used : end] = k
-        self.v[layer, :, :, self.used : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Store k, v (B, K, T, D) of the new positions; return the keys and values to look at, (B, K, S, D)."""
+        rows, at = torch.arange(len(self.used), device=k.device)[:, None], self.positions(k.shape[2])
+        self.k[layer][rows, :, at] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][rows, :, at] = v.transpose(1, 2).to(self.v.dtype)
+        return (k, v) if self.fresh else (self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span])
 
 
 def rope_speeds(config: ModelConfig, length: int, device=None) -> tuple[Tensor, float]:
@@ -401,6 +416,7 @@ class Llama(nn.Module):
         x = self.model.norm(x)
         if cache is not None:
             cache.used += ids.shape[1]
+            cache.fresh = False
         return x
 
     def run_block(self, block: Block, *args) -> Tensor:
@@ -415,7 +431,10 @@ class Llama(nn.Module):
     def context(self, ids: Tensor, docs: Tensor | None, cache: Cache | None):
         """What every block needs besides x: the rotary table and the mask (None for plain causal)."""
         positions, mask = self._positions_and_mask(ids, docs, cache)
-        return rope_table(positions, self.config, ids.shape[1] + (cache.used if cache is not None else 0)), mask
+        length = ids.shape[1]
+        if cache is not None and self.config.rope_type == "dynamic":
+            length += int(cache.used.max())
+        return rope_table(positions, self.config, length), mask
 
     def _positions_and_mask(self, ids: Tensor, docs: Tensor | None, cache: Cache | None):
         """Position of each token in its document (B or 1, T), and the mask of allowed keys, None for plain causal."""
@@ -423,12 +442,10 @@ class Llama(nn.Module):
         index = torch.arange(t, device=ids.device)
         if cache is not None:
             assert docs is None, "a cache holds one document per row"
-            query = cache.used + index  # (T,)
-            key = torch.arange(cache.used + t, device=ids.device)  # (S,)
-            pad = cache.pad[:, None]  # (B, 1)
-            # A padded query sees itself, else its softmax would be over nothing and give NaN.
-            seen = (key <= query[:, None]) & ((key >= pad[..., None]) | (key == query[:, None]))  # (B, T, S)
-            return (query - pad).clamp(min=0), seen[:, None]  # (B, T), (B, 1, T, S)
+            positions = cache.positions(t)  # (B, T)
+            if cache.fresh:
+                return positions, None
+            return positions, (torch.arange(cache.span, device=ids.device) <= positions[..., None])[:, None]
         if docs is not None:
             first = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)  # (B, T): a document begins here
             start = torch.where(first, index, 0).cummax(dim=1).values  # (B, T): index of its first token

@@ -1,14 +1,17 @@
 """Sampling: prompts of ids in, ids out one step at a time, with a key/value cache.
 
-In:  a model and lists of ids. Out: (row, id) pairs as they are chosen.
+In:  a model and lists of ids. Out: ids as they are chosen, with their log-probabilities.
 Knows ids, not text: what they mean, and when half a character has come, is the tokenizer's business.
 
-Shapes:  B prompts, V vocabulary
+`Batch` continues texts that come and go; `generate`, `complete` and `beam_search` are for prompts that are all there.
+
+Shapes:  B texts, T positions of the longest prompt, V vocabulary
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +27,10 @@ class SamplingConfig:
     top_k: int = 0  # only the k most likely ids; 0: all
     top_p: float = 0.9  # only the most likely ids that together reach this probability; 1: all
     min_p: float = 0.0  # only ids at least this share as likely as the most likely one; 0: all
-    repetition_penalty: float = 1.0  # above 1: ids already there become less likely
+    repetition_penalty: float = 1.0  # above 1: ids in the prompt or in what was made become less likely
+    presence_penalty: float = 0.0  # taken from the logits of ids that were made already
+    frequency_penalty: float = 0.0  # the same, once for each time
+    truncate: str = "none"  # left: where the context is full, the text goes on from its newer half
     seed: int = 1  # the same seed gives the same text, whatever else is in the batch
 
     def __post_init__(self):
@@ -40,23 +46,40 @@ class SamplingConfig:
             raise ValueError(f"min_p = {self.min_p}, must be from 0 to 1")
         if not 0.01 <= self.repetition_penalty <= 100:
             raise ValueError(f"repetition_penalty = {self.repetition_penalty}, must be from 0.01 to 100")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} = {getattr(self, name)}, must be from -2 to 2")
+        if self.truncate not in ("none", "left"):
+            raise ValueError(f"truncate = {self.truncate!r}, must be none or left")
 
 
-def next_probabilities(logits: Tensor, seen: Tensor, cfg: SamplingConfig) -> Tensor:
-    """What to draw the next id from.
+def penalised(logits: Tensor, seen: Tensor, made: Tensor, cfg: SamplingConfig) -> Tensor:
+    """Logits with what repeats made less likely.
 
     Args:
-        logits: (B, V).
-        seen: (B, V) bool, the ids already in each row, for the repetition penalty.
-    Returns:
-        Probabilities (B, V) fp32, each row summing to one; at temperature 0 all on the most likely id.
+        logits: (B, V) fp32.
+        seen: (B, V) bool, ids in the prompt or in what was made.
+        made: (B, V) int32, how often each id was made.
     """
-    logits = logits.float()
+    if cfg.presence_penalty or cfg.frequency_penalty:
+        # https://platform.openai.com/docs/advanced-usage, "frequency and presence penalties"
+        logits = logits - cfg.presence_penalty * (made > 0) - cfg.frequency_penalty * made
     if cfg.repetition_penalty != 1:
         # CTRL, https://arxiv.org/abs/1909.05858: divide what is positive, multiply what is negative.
         punished = torch.where(logits > 0, logits / cfg.repetition_penalty, logits * cfg.repetition_penalty)
         largest = torch.finfo(torch.float32).max  # a huge logit divided by a small penalty stays a number
         logits = torch.where(seen, punished, logits).clamp(-largest, largest)
+    return logits
+
+
+def next_probabilities(logits: Tensor, cfg: SamplingConfig) -> Tensor:
+    """What to draw the next id from.
+
+    Args:
+        logits: (B, V) fp32.
+    Returns:
+        Probabilities (B, V) fp32, each row summing to one; at temperature 0 all on the most likely id.
+    """
     best = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
     # Below this temperature the division would overflow, and the draw is certain anyway.
     if cfg.temperature < 1e-5:
@@ -79,9 +102,249 @@ def next_probabilities(logits: Tensor, seen: Tensor, cfg: SamplingConfig) -> Ten
     return p
 
 
-@torch.no_grad()
-def generate(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig,
-             stop_ids: set[int]) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
+@dataclass(eq=False)
+class Text:
+    """A prompt, how it is continued, and what was added so far."""
+
+    prompt: list[int]
+    sampling: SamplingConfig
+    stop_ids: set[int] | frozenset[int]
+    logprobs: int = 0  # how many of the most likely ids are told with each token
+    added: list[int] = field(default_factory=list)
+    tokens: list["Token"] = field(default_factory=list)  # kept where `logprobs` is not 0
+    end: str = ""  # "": it goes on; "stop": a stop id came; "length": max_new_tokens, or the context is full
+
+    def __post_init__(self):
+        # Of its own: what a text draws does not depend on its neighbours. On the CPU, the same on any device.
+        self.draws = torch.Generator().manual_seed(self.sampling.seed)
+        self.kind = replace(self.sampling, seed=0)  # texts of one kind share a call
+
+
+class Token(NamedTuple):
+    """What a step adds to a text."""
+
+    text: Text
+    id: int
+    end: str  # "" or why the text ends here: at a "stop" id, which is no part of it, or by its "length"
+    logprob: float  # of the id, in the model's own distribution: before temperature and penalties
+    top: list[tuple[int, float]]  # the most likely ids there with theirs, as many as the text asked for
+
+
+class Batch:
+    """Texts that are continued together, each at its own place; they come and go between steps.
+
+    Args:
+        rows: texts at once.
+        length: positions that each of them may fill; 0: the model's context.
+        compiled: the step of one token goes through torch.compile.
+    """
+
+    def __init__(self, model: Llama, rows: int, length: int = 0, compiled: bool = False):
+        self.model, self.rows = model, rows
+        self.context = model.config.max_position_embeddings
+        weight, vocab = model.model.embed_tokens.weight, model.config.vocab_size
+        self.device, self.dtype = weight.device, weight.dtype
+        self.cache = Cache(model.config, rows, length or self.context, device=self.device, dtype=self.dtype)
+        self.cache.fresh = False
+        self.texts: list[Text] = []  # text i is in row i
+        self.logits = torch.zeros(rows, vocab, device=self.device)
+        self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=self.device)
+        self.made = torch.zeros(rows, vocab, dtype=torch.int32, device=self.device)
+        self.behind = False  # the newest ids have not been through the model yet
+        self.compiled = compiled
+        self.next_logits = torch.compile(next_logits) if compiled else next_logits
+
+    @property
+    def free(self) -> int:
+        """Rows without a text."""
+        return self.rows - len(self.texts)
+
+    def add(self, prompt: list[int], sampling: SamplingConfig, stop_ids: set[int], n: int = 1,
+            logprobs: int = 0) -> list[Text]:  # fmt: skip
+        """n texts that begin with the same prompt, drawn with the seeds `sampling.seed`, + 1 ...; it is read once.
+
+        Raises:
+            UserError: an empty or too long prompt, an id out of range.
+        """
+        return self.add_all([prompt], sampling, stop_ids, n, logprobs)[0]
+
+    @torch.no_grad()
+    def add_all(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop_ids: set[int], n: int = 1,
+                logprobs: int = 0) -> list[list[Text]]:  # fmt: skip
+        """The same for several prompts, in one pass of the model."""
+        assert len(prompts) * n <= self.free
+        self._catch_up()
+        prompts = [fitting(prompt, self.model, sampling) for prompt in prompts]
+        groups = [[Text(list(prompt), replace(sampling, seed=sampling.seed + i), stop_ids, logprobs) for i in range(n)]
+                  for prompt in prompts]  # fmt: skip
+        if not sampling.max_new_tokens:
+            for text in sum(groups, []):
+                text.end = "length"
+            return groups
+        cache, logits = self._read(prompts)
+        for source, group in enumerate(groups):
+            for text in group:
+                row = len(self.texts)
+                self.texts.append(text)
+                self._place(row, cache, logits, source)
+                self.seen[row], self.made[row] = False, 0
+                self.seen[row, text.prompt] = True
+        return groups
+
+    def _read(self, prompts: list[list[int]]) -> tuple[Cache, Tensor]:
+        """Prompts through the model: their keys and values, and the logits (B, V) behind the last id of each."""
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        longest = int(lengths.max())
+        cache = Cache(self.model.config, len(prompts), longest, device=self.device, dtype=self.dtype)
+        ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=self.device)  # (B, T)
+        x = self.model.hidden(ids, cache=cache)[torch.arange(len(prompts), device=self.device), lengths - 1]  # (B, C)
+        cache.used = lengths
+        # Logits of the last position only: those of a whole batch of prompts would be gigabytes.
+        return cache, self.model.lm_head(x).float()
+
+    def _place(self, row: int, cache: Cache, logits: Tensor, source: int = 0) -> None:
+        """Row `source` of a cache becomes this batch's row `row`."""
+        length = cache.k.shape[3]
+        self.cache.k[:, row, :, :length], self.cache.v[:, row, :, :length] = cache.k[:, source], cache.v[:, source]
+        self.cache.used[row], self.logits[row] = cache.used[source], logits[source]
+
+    @torch.no_grad()
+    def step(self) -> list[Token]:
+        """One more id for every text; none if there is no text. Those that end leave their rows.
+
+        Raises:
+            UserError: logits that are not numbers.
+        """
+        if not self.texts:
+            return []
+        self._catch_up()
+        count = len(self.texts)
+        logits = finite(self.logits[:count])
+        chosen = self._choose(logits)  # (B,)
+        rows = torch.arange(count, device=self.device)
+        self.seen[rows, chosen] = True
+        self.made[rows, chosen] += 1
+        logprobs = (logits[rows, chosen] - logits.logsumexp(dim=-1)).tolist()
+        step = []
+        for row, (text, id, logprob) in enumerate(zip(list(self.texts), chosen.tolist(), logprobs)):
+            top = []
+            if text.logprobs:
+                best = logits[row].log_softmax(dim=-1).topk(min(text.logprobs, logits.shape[1]))
+                top = list(zip(best.indices.tolist(), best.values.tolist()))
+            if id in text.stop_ids:
+                text.end = "stop"
+            else:
+                text.added.append(id)
+                # The next id is drawn behind the last position, and a position past the context was never trained.
+                full = len(text.prompt) + len(text.added) > self.context and text.sampling.truncate == "none"
+                text.end = "length" if full or len(text.added) == text.sampling.max_new_tokens else ""
+            step.append(Token(text, id, text.end, logprob, top))
+            text.tokens += step[-1:] if top else []
+        for token in step:
+            if token.end:
+                self.remove(token.text)
+        self.behind = bool(self.texts)
+        return step
+
+    def remove(self, text: Text) -> None:
+        """A text that nobody waits for any more; nothing happens if it has ended."""
+        if text not in self.texts:
+            return
+        row, last = self.texts.index(text), len(self.texts) - 1
+        if row != last:  # the last one moves into its place: a step then reads the first rows only
+            for part in (self.cache.used, self.logits, self.seen, self.made):
+                part[row] = part[last]
+            self.cache.k[:, row], self.cache.v[:, row] = self.cache.k[:, last], self.cache.v[:, last]
+            self.texts[row] = self.texts[last]
+        self.texts.pop()
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The next id of each text, (B,)."""
+        chosen = torch.empty(len(logits), dtype=torch.long, device=self.device)
+        kinds: dict[SamplingConfig, list[int]] = {}
+        for row, text in enumerate(self.texts):
+            kinds.setdefault(text.kind, []).append(row)
+        for cfg, rows in kinds.items():
+            of = rows if len(kinds) > 1 else slice(None)  # all of them: no copy
+            scores = penalised(logits[of], self.seen[of], self.made[of], cfg)
+            if cfg.temperature < 1e-5:
+                chosen[of] = scores.argmax(dim=-1)
+                continue
+            p = next_probabilities(scores, cfg)
+            draws = [[torch.rand((), generator=self.texts[row].draws).item()] for row in rows]
+            # Where the running sum passes the draw; the last id with any probability where rounding leaves it short.
+            last = p.shape[1] - 1 - (p > 0).flip(-1).float().argmax(dim=-1)
+            passed = (p.cumsum(dim=-1) <= torch.tensor(draws, device=self.device)).sum(dim=-1)
+            chosen[of] = torch.minimum(passed, last)
+        return chosen
+
+    def _catch_up(self) -> None:
+        """The newest id of every text goes through the model."""
+        if not self.behind or not self.texts:
+            return
+        used = self.cache.used.tolist()
+        for row, text in enumerate(self.texts):
+            if used[row] == self.context:  # with truncate: read anew from the newer half on
+                recent = (text.prompt + text.added[:-1])[-(self.context // 2) :]
+                self._place(row, *self._read([recent]))
+                used[row] = len(recent)
+        count = len(self.texts)
+        cache = self.cache.first(count)
+        if not self.compiled:  # a compiled step is the same for all lengths
+            cache.span = max(used[:count]) + 1
+        ids = torch.tensor([[text.added[-1]] for text in self.texts], device=self.device)  # (B, 1)
+        self.logits[:count] = self.next_logits(self.model, ids, cache)
+        self.behind = False
+
+    @torch.no_grad()
+    def fork(self, choices: list[tuple[int, int]]) -> None:
+        """For each (row, id): the text of that row with that id behind it. They take the place of all texts."""
+        rows = torch.tensor([row for row, _ in choices], device=self.device)
+        for part in (self.cache.used, self.logits, self.seen, self.made):
+            part[: len(rows)] = part[rows]
+        for part in (self.cache.k, self.cache.v):
+            part[:, : len(rows)] = part[:, rows]
+        self.texts = [replace(self.texts[row], added=[*self.texts[row].added, id]) for row, id in choices]
+        place, ids = torch.arange(len(rows), device=self.device), [id for _, id in choices]
+        self.seen[place, ids] = True
+        self.made[place, ids] += 1
+        self.behind = True
+        self._catch_up()
+
+
+def next_logits(model: Llama, ids: Tensor, cache: Cache) -> Tensor:
+    """One more id for every row: (B, 1) -> logits (B, V) fp32."""
+    return model.lm_head(model.hidden(ids, cache=cache)[:, -1]).float()
+
+
+def finite(logits: Tensor) -> Tensor:
+    """The logits; UserError where they are not numbers."""
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite numbers", "its weights may be damaged; try --dtype fp32")
+    return logits
+
+
+def fitting(prompt: Sequence[int], model: Llama, sampling: SamplingConfig) -> list[int]:
+    """The prompt, or with `truncate` its end, which leaves room for new ids.
+
+    Raises:
+        UserError: an empty or too long prompt, an id out of range.
+    """
+    context, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    if not prompt:
+        raise UserError("a prompt has no tokens", "this tokenizer has no bos; write at least one character")
+    if not 0 <= min(prompt) <= max(prompt) < vocab:
+        wrong = next(i for i in prompt if not 0 <= i < vocab)
+        raise UserError(f"the prompt has id {wrong}, the model knows {vocab}", "is this its tokenizer?")
+    if len(prompt) > context and sampling.truncate == "none":
+        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {context}",
+                        "shorten it, or --truncate left")  # fmt: skip
+    kept = max(context - sampling.max_new_tokens, context // 2)
+    return list(prompt) if len(prompt) <= context else list(prompt[-kept:])
+
+
+def generate(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig, stop_ids: set[int], *,
+             compiled: bool = False) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """Continue prompts, all of them in one batch.
 
     Args:
@@ -94,60 +357,79 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig
         UserError: an empty or too long prompt, an id out of range, logits that are not numbers.
     """
     assert prompts
-    context, vocab = model.config.max_position_embeddings, model.config.vocab_size
-    for prompt in prompts:
-        if not prompt:
-            raise UserError("a prompt has no tokens", "this tokenizer has no bos; write at least one character")
-        if len(prompt) > context:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {context}", "shorten it")
-        if not 0 <= min(prompt) <= max(prompt) < vocab:
-            wrong = next(i for i in prompt if not 0 <= i < vocab)
-            raise UserError(f"the prompt has id {wrong}, the model knows {vocab}", "is this its tokenizer?")
-    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     longest = max(map(len, prompts))
-    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)  # (B, T), left-padded
-    # No row can use more than this, and each of its steps is a step of every row.
-    steps = min(cfg.max_new_tokens, context - min(map(len, prompts)) + 1)
-    cache = Cache(model.config, len(prompts), longest + steps, pad, device=device, dtype=dtype)
-    seen = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        seen[row, list(prompt)] = True
-    # A generator per row: what a row draws does not depend on its neighbours. Drawn on the CPU, the same on any device.
-    generators = [torch.Generator().manual_seed(cfg.seed) for _ in prompts]
-    alive = [True] * len(prompts)
-    for made in range(steps):
-        # The next id is drawn after the last position, and a position past the context was never trained.
-        alive = [on and len(prompt) + made <= context for on, prompt in zip(alive, prompts)]
-        if not any(alive):
-            return
-        # Logits of the last position only: those of a whole batch of prompts would be gigabytes.
-        logits = model.lm_head(model.hidden(ids, cache=cache)[:, -1])  # (B, V)
-        if not logits.isfinite().all():
-            raise UserError("the model's logits are not finite numbers", "its weights may be damaged; try --dtype fp32")
-        p = next_probabilities(logits, seen, cfg)
-        if cfg.temperature < 1e-5:
-            chosen = p.argmax(dim=-1)
-        else:
-            draws = torch.tensor([[torch.rand((), generator=g).item()] for g in generators], device=device)  # (B, 1)
-            # Where the running sum passes the draw; the last id with any probability where rounding leaves it short.
-            last = vocab - 1 - (p > 0).flip(-1).float().argmax(dim=-1)
-            chosen = torch.minimum((p.cumsum(dim=-1) <= draws).sum(dim=-1), last)  # (B,)
-        seen[torch.arange(len(prompts)), chosen] = True
-        step = []
-        for row, token in enumerate(chosen.tolist()):
-            alive[row] = alive[row] and token not in stop_ids
-            if alive[row]:
-                step.append((row, token))
-        yield step
-        ids = chosen[:, None]  # (B, 1)
+    length = min(longest + cfg.max_new_tokens, model.config.max_position_embeddings)
+    batch = Batch(model, len(prompts), length, compiled)
+    rows = {group[0]: row for row, group in enumerate(batch.add_all(prompts, cfg, stop_ids))}
+    while step := batch.step():
+        yield [(rows[token.text], token.id) for token in step if token.end != "stop"]
+
+
+def continued(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig, stop_ids: set[int], *, rows: int,
+              n: int = 1, logprobs: int = 0, compiled: bool = False) -> list[list[Text]]:  # fmt: skip
+    """The n texts of each prompt, in the prompts' order. A text that ends makes room for the next.
+
+    Args:
+        rows: texts at once, at least n of them.
+        The rest and the errors as in `generate`; logprobs as in `Batch.add`.
+    """
+    prompts = [fitting(prompt, model, cfg) for prompt in prompts]
+    length = min(max(map(len, prompts)) + cfg.max_new_tokens, model.config.max_position_embeddings)
+    batch, groups = Batch(model, min(max(rows, n), n * len(prompts)), length, compiled), [[]] * len(prompts)
+    # Prompts of similar length are read together, with little padding.
+    waiting = sorted(range(len(prompts)), key=lambda k: len(prompts[k]), reverse=True)
+    while waiting or batch.texts:
+        if now := [waiting.pop() for _ in range(min(batch.free // n, len(waiting)))]:
+            for k, group in zip(now, batch.add_all([prompts[k] for k in now], cfg, stop_ids, n, logprobs)):
+                groups[k] = group
+        batch.step()
+    return groups
 
 
 def complete(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig,
              stop_ids: set[int]) -> list[list[int]]:  # fmt: skip
-    """What `generate` adds to each prompt, all at once."""
-    added: list[list[int]] = [[] for _ in prompts]
-    for step in generate(model, prompts, cfg, stop_ids):
-        for row, token in step:
-            added[row].append(token)
-    return added
+    """What is added to each prompt, all at once."""
+    return [text.added for (text,) in continued(model, prompts, cfg, stop_ids, rows=len(prompts))]
+
+
+@torch.no_grad()
+def beam_search(model: Llama, prompt: Sequence[int], cfg: SamplingConfig, stop_ids: set[int], beams: int,
+                length_penalty: float = 1.0) -> list[tuple[list[int], float]]:  # fmt: skip
+    """The likeliest continuations that `beams` texts, the best at each length, lead to.
+
+    Args:
+        cfg: max_new_tokens and the penalties; nothing is drawn.
+        length_penalty: a text's score is the sum of its log-probabilities over its length to this power: above 0
+            longer ones gain.
+    Returns:
+        `beams` continuations (fewer if the vocabulary is smaller) with their scores, the best first. The stop id counts
+        in score and length and is not given out.
+    Raises:
+        UserError: as `generate`.
+
+    Source: https://arxiv.org/abs/1609.08144, section 7, with the plain length of transformers
+    """
+    batch = Batch(model, beams, min(len(prompt) + cfg.max_new_tokens, model.config.max_position_embeddings))
+    batch.add(list(prompt), replace(cfg, truncate="none"), set(), n=beams)
+    steps = min(cfg.max_new_tokens, model.config.max_position_embeddings - len(prompt) + 1)
+    sums = torch.full((beams, 1), -math.inf, device=batch.device)
+    sums[0] = 0.0  # the beams are all alike at first: one of them is enough
+    done: list[tuple[list[int], float]] = []
+    for made in range(1, steps + 1):
+        live = len(batch.texts)
+        logits = finite(batch.logits[:live])
+        scores = penalised(logits.log_softmax(dim=-1), batch.seen[:live], batch.made[:live], cfg) + sums  # (B, V)
+        # So many that `beams` go on even if all the others stop.
+        best = scores.flatten().topk(min((1 + len(stop_ids)) * beams, scores.numel()))
+        found = zip(best.values.tolist(), best.indices.tolist())
+        candidates = [(total, *divmod(place, scores.shape[1])) for total, place in found if total > -math.inf]
+        for total, row, id in candidates[:beams]:
+            if id in stop_ids or made == steps:
+                done.append((batch.texts[row].added + [id] * (id not in stop_ids), total / made**length_penalty))
+        done = sorted(done, key=lambda item: -item[1])[:beams]
+        going = [c for c in candidates if c[2] not in stop_ids][:beams]
+        if not going or made == steps or (len(done) == beams and going[0][0] / made**length_penalty <= done[-1][1]):
+            break
+        sums = torch.tensor([[total] for total, _, _ in going], device=batch.device)
+        batch.fork([(row, id) for _, row, id in going])
+    return done

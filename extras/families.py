@@ -169,10 +169,11 @@ class FamilyModel(Llama):
         if not self.config.alibi:
             return super().context(ids, docs, cache)
         _, mask = self._positions_and_mask(ids, docs, cache)
-        used = 0 if cache is None else cache.used
-        keys = torch.arange(used + ids.shape[1], device=ids.device)  # (S,)
-        distance = keys - keys[used:, None]  # (T, S), 0 at a query's own position and negative before
-        bias = alibi_slopes(self.config.num_attention_heads, ids.device)[:, None, None] * distance  # (H, T, S)
+        t = ids.shape[1]
+        queries = torch.arange(t, device=ids.device)[None] if cache is None else cache.positions(t)  # (B or 1, T)
+        keys = torch.arange(t if mask is None else mask.shape[-1], device=ids.device)  # (S,)
+        distance = (keys - queries[..., None])[:, None]  # (B or 1, 1, T, S), 0 at a query's own place, negative before
+        bias = alibi_slopes(self.config.num_attention_heads, ids.device)[:, None, None] * distance  # (B or 1, H, T, S)
         return None, bias.masked_fill(~(distance <= 0 if mask is None else mask), float("-inf"))
 
 

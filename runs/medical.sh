@@ -45,7 +45,7 @@ python "$code/pretrain.py" "$code/configs/demo.toml" --out_dir "$out/base" --tok
   --data.val "$out/text/val.bin" --hidden_size 256 --intermediate_size 704 --num_attention_heads 4 \
   --max_position_embeddings 512 --batch_tokens 4096 --max_steps "${STEPS:-400}" --prompt "" ${SIZES:-}
 python "$code/sft.py" "$code/configs/demo-sft.toml" --out_dir "$out/chat" --init_from "$out/base" --chat.train "$out/chats/train.jsonl" \
-  --chat.val "$out/chats/val.jsonl" --batch_tokens 4096 --max_steps "${SFT_STEPS:-400}" --prompt ""
+  --chat.val "$out/chats/val.jsonl" --batch_tokens 4096 --max_steps "${SFT_STEPS:-600}" --prompt ""
 
 echo "What follows is what a very small model says. It is no medical advice."
 printf '%s\n' "感冒了应该怎么办？" "高血压患者饮食上要注意什么？" "医生，我最近总是失眠，吃什么药好？" "小孩发烧39度怎么办？" \

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import sample
 from core import checkpoint, data
-from core.generate import SamplingConfig
+from extras.speaker import Speaker, SpeakerConfig
 from tokenizer import chat, load
 from tokenizer.train import train
 
@@ -73,7 +72,7 @@ def test_a_base_model_continues(chain):
 
 
 def test_without_a_prompt_a_base_model_begins_at_the_beginning_of_a_document(chain):
-    speaker = sample.Speaker(sample.SampleConfig(model=str(chain / "out/pretrain"), device="cpu"), SamplingConfig(temperature=0))
+    speaker = Speaker(SpeakerConfig(model=str(chain / "out/pretrain"), device="cpu"))
     assert speaker.ids("") == [speaker.text.bos_id]
     assert command(chain, "sample.py", "--model", "out/pretrain", "--temperature", "0", "--max_new_tokens", "8").startswith("第")
 
@@ -305,6 +304,6 @@ def test_ids_of_a_thousand_real_texts_are_transformers_ids(chain, shared_data):
 
 
 def test_the_speaker_of_a_chat_model_stops_at_its_end_of_turn(chain):
-    speaker = sample.Speaker(sample.SampleConfig(model=str(chain / "out/sft")), SamplingConfig(temperature=0))
+    speaker = Speaker(SpeakerConfig(model=str(chain / "out/sft")))
     assert speaker.chat_format == "chatml"
     assert speaker.stop_ids == {speaker.text.special_ids["<|im_end|>"], speaker.text.eos_id}

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pretrain
-import sample
 import sft
 from core import checkpoint
 from core.data import BinWriter
 from core.errors import UserError
 from core.generate import SamplingConfig, complete
 from extras import families, lora
+from extras.speaker import Speaker, SpeakerConfig
 from model import Cache
 
 transformers = pytest.importorskip("transformers")
@@ -94,11 +94,16 @@ def test_step_by_step_and_packed_logits_are_those_of_the_whole(tmp_path, kind):
         cache, whole = Cache(model.config, 2, 20), model(ids)
         parts = [model(part, cache=cache) for part in ids.split([9, 1, 1, 9], dim=1)]
         close(torch.cat(parts, dim=1), whole)
-        # padded on the left: what comes after is as without padding
-        cache = Cache(model.config, 2, 25, pad=torch.tensor([5, 0]))
-        padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:1]], dim=1)
-        longer = torch.cat([ids[1:], ids[1:, :5]], dim=1)
-        close(model(torch.cat([padded, longer]), cache=cache)[0, 5:], whole[0])
+        # rows at different places: what comes after a shorter text is as without its padding
+        cache, padded = Cache(model.config, 2, 20), ids[:, :9].clone()
+        padded[0, 4:] = 3
+        first = model(padded, cache=cache)
+        cache.used = torch.tensor([4, 9])
+        close(first[0, :4], whole[0, :4])
+        steps = [model(torch.stack([ids[0, 4 + i], ids[1, 9 + i]])[:, None], cache=cache) for i in range(11)]
+        steps = torch.cat(steps, dim=1)
+        close(steps[0], whole[0, 4:15])
+        close(steps[1], whole[1, 9:])
         docs = torch.tensor([[0] * 8 + [1] * 12])
         packed = model(ids[:1], docs=docs)[0]
         close(packed, torch.cat([model(ids[:1, :8])[0], model(ids[:1, 8:])[0]]))
@@ -338,9 +343,9 @@ def test_every_family_is_trained_on_chats_and_read_by_transformers_afterwards(pl
             close(checkpoint.load_model("out/new")(ids), back(ids).logits)
             assert not torch.allclose(back(ids).logits, model(ids).logits, atol=1e-3)
             # and it says what transformers has it say, the most likely token each time
-            speaker = sample.Speaker(sample.SampleConfig(model="out/new", device="cpu"), SamplingConfig(max_new_tokens=8, temperature=0))
+            speaker = Speaker(SpeakerConfig(model="out/new", device="cpu"))
             asked = speaker.ids("天是什么？")
-            said = complete(speaker.model, [asked], speaker.sampling, speaker.stop_ids)[0]
+            said = complete(speaker.model, [asked], SamplingConfig(max_new_tokens=8, temperature=0), speaker.stop_ids)[0]
             expected = back.generate(torch.tensor([asked]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(asked) :].tolist()
             assert said and said == expected[: len(said)]
 

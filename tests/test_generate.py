@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.generate import SamplingConfig, complete, generate, next_probabilities
+from core.generate import SamplingConfig, complete, generate, next_probabilities, penalised
 
 V = 97
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0)
@@ -23,10 +23,11 @@ def prompts_of(*lengths, seed=5):
 # Probabilities --------------------------------------------------------------------------------------------------------
 
 
-def naive(logits, seen, cfg):
+def naive(logits, seen, cfg, made=()):
     """One row of logits (floats) -> probabilities, id by id, by the definitions."""
-    r = cfg.repetition_penalty
-    z = [(x / r if x > 0 else x * r) if s else x for x, s in zip(logits, seen)]
+    r, made = cfg.repetition_penalty, list(made) or [0] * len(logits)
+    z = [x - cfg.presence_penalty * (m > 0) - cfg.frequency_penalty * m for x, m in zip(logits, made)]
+    z = [(x / r if x > 0 else x * r) if s else x for x, s in zip(z, seen)]
     top = max(z)
     if cfg.temperature == 0:
         return [float(i == z.index(top)) for i in range(len(z))]
@@ -61,17 +62,20 @@ CONFIGS = st.builds(
     top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
     min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
+    presence_penalty=st.sampled_from([0.0, 0.7, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 1.1, -0.4]),
 )
 
 
 @given(cfg=CONFIGS, seed=st.integers(0, 10**6), width=st.integers(1, 40))
-def test_probabilities_equal_naive_top_k_top_p_min_p_and_repetition_penalty(cfg, seed, width):
+def test_probabilities_equal_naive_top_k_top_p_min_p_and_penalties(cfg, seed, width):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, width, generator=generator) * 3
     seen = torch.rand(3, width, generator=generator) < 0.3
-    got = next_probabilities(logits, seen, cfg)
+    made = torch.randint(0, 4, (3, width), generator=generator, dtype=torch.int32)
+    got = next_probabilities(penalised(logits, seen, made, cfg), cfg)
     for row in range(3):
-        expected = naive(logits[row].tolist(), seen[row].tolist(), cfg)
+        expected = naive(logits[row].tolist(), seen[row].tolist(), cfg, made[row].tolist())
         if expected is not None:
             torch.testing.assert_close(got[row], torch.tensor(expected), rtol=1e-4, atol=1e-6)
 
@@ -90,7 +94,7 @@ ANY_LOGIT = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-30, 50.0, -50.0, 1e4, -1e4
 def test_extreme_numbers_never_give_nan_and_always_leave_an_id(logits, temperature, top_k, top_p, min_p, penalty):
     cfg = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
     seen = torch.tensor([[i % 2 == 0 for i in range(len(logits))]])
-    p = next_probabilities(torch.tensor([logits]), seen, cfg)
+    p = next_probabilities(penalised(torch.tensor([logits]), seen, seen.int(), cfg), cfg)
     assert p.isfinite().all() and (p >= 0).all() and p.max() > 0
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
 
@@ -100,6 +104,7 @@ def test_extreme_numbers_never_give_nan_and_always_leave_an_id(logits, temperatu
     {"max_new_tokens": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}, {"min_p": -0.1},
     {"min_p": 1.1}, {"min_p": math.nan}, {"repetition_penalty": 0.0}, {"repetition_penalty": math.nan},
     {"repetition_penalty": math.inf}, {"repetition_penalty": 1e-40}, {"repetition_penalty": 1e40},
+    {"presence_penalty": 2.1}, {"presence_penalty": math.nan}, {"frequency_penalty": -2.1}, {"truncate": "right"},
 ], ids=str)  # fmt: skip
 def test_a_bad_option_is_refused_and_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -153,7 +158,7 @@ def test_ids_are_drawn_as_often_as_their_probabilities_say(tiny_model):
         tiny_model.model.norm.weight.mul_(0.1)
     cfg = SamplingConfig(max_new_tokens=1, temperature=1.0, top_k=8, top_p=1.0)
     prompt, draws = prompts_of(3)[0], 600
-    p = next_probabilities(tiny_model(torch.tensor([prompt]))[:, -1], torch.zeros(1, V, dtype=torch.bool), cfg)[0]
+    p = next_probabilities(tiny_model(torch.tensor([prompt]))[:, -1], cfg)[0]
     counts = torch.zeros(V)
     for seed in range(draws):
         counts[complete(tiny_model, [prompt], dataclasses.replace(cfg, seed=seed), set())[0][0]] += 1

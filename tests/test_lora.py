@@ -17,15 +17,14 @@ from safetensors.torch import load_file, save_file
 from test_engine import metrics
 
 import export
-import sample
 import sft
 import tokenizer
 from core import checkpoint, engine
 from core.errors import UserError
-from core.generate import SamplingConfig
 from core.optim import OptimConfig, make_optimizers
 from extras import lora
 from extras.lora import LoraConfig, LoraLinear
+from extras.speaker import Speaker, SpeakerConfig
 from model import Llama, ModelConfig
 from tokenizer import chat
 
@@ -251,12 +250,12 @@ def test_two_ranks_have_the_losses_of_one_process_and_its_files(place, way):
 
 def test_sample_answers_with_the_adapter_on_its_base(place, small):
     out = train("--lora.r", "16", "--max_steps", "3")
-    speaker = sample.Speaker(sample.SampleConfig(adapter=str(out), device="cpu"), SamplingConfig(temperature=0, max_new_tokens=5))
+    speaker = Speaker(SpeakerConfig(adapter=str(out), device="cpu"))
     assert speaker.chat_format == "bos" and torch.equal(logits(speaker.model), logits(with_adapter(out)))
     assert (logits(speaker.model) - logits(checkpoint.load_model("base").eval())).abs().max() > 0.01
     for name in (ADAPTER, "adapter_config.json"):  # a run cut short
         (out / name).unlink()
-    speaker = sample.Speaker(sample.SampleConfig(model="base", adapter=str(out), device="cpu"), SamplingConfig(temperature=0))
+    speaker = Speaker(SpeakerConfig(model="base", adapter=str(out), device="cpu"))
     assert torch.equal(logits(speaker.model), logits(with_adapter(out / "checkpoint-3")))
 
 
@@ -350,10 +349,10 @@ def test_an_adapter_for_another_base_is_refused_with_both_hashes(place):
     digests = [checkpoint.weights_digest(place / name)[:12] for name in ("base", "other")]
     refused(lambda: with_adapter(out, "other"), *digests)
     refused(lambda: export_main("merge", "--model", "other", "--adapter", str(out), "--output", "again"), *digests)
-    refused(lambda: sample.Speaker(sample.SampleConfig(model="other", adapter=str(out)), SamplingConfig()), *digests)
+    refused(lambda: Speaker(SpeakerConfig(model="other", adapter=str(out))), *digests)
     os.rename("base", "elsewhere")
     assert logits(with_adapter(out, "elsewhere")).isfinite().all(), "the same base under another name"
-    refused(lambda: sample.Speaker(sample.SampleConfig(adapter=str(out)), SamplingConfig()), "its base 'base' is not here")
+    refused(lambda: Speaker(SpeakerConfig(adapter=str(out))), "its base 'base' is not here")
 
 
 def test_a_damaged_adapter_is_refused_with_what_is_wrong(place):

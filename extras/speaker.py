@@ -1,0 +1,98 @@
+"""A model folder and a text or messages in, the model's words out: what every command that asks a model shares.
+
+In:  a folder, or an adapter. Out: ids of prompts, and text of ids.
+Knows nothing of terminals, files of prompts or servers. The one extra that uses others: it puts the model together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import tokenizer
+from core import checkpoint
+from core.distributed import start
+from core.errors import UserError
+from extras import families, lora
+from tokenizer import chat
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SpeakerConfig:
+    model: str = ""  # a model folder; "": out/sft if it is there, else out/pretrain
+    adapter: str = ""  # a folder that sft.py with LoRA, or PEFT, has made; "" as model: its base
+    allow_pickle: bool = False  # its weights may be a .bin, .pt or .pth: only tensors are read from it
+    chat_format: str = "auto"  # auto: the model's own; none: continue even with a chat model
+    device: str = "auto"
+    dtype: str = "fp32"  # fp32, bf16, fp16: of the weights
+    compile: bool = False  # torch.compile: a minute at first, then faster where steps are many
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype = {self.dtype!r}, must be one of {', '.join(DTYPES)}")
+        if self.chat_format not in ("auto", "none", *chat.FORMATS):
+            raise ValueError(f"chat_format = {self.chat_format!r}, must be auto, none or {', '.join(chat.FORMATS)}")
+
+
+class Speaker:
+    """A model with its tokenizer and the way it is spoken to.
+
+    Attributes:
+        model: in eval mode, on its device.
+        text: its tokenizer.
+        chat_format: name of a format, None for a base model.
+        stop_ids: ids that end what it says.
+    """
+
+    def __init__(self, cfg: SpeakerConfig):
+        families.register()
+        asked = cfg.model or (lora.base_of(cfg.adapter) if cfg.adapter else newest_model())
+        folder = checkpoint.model_folder(asked)
+        self.name, self.text, self.compile = Path(asked).name, tokenizer.load(folder), cfg.compile
+        model, fill = checkpoint.open_model(folder, cfg.allow_pickle)
+        own = checkpoint.load_about(folder).get("chat_format")
+        if cfg.adapter:
+            model, fill, adapter = lora.attach(model, fill, cfg.adapter, folder)
+            own = checkpoint.load_about(adapter).get("chat_format", own)
+        self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
+        self.model = checkpoint.build(model, fill, start(cfg.device).device, DTYPES[cfg.dtype]).eval()
+        checkpoint.check_tokenizer(folder, self.model, self.text)
+        self.stop_ids = chat.end_ids(self.text, self.chat_format) if self.chat_format else {self.text.eos_id}
+
+    @property
+    def context(self) -> int:
+        """Positions of the model."""
+        return self.model.config.max_position_embeddings
+
+    def ids(self, prompt: str | list[dict]) -> list[int]:
+        """Token ids of a text to continue, or of the messages to answer."""
+        if isinstance(prompt, str) and not self.chat_format:
+            return self.text.encode(prompt, bos=True)
+        if not self.chat_format:
+            raise UserError("a base model continues text, it has no answers", "python sft.py makes a chat model")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return list(chat.render(messages, self.text, self.chat_format, generation=True)[0])
+
+    def decoder(self, prompt_ids: list[int]):
+        """Where generated ids become text: after a base model's prompt their first space is text, in an answer not."""
+        decoder = self.text.stream()
+        for token in [] if self.chat_format else prompt_ids:
+            decoder.push(token)
+        return decoder
+
+    def told(self, prompt_ids: list[int], new_ids: list[int], stop: Sequence[str] = ()) -> str:
+        """Text of generated ids, up to the first of the stop strings."""
+        decoder, until = self.decoder(prompt_ids), tokenizer.UntilStop(stop)
+        return self.trimmed(until.push("".join(map(decoder.push, new_ids)) + decoder.flush()) + until.flush())
+
+    def trimmed(self, text: str) -> str:
+        """An answer without the spaces that some formats put around it; a continuation as it is."""
+        return text.strip() if self.chat_format else text
+
+
+def newest_model() -> str:
+    """out/sft where it holds a model, else out/pretrain."""
+    return "out/sft" if Path("out/sft/config.json").exists() else "out/pretrain"
