@@ -7,6 +7,7 @@
     python bench.py finetune --model configs/llama-218m.toml --dtype bf16               # Linux; LoRA, QLoRA's memory
     python bench.py train --model configs/llama-92m.toml --dtype bf16                   # Linux; steps beside others'
     python bench.py loader --model configs/llama-92m.toml                               # Linux; from a 50 GB bin
+    python bench.py decode --model configs/llama-92m.toml --tokenizer tokenizer.model   # new tokens beside others'
     python bench.py saving --model configs/llama-218m.toml                              # writes 2.6 GB three times
 
 Prints a table of medians and, as its last line, the same as JSON.
@@ -25,7 +26,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from zlib import crc32
 
@@ -38,8 +39,9 @@ from core import checkpoint, config, data, engine, errors, optim, parallel
 from core.distributed import Ranks
 from core.errors import UserError
 from core.loss import next_token_loss
-from extras import lora, nf4, peers
+from extras import decoders, lora, nf4, peers
 from extras.corpus import bins, dedup, pipeline, readers
+from extras.doors import gguf_file
 from model import Llama, ModelConfig
 from tokenizer.parallel import map_in_order
 
@@ -59,6 +61,11 @@ class BenchConfig:
     dtype: str = "fp32"  # of train and finetune: fp32 or bf16
     compile: bool = False
     gradient_checkpointing: str = "none"
+    # of decode: ours, transformers or llama.cpp, with -bf16, -compiled, -batch16; llama.cpp's -f32, -bf16, -q8_0, -q4_0
+    contestants: tuple[str, ...] = ("ours", "ours-compiled", "ours-bf16", "ours-batch16", "transformers")
+    prompt_tokens: int = 32
+    new_tokens: int = 128
+    threads: int = 2  # of decode
     rows: int = 4
     seq_len: int = 512
     micro_batches: int = 1
@@ -69,6 +76,8 @@ class BenchConfig:
             raise ValueError("input or model must be given, rounds at least 1, documents at least 1000")
         if unknown := set(self.peers) - set(peers.PEERS):
             raise ValueError(f"peers: {', '.join(sorted(unknown))} is none of {', '.join(peers.PEERS)}")
+        if unknown := {name.split("-")[0] for name in self.contestants} - set(decoders.PEERS):
+            raise ValueError(f"contestants: {', '.join(sorted(unknown))} is none of {', '.join(decoders.PEERS)}")
         if self.dtype not in ("fp32", "bf16") or self.gradient_checkpointing not in ("none", "selective", "full"):
             raise ValueError("dtype must be fp32 or bf16, gradient_checkpointing none, selective or full")
 
@@ -76,7 +85,7 @@ class BenchConfig:
 def main() -> None:
     words = sys.argv[1:2]
     ways = {"tokenize": tokenize, "dedup": deduplicate, "memory": memory, "activations": activations,
-            "finetune": finetune, "train": train, "loader": loader, "saving": saving}  # fmt: skip
+            "finetune": finetune, "train": train, "loader": loader, "saving": saving, "decode": decode}  # fmt: skip
     if not words or words[0] not in ways:
         raise UserError(f"{' '.join(words) or 'nothing'} cannot be timed", f"python bench.py {' or '.join(ways)}")
     ways[words[0]](config.load(__doc__, {"bench": BenchConfig}, sys.argv[2:]).bench)
@@ -508,6 +517,69 @@ def saving(cfg: BenchConfig) -> None:
     print(f"{found['gb']} GB in {save:.2f} s; a step of {cfg.rows * cfg.seq_len * cfg.micro_batches:,} tokens takes "
           f"{one:.2f} s: one save every {every} steps costs {found['share']:.2%}")  # fmt: skip
     print(json.dumps(found))
+
+
+def decode(cfg: BenchConfig) -> None:
+    """A text continued by each contestant in turn, each in a process of its own, after one that is not counted."""
+    text = tokenizer.load(cfg.tokenizer)
+    sizes = replace(sizes_of(cfg.model), vocab_size=text.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(5, sizes.vocab_size, (cfg.prompt_tokens,), generator=generator).tolist()
+    found: dict[str, list[dict]] = {name: [] for name in cfg.contestants}
+    rates = []
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        model = Llama(sizes)
+        model.init_weights(0)
+        checkpoint.save_model(Path(folder) / "model", model, text, {})
+        processes = {}
+        for name in cfg.contestants:
+            path = Path(folder) / "model"
+            if name.startswith("llama.cpp"):
+                path = Path(folder) / f"{name}.gguf"
+                print(name, gguf_file.write(path, model, text, name.split("-")[1], "bench", None), flush=True)
+            about = {"name": name, "path": str(path), "prompt": prompt, "new": cfg.new_tokens, "threads": cfg.threads}
+            processes[name] = subprocess.Popen([sys.executable, "-m", "extras.decoders", json.dumps(about)], text=True,
+                                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        del model
+        for turn in range(cfg.rounds + 1):
+            for name, process in processes.items():
+                process.stdin.write("\n")
+                process.stdin.flush()
+                line = json.loads(process.stdout.readline() or "{}")
+                if not line:
+                    raise UserError(f"{name} ended with code {process.wait()}")
+                found[name] += [line] * bool(turn)
+            rates.append(read_rate())
+        read = {name: json.loads(process.communicate()[0])["bytes"] for name, process in processes.items()}
+    rate, first = statistics.median(rates), found[cfg.contestants[0]]
+    result: dict = {"read_gb_per_s": round(rate, 1)}
+    print(f"memory is read at {rate:.1f} GB/s; {cfg.prompt_tokens} + {cfg.new_tokens} tokens, {cfg.threads} threads")
+    for name, lines in found.items():
+        rows = int(name.split("batch")[1].split("-")[0]) if "batch" in name else 1
+        speeds = sorted(rows * cfg.new_tokens / line["seconds"] for line in lines)
+        ratios = sorted(rows * a["seconds"] / b["seconds"] for a, b in zip(first, lines))
+        step = statistics.median((line["seconds"] - line["first_s"]) / (cfg.new_tokens - 1) for line in lines)
+        waits = statistics.median(line["first_s"] for line in lines)
+        r = result[name] = {
+            "tokens_per_s": round(statistics.median(speeds), 1), "times_first": round(statistics.median(ratios), 3),
+            "from": round(ratios[0], 3), "to": round(ratios[-1], 3), "first_ms": round(1000 * waits, 1),
+            "mb_per_step": round(read[name] / 1e6), "share_of_bound": round(read[name] / 1e9 / rate / step, 3),
+            "same_ids": sum(a == b for a, b in zip(lines[0]["ids"], first[0]["ids"])),
+        }  # fmt: skip
+        print(f"{name:<22} {r['tokens_per_s']:>7.1f} tokens/s  {r['times_first']:.2f} x ({r['from']:.2f} to "
+              f"{r['to']:.2f})  first after {r['first_ms']:.0f} ms  {r['mb_per_step']} MB a step, {r['share_of_bound']:.0%} of what "
+              f"memory gives  {r['same_ids']} ids alike")  # fmt: skip
+    print(json.dumps(result))
+
+
+def read_rate(size: int = 1 << 28) -> float:
+    """GB/s at which a GiB is summed up, the best of three: no token comes faster than its weights are read."""
+    numbers, times = torch.ones(size), []
+    for _ in range(3):
+        began = time.perf_counter()
+        numbers.sum()
+        times.append(time.perf_counter() - began)
+    return 4 * size / min(times) / 1e9
 
 
 def product_rate(dtype: str, size: int = 2048) -> float:

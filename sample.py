@@ -66,8 +66,6 @@ def main() -> None:
     elif asked.prompts or asked.n > 1 or asked.beams or asked.logprobs or asked.output:
         answer_all(speaker, cfg)
     else:
-        if not speaker.chat_format:
-            print(asked.prompt, end="")
         stream(speaker, asked.prompt, cfg)
 
 
@@ -75,7 +73,10 @@ def stream(speaker: Speaker, prompt: str | list[dict], cfg) -> str:
     """Print the continuation or answer as it comes, and return it."""
     ids, said = speaker.ids(prompt), ""
     decoder, until = speaker.decoder(ids), tokenizer.UntilStop(cfg.sample.stop)
+    fitting(ids, speaker.model, cfg.sampling)  # an impossible prompt is refused before it is printed
     tell_room(speaker, [ids], cfg.sampling)
+    if not speaker.chat_format:
+        print(prompt, end="")
 
     def tell(piece: str) -> str:
         # Some formats put a space between the role's name and the answer.

@@ -219,17 +219,18 @@ class Batch:
             return []
         self._catch_up()
         count = len(self.texts)
-        logits = finite(self.logits[:count])
-        chosen = self._choose(logits)  # (B,)
+        chosen = self._choose(self.logits[:count])  # (B,)
         rows = torch.arange(count, device=self.device)
+        logp = self.logits[:count].log_softmax(dim=-1)  # (B, V), not finite where one of a row's logits is not
+        told = finite(logp[rows, chosen]).tolist()
         self.seen[rows, chosen] = True
         self.made[rows, chosen] += 1
-        logprobs = (logits[rows, chosen] - logits.logsumexp(dim=-1)).tolist()
+        self.behind = True
         step = []
-        for row, (text, id, logprob) in enumerate(zip(list(self.texts), chosen.tolist(), logprobs)):
+        for row, (text, id, logprob) in enumerate(zip(list(self.texts), chosen.tolist(), told)):
             top = []
             if text.logprobs:
-                best = logits[row].log_softmax(dim=-1).topk(min(text.logprobs, logits.shape[1]))
+                best = logp[row].topk(min(text.logprobs, logp.shape[1]))
                 top = list(zip(best.indices.tolist(), best.values.tolist()))
             if id in text.stop_ids:
                 text.end = "stop"
@@ -243,7 +244,6 @@ class Batch:
         for token in step:
             if token.end:
                 self.remove(token.text)
-        self.behind = bool(self.texts)
         return step
 
     def remove(self, text: Text) -> None:
@@ -257,6 +257,7 @@ class Batch:
             self.cache.k[:, row], self.cache.v[:, row] = self.cache.k[:, last], self.cache.v[:, last]
             self.texts[row] = self.texts[last]
         self.texts.pop()
+        self.behind = self.behind and bool(self.texts)
 
     def _choose(self, logits: Tensor) -> Tensor:
         """The next id of each text, (B,)."""
@@ -265,7 +266,7 @@ class Batch:
         for row, text in enumerate(self.texts):
             kinds.setdefault(text.kind, []).append(row)
         for cfg, rows in kinds.items():
-            of = rows if len(kinds) > 1 else slice(None)  # all of them: no copy
+            of = rows if len(kinds) > 1 else slice(len(rows))  # all of them: no copy
             scores = penalised(logits[of], self.seen[of], self.made[of], cfg)
             if cfg.temperature < 1e-5:
                 chosen[of] = scores.argmax(dim=-1)
@@ -317,11 +318,11 @@ def next_logits(model: Llama, ids: Tensor, cache: Cache) -> Tensor:
     return model.lm_head(model.hidden(ids, cache=cache)[:, -1]).float()
 
 
-def finite(logits: Tensor) -> Tensor:
-    """The logits; UserError where they are not numbers."""
-    if not logits.isfinite().all():
+def finite(logp: Tensor) -> Tensor:
+    """The same log-probabilities, one of each row; UserError where they are not numbers: one logit was none."""
+    if not logp.isfinite().all():
         raise UserError("the model's logits are not finite numbers", "its weights may be damaged; try --dtype fp32")
-    return logits
+    return logp
 
 
 def fitting(prompt: Sequence[int], model: Llama, sampling: SamplingConfig) -> list[int]:
@@ -417,8 +418,9 @@ def beam_search(model: Llama, prompt: Sequence[int], cfg: SamplingConfig, stop_i
     done: list[tuple[list[int], float]] = []
     for made in range(1, steps + 1):
         live = len(batch.texts)
-        logits = finite(batch.logits[:live])
-        scores = penalised(logits.log_softmax(dim=-1), batch.seen[:live], batch.made[:live], cfg) + sums  # (B, V)
+        logp = batch.logits[:live].log_softmax(dim=-1)
+        finite(logp.amax(dim=-1))
+        scores = penalised(logp, batch.seen[:live], batch.made[:live], cfg) + sums  # (B, V)
         # So many that `beams` go on even if all the others stop.
         best = scores.flatten().topk(min((1 + len(stop_ids)) * beams, scores.numel()))
         found = zip(best.values.tolist(), best.indices.tolist())

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Purpose: a model that answers medical questions, from your own files: vocabulary, base, chats, samples. What a model of
 #   six million parameters says is NO medical advice; the recipe is to be repeated with larger bases and more text.
-# Hardware: 2 CPU cores, 3 GB of memory.  Time: about a second for each of the 2 x 400 steps, and a minute for the data.
+# Hardware: 2 CPU cores, 3 GB of memory.  Time: 15 minutes: about a second for each of the 400 + 600 steps.
 # Data: texts are what data_process.py reads, in UTF-8 or GB18030, JSON with its text in "text" (others become that with
 #   data_process.py clean --input cmrc2018_dev.json --adapter cmrc2018 --out_dir data/cmrc); chats are questions with
 #   answers in any of 20 formats:

@@ -132,6 +132,34 @@ def test_answers_do_not_depend_on_the_batch(chain):
     assert one == command(chain, "sample.py", "--prompts", "val.jsonl", "--batch", "16", "--seed", "7")
 
 
+def test_one_prompt_is_answered_several_times_by_beams_and_with_log_probabilities(chain):
+    base = ("sample.py", "--model", "out/pretrain", "--prompt", "第3天，", "--max_new_tokens", "8")
+
+    def lines(*words):
+        return [json.loads(line) for line in command(chain, *base, *words).splitlines()]
+
+    three = lines("--n", "3", "--temperature", "1.5", "--seed", "5")
+    alone = [command(chain, *base, "--temperature", "1.5", "--seed", str(seed)).removeprefix("第3天，")[:-1] for seed in (5, 6, 7)]
+    assert [line["answer"] for line in three] == alone and len(set(alone)) > 1
+    assert {line["end"] for line in three} <= {"stop", "length"}
+    beams = lines("--n", "2", "--beams", "4")
+    assert len(beams) == 2 and beams[0]["score"] >= beams[1]["score"] and beams[0]["answer"] != beams[1]["answer"]
+    (told,) = lines("--logprobs", "2", "--temperature", "0")
+    assert "".join(t["token"] for t in told["logprobs"]).strip() and len(told["logprobs"]) <= 8
+    assert all(t["top"][0] == [t["id"], t["logprob"]] and len(t["top"]) == 2 for t in told["logprobs"])
+    assert "logprobs = 3" in error(chain, *base, "--logprobs", "3", "--beams", "2")
+    assert "n at most beams" in error(chain, *base, "--n", "3", "--beams", "2")
+    assert "chat goes neither" in error(chain, *base, "--chat", "--n", "2")
+
+
+def test_truncate_left_answers_a_prompt_that_is_too_long_and_says_so(chain, tmp_path):
+    long = ("sample.py", "--model", "out/pretrain", "--prompt", "天地玄黄" * 40, "--temperature", "0", "--max_new_tokens")
+    assert "the model's context is 64 -- shorten it, or --truncate left" in error(chain, *long, "100")
+    done = subprocess.run([sys.executable, str(ROOT / long[0]), *long[1:], "100", "--truncate", "left"], cwd=chain, capture_output=True, text=True)
+    assert done.returncode == 0 and "note: 1 of 1 prompts without their first tokens, " in done.stderr
+    assert len(done.stdout) > 160
+
+
 def test_show_mask_marks_the_answers_and_their_ends(chain):
     said = command(chain, "sft.py", "--train", "train.jsonl", "--show_mask", "1", "--chat_format", "chatml")
     assert said.endswith("【天是蓝的。<|im_end|>】\n") and "是什么颜色" in said.split("【")[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 
 import pytest
 import torch
@@ -9,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.generate import SamplingConfig, complete, generate, next_probabilities, penalised
+from core.generate import (
+    Batch,
+    SamplingConfig,
+    beam_search,
+    complete,
+    continued,
+    generate,
+    next_probabilities,
+    penalised,
+)
+from model import ModelConfig
 
 V = 97
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0)
@@ -235,3 +246,161 @@ def test_logits_that_are_not_numbers_are_refused(tiny_model, value):
         tiny_model.lm_head.weight[5, 3] = value
     with pytest.raises(UserError, match="not finite"):
         complete(tiny_model, [[1, 2]], GREEDY, set())
+
+
+# Texts that come and go -------------------------------------------------------------------------------------------------
+
+
+def alone(model, prompt, cfg, stop_ids=frozenset()):
+    return complete(model, [prompt], cfg, stop_ids)[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_texts_that_join_and_leave_at_random_say_what_each_says_alone(tiny_model, seed):
+    chance = random.Random(seed)
+    batch, running, ended, cut = Batch(tiny_model, 5), [], [], 0
+    while len(ended) < 25:
+        if batch.free and chance.random() < 0.6:
+            cfg = SamplingConfig(max_new_tokens=chance.randint(1, 30), temperature=chance.choice([0, 1.0, 1.5]), seed=chance.randint(0, 99),
+                                 repetition_penalty=chance.choice([1.0, 1.2]), presence_penalty=chance.choice([0.0, 0.5]))  # fmt: skip
+            running += batch.add(prompts_of(chance.randint(1, 40), seed=chance.randint(0, 99))[0], cfg, {3, 7})
+        if running and chance.random() < 0.1:
+            gone = running.pop(chance.randrange(len(running)))
+            batch.remove(gone)
+            cut += 1
+            assert gone.added == alone(tiny_model, gone.prompt, gone.sampling, {3, 7})[: len(gone.added)]
+        for token in batch.step():
+            assert (token.end == "stop") == (token.id in (3, 7))
+            if token.end:
+                running.remove(token.text)
+                ended.append(token.text)
+    assert cut and batch.free == 5 - len(running)
+    for text in ended:
+        assert text.added == alone(tiny_model, text.prompt, text.sampling, {3, 7})
+
+
+def test_several_texts_of_a_prompt_read_it_once_and_have_seeds_of_their_own(tiny_model):
+    cfg, prompt = SamplingConfig(max_new_tokens=9, temperature=1.5, seed=4), prompts_of(11)[0]
+    read = []
+    tiny_model.model.embed_tokens.register_forward_hook(lambda _, ids, __: read.append(tuple(ids[0].shape)))
+    ((one, two, three),) = continued(tiny_model, [prompt], cfg, set(), rows=1, n=3)
+    assert read == [(1, 11)] + [(3, 1)] * 8
+    assert [t.added for t in (one, two, three)] == [alone(tiny_model, prompt, dataclasses.replace(cfg, seed=s)) for s in (4, 5, 6)]
+    assert one.added != two.added != three.added
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_prompts_of_a_file_are_continued_in_their_order_whatever_fits_at_once(tiny_model, rows):
+    prompts, cfg = prompts_of(9, 1, 30, 4, 17, 4, 2), SamplingConfig(max_new_tokens=6, temperature=1.2, seed=3)
+    groups = continued(tiny_model, prompts, cfg, {5}, rows=rows, n=2)
+    for prompt, group in zip(prompts, groups):
+        assert [t.added for t in group] == [alone(tiny_model, prompt, dataclasses.replace(cfg, seed=s), {5}) for s in (3, 4)]
+
+
+def test_log_probabilities_are_the_models_own_whatever_is_drawn(tiny_model):
+    cfg = SamplingConfig(max_new_tokens=15, temperature=1.7, top_k=20, repetition_penalty=1.5)
+    prompt = prompts_of(6)[0]
+    ((text,),) = continued(tiny_model, [prompt], cfg, {9}, rows=1, logprobs=4)
+    with torch.no_grad():
+        logp = tiny_model(torch.tensor([prompt + text.added]))[0].log_softmax(dim=-1)
+    assert [t.id for t in text.tokens][: len(text.added)] == text.added
+    for at, token in enumerate(text.tokens, len(prompt) - 1):
+        assert token.logprob == pytest.approx(logp[at, token.id].item(), abs=1e-4)
+        best = sorted(range(V), key=lambda i: -logp[at, i].item())[:4]
+        assert [i for i, _ in token.top] == best
+        assert [p for _, p in token.top] == pytest.approx(logp[at, best].tolist(), abs=1e-4)
+
+
+def test_truncate_goes_on_from_the_newer_half_each_time_the_context_is_full(tiny_model):
+    cfg = dataclasses.replace(GREEDY, max_new_tokens=100, truncate="left")
+    prompt = prompts_of(50)[0]
+    ids, kept = list(prompt), list(prompt)
+    for _ in range(100):
+        if len(kept) == 65:  # 64 positions are full: the newest id is to be read behind the 32 before it
+            kept = kept[-33:]
+        ids += argmax_loop(tiny_model, kept, 1)
+        kept = kept + ids[-1:]
+    assert alone(tiny_model, prompt, cfg) == ids[50:]
+    longer = prompts_of(200)[0]
+    assert alone(tiny_model, longer, cfg) == alone(tiny_model, longer[-32:], cfg)
+    few = dataclasses.replace(cfg, max_new_tokens=10)
+    assert alone(tiny_model, longer, few) == alone(tiny_model, longer[-54:], few)
+
+
+@pytest.mark.heavy
+def test_a_compiled_step_says_the_same(tiny_model):
+    prompts, cfg = prompts_of(9, 1, 4), SamplingConfig(max_new_tokens=8, temperature=1.0)
+    got = [t.added for (t,) in continued(tiny_model, prompts, cfg, set(), rows=3, compiled=True)]
+    assert got == complete(tiny_model, prompts, cfg, set())
+
+
+# Against transformers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The same small model here and there, end of text 3; logits are spread widely, so that no two are nearly equal."""
+    import transformers
+    from conftest import lively
+
+    config = ModelConfig(vocab_size=V, hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    ours = lively(config, seed=1)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, eos_token_id=3))  # fmt: skip
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs.eval()
+
+
+def their_way(theirs, prompt, **options):
+    ids = torch.tensor([prompt])
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, do_sample=False, max_new_tokens=20, **options)
+    return [row[len(prompt) :] for row in out.tolist()]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=["greedy", "penalty"])
+def test_greedy_texts_are_those_of_transformers_on_200_prompts(pair, options):
+    ours, theirs = pair
+    prompts = [prompts_of(1 + k % 30, seed=k)[0] for k in range(200)]
+    got = complete(ours, prompts, SamplingConfig(max_new_tokens=20, temperature=0, **options), {3})
+    ended = 0
+    for prompt, new in zip(prompts, got):
+        expected = their_way(theirs, prompt, **options)[0]
+        ended += 3 in expected
+        assert new == expected[: expected.index(3) if 3 in expected else None]
+    assert ended > 10
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("beams, penalty, repetition", [(2, 1.0, 1.0), (4, 1.0, 1.0), (4, 0.0, 1.0), (3, 2.0, 1.0), (4, 1.0, 1.2)])
+def test_beams_are_those_of_transformers_on_200_prompts(pair, beams, penalty, repetition):
+    ours, theirs = pair
+    cfg = SamplingConfig(max_new_tokens=20, repetition_penalty=repetition)
+    ended = 0
+    for k in range(200):
+        prompt = prompts_of(1 + k % 30, seed=k)[0]
+        expected = their_way(theirs, prompt, num_beams=beams, num_return_sequences=beams, length_penalty=penalty,
+                             repetition_penalty=repetition)  # fmt: skip
+        expected = [row[: row.index(3) if 3 in row else None] for row in expected]
+        ended += any(len(row) < 20 for row in expected)
+        assert [ids for ids, _ in beam_search(ours, prompt, cfg, {3}, beams, penalty)] == expected
+    assert ended > 20
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 1.7])
+def test_a_beams_score_is_the_re_scored_log_probability_over_its_length(tiny_model, penalty):
+    prompt = prompts_of(5)[0]
+    for ids, score in beam_search(tiny_model, prompt, GREEDY, {3}, 4, penalty):
+        whole = prompt + ids + [3] * (len(ids) < 12)
+        with torch.no_grad():
+            logp = tiny_model(torch.tensor([whole]))[0].log_softmax(dim=-1)
+        total = sum(logp[at, whole[at + 1]].item() for at in range(len(prompt) - 1, len(whole) - 1))
+        assert score == pytest.approx(total / (len(whole) - len(prompt)) ** penalty, abs=1e-4)
+
+
+def test_one_beam_is_greedy(tiny_model):
+    for prompt in prompts_of(1, 6, 20, 60):
+        ((ids, _),) = beam_search(tiny_model, prompt, GREEDY, {3}, 1)
+        assert ids == alone(tiny_model, prompt, GREEDY, {3})
