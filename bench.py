@@ -567,8 +567,8 @@ def decode(cfg: BenchConfig) -> None:
             "same_ids": sum(a == b for a, b in zip(lines[0]["ids"], first[0]["ids"])),
         }  # fmt: skip
         print(f"{name:<22} {r['tokens_per_s']:>7.1f} tokens/s  {r['times_first']:.2f} x ({r['from']:.2f} to "
-              f"{r['to']:.2f})  first after {r['first_ms']:.0f} ms  {r['mb_per_step']} MB a step, {r['share_of_bound']:.0%} of what "
-              f"memory gives  {r['same_ids']} ids alike")  # fmt: skip
+              f"{r['to']:.2f})  first after {r['first_ms']:.0f} ms  {r['mb_per_step']} MB a step, "
+              f"{r['share_of_bound']:.0%} of what memory gives  {r['same_ids']} ids alike")  # fmt: skip
     print(json.dumps(result))
 
 

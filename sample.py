@@ -178,8 +178,8 @@ def answers(speaker: Speaker, prompts: list[list[int]], asked: SampleConfig, sam
         told = [{"answer": speaker.told(ids, text.added, asked.stop), "end": text.end} for text in texts]
         for line, text in zip(told, texts):
             if asked.logprobs:
-                line["logprobs"] = [{"id": t.id, "token": speaker.text.decode([t.id]), "logprob": t.logprob, "top": t.top}
-                                    for t in text.tokens]  # fmt: skip
+                line["logprobs"] = [{"id": t.id, "token": speaker.text.decode([t.id]), "logprob": t.logprob,
+                                     "top": t.top} for t in text.tokens]  # fmt: skip
         yield told
 
 
