@@ -17,6 +17,7 @@ import torch
 
 from core import checkpoint
 from core.generate import Batch, SamplingConfig
+from extras import quantize
 from model import Llama
 
 PEERS = ("ours", "transformers", "llama.cpp")
@@ -33,9 +34,13 @@ def serve(name: str, path: str, prompt: list[int], new: int, threads: int) -> No
 
 
 def ours(folder: Path, options: list[str], threads: int) -> tuple[Callable, int]:
-    """Options: bf16, compiled, batch16."""
+    """Options: bf16, int8, int4, compiled, batch16."""
     dtype = torch.bfloat16 if "bf16" in options else torch.float32
     model = checkpoint.load_model(folder, dtype=dtype).eval()
+    for kind in {"int8", "int4"} & set(options):
+        model = quantize.quantize(model, kind)
+    if "compiled" in options:
+        model = quantize.for_one_row(model)
     rows = next((int(o.removeprefix("batch")) for o in options if o.startswith("batch")), 1)
     batches: list[Batch] = []  # a compiled step is kept
 

@@ -14,7 +14,7 @@ import tokenizer
 from core import checkpoint
 from core.distributed import start
 from core.errors import UserError
-from extras import families, lora
+from extras import families, lora, quantize
 from tokenizer import chat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,11 +28,16 @@ class SpeakerConfig:
     chat_format: str = "auto"  # auto: the model's own; none: continue even with a chat model
     device: str = "auto"
     dtype: str = "fp32"  # fp32, bf16, fp16: of the weights
+    quantize: str = "none"  # int8, int4: linear layers in fewer bits, all else in bf16; 2 and 3 times as fast on a CPU
     compile: bool = False  # torch.compile: a minute at first, then faster where steps are many
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}, must be one of {', '.join(DTYPES)}")
+        if self.quantize not in quantize.KINDS:
+            raise ValueError(f"quantize = {self.quantize!r}, must be one of {', '.join(quantize.KINDS)}")
+        if self.quantize != "none" and self.dtype == "fp16":
+            raise ValueError(f"dtype = fp16 does not go with quantize = {self.quantize}: all else is bf16")
         if self.chat_format not in ("auto", "none", *chat.FORMATS):
             raise ValueError(f"chat_format = {self.chat_format!r}, must be auto, none or {', '.join(chat.FORMATS)}")
 
@@ -60,6 +65,12 @@ class Speaker:
         self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
         self.model = checkpoint.build(model, fill, start(cfg.device).device, DTYPES[cfg.dtype]).eval()
         checkpoint.check_tokenizer(folder, self.model, self.text)
+        if cfg.quantize != "none":
+            if cfg.adapter:
+                self.model = lora.merge(self.model)
+            self.model = quantize.quantize(self.model, cfg.quantize)
+        if cfg.compile:
+            self.model = quantize.for_one_row(self.model)
         self.stop_ids = chat.end_ids(self.text, self.chat_format) if self.chat_format else {self.text.eos_id}
 
     @property
