@@ -38,10 +38,12 @@ import tokenizer
 from core import checkpoint, config, data, engine, errors, optim, parallel
 from core.distributed import Ranks
 from core.errors import UserError
+from core.generate import Batch, SamplingConfig
 from core.loss import next_token_loss
-from extras import decoders, lora, nf4, peers
+from extras import decoders, lora, nf4, peers, quantize
 from extras.corpus import bins, dedup, pipeline, readers
 from extras.doors import gguf_file
+from extras.speaker import Speaker, SpeakerConfig
 from model import Llama, ModelConfig
 from tokenizer.parallel import map_in_order
 
@@ -61,7 +63,7 @@ class BenchConfig:
     dtype: str = "fp32"  # of train and finetune: fp32 or bf16
     compile: bool = False
     gradient_checkpointing: str = "none"
-    # of decode: ours, transformers or llama.cpp, with -bf16, -compiled, -batch16; llama.cpp's -f32, -bf16, -q8_0, -q4_0
+    # of decode: ours (-bf16, -int8, -int4; -compiled, -batch16), transformers (-bf16), llama.cpp-f32, -bf16, -q8_0, -q4_0
     contestants: tuple[str, ...] = ("ours", "ours-compiled", "ours-bf16", "ours-batch16", "transformers")
     prompt_tokens: int = 32
     new_tokens: int = 128
@@ -538,8 +540,9 @@ def decode(cfg: BenchConfig) -> None:
                 path = Path(folder) / f"{name}.gguf"
                 print(name, gguf_file.write(path, model, text, name.split("-")[1], "bench", None), flush=True)
             about = {"name": name, "path": str(path), "prompt": prompt, "new": cfg.new_tokens, "threads": cfg.threads}
-            processes[name] = subprocess.Popen([sys.executable, "-m", "extras.decoders", json.dumps(about)], text=True,
-                                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+            code = "import json, sys, bench; bench.decoders.serve(**json.loads(sys.argv[1]), ours=bench.our_decoder)"
+            processes[name] = subprocess.Popen([sys.executable, "-c", code, json.dumps(about)], stdin=subprocess.PIPE,
+                                               stdout=subprocess.PIPE, text=True)  # fmt: skip
         del model
         for turn in range(cfg.rounds + 1):
             for name, process in processes.items():
@@ -570,6 +573,27 @@ def decode(cfg: BenchConfig) -> None:
               f"{r['to']:.2f})  first after {r['first_ms']:.0f} ms  {r['mb_per_step']} MB a step, "
               f"{r['share_of_bound']:.0%} of what memory gives  {r['same_ids']} ids alike")  # fmt: skip
     print(json.dumps(result))
+
+
+def our_decoder(folder: Path, options: list[str], threads: int) -> tuple[Callable, int]:
+    """Options: bf16, int8, int4, compiled, batch16."""
+    kind = next((o for o in options if o in quantize.KINDS), "none")
+    cfg = SpeakerConfig(model=str(folder), dtype="bf16" if "bf16" in options else "fp32", quantize=kind,
+                        compile="compiled" in options, device="cpu")  # fmt: skip
+    model = Speaker(cfg).model
+    rows = next((int(o.removeprefix("batch")) for o in options if o.startswith("batch")), 1)
+    batches: list[Batch] = []  # a compiled step is kept
+
+    def run(prompt: list[int], new: int):
+        if not batches:
+            batches.append(Batch(model, rows, len(prompt) + new, cfg.compile))
+        began, first = time.perf_counter(), 0.0
+        texts = batches[0].add_all([prompt] * rows, SamplingConfig(max_new_tokens=new, temperature=0), set())
+        while batches[0].step():
+            first = first or time.perf_counter() - began
+        return first, time.perf_counter() - began, texts[0][0].added
+
+    return run, decoders.bytes_of_a_step(model)
 
 
 def read_rate(size: int = 1 << 28) -> float:

@@ -2,8 +2,8 @@
 
 In:  a model folder (a GGUF file for llama.cpp), ids of prompts, a number of new tokens. Out: seconds and ids.
 pip install transformers, xllamacpp for the peers.
-
-    python -m extras.decoders '{"name": "ours-int8-compiled", ...}'     # a line in: a text; a line out: what it took
+Each runs in a process of its own: a line in, a text is made; a line out, what it took.
+Knows nothing of the other contestants; ours is in bench.py, out of what sample.py uses.
 """
 
 import json
@@ -15,15 +15,12 @@ from pathlib import Path
 
 import torch
 
-from core import checkpoint
-from core.generate import Batch, SamplingConfig
-from extras import quantize
 from model import Llama
 
 PEERS = ("ours", "transformers", "llama.cpp")
 
 
-def serve(name: str, path: str, prompt: list[int], new: int, threads: int) -> None:
+def serve(name: str, path: str, prompt: list[int], new: int, threads: int, ours: Callable) -> None:
     """For each line that comes, a line: seconds to the first id and to the last, and the ids; then bytes read an id."""
     torch.set_num_threads(threads)
     peer, *options = name.split("-")
@@ -31,30 +28,6 @@ def serve(name: str, path: str, prompt: list[int], new: int, threads: int) -> No
     for _ in sys.stdin:
         print(json.dumps(dict(zip(("first_s", "seconds", "ids"), run(prompt, new)))), flush=True)
     print(json.dumps({"bytes": read}), flush=True)
-
-
-def ours(folder: Path, options: list[str], threads: int) -> tuple[Callable, int]:
-    """Options: bf16, int8, int4, compiled, batch16."""
-    dtype = torch.bfloat16 if "bf16" in options else torch.float32
-    model = checkpoint.load_model(folder, dtype=dtype).eval()
-    for kind in {"int8", "int4"} & set(options):
-        model = quantize.quantize(model, kind)
-    if "compiled" in options:
-        model = quantize.for_one_row(model)
-    rows = next((int(o.removeprefix("batch")) for o in options if o.startswith("batch")), 1)
-    batches: list[Batch] = []  # a compiled step is kept
-
-    def run(prompt: list[int], new: int):
-        batches[1:] = []
-        if not batches:
-            batches.append(Batch(model, rows, len(prompt) + new, "compiled" in options))
-        began, first = time.perf_counter(), 0.0
-        texts = batches[0].add_all([prompt] * rows, SamplingConfig(max_new_tokens=new, temperature=0), set())
-        while batches[0].step():
-            first = first or time.perf_counter() - began
-        return first, time.perf_counter() - began, texts[0][0].added
-
-    return run, bytes_of_a_step(model)
 
 
 def bytes_of_a_step(model: Llama) -> int:
@@ -112,6 +85,3 @@ def llama_cpp(path: Path, options: list[str], threads: int) -> tuple[Callable, i
 
     return run, path.stat().st_size
 
-
-if __name__ == "__main__":
-    serve(**json.loads(sys.argv[1]))

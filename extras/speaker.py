@@ -69,8 +69,7 @@ class Speaker:
             if cfg.adapter:
                 self.model = lora.merge(self.model)
             self.model = quantize.quantize(self.model, cfg.quantize)
-        if cfg.compile:
-            self.model = quantize.for_one_row(self.model)
+        self.model = quantize.for_decoding(self.model)
         self.stop_ids = chat.end_ids(self.text, self.chat_format) if self.chat_format else {self.text.eos_id}
 
     @property

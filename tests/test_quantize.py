@@ -10,7 +10,7 @@ import tokenizer
 from core import checkpoint
 from core.generate import SamplingConfig, complete
 from extras import families, quantize
-from extras.quantize import FEW_ROWS, GROUP, Int4Linear, Int8Linear, OneRowLinear
+from extras.quantize import FEW_ROWS, GROUP, DecodingLinear, Int4Linear, Int8Linear
 from model import Llama, ModelConfig
 
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0)
@@ -105,15 +105,19 @@ def test_a_tied_head_is_packed_and_the_embedding_stays(tiny_config, make_model, 
     assert complete(model, [[1, 2, 3], [4]], GREEDY, set()) == [complete(model, [p], GREEDY, set())[0] for p in ([1, 2, 3], [4])]
 
 
-def test_one_row_products_of_bf16_change_only_when_they_are_one_row(tiny_model):
-    tiny_model.bfloat16()
-    ids = torch.tensor([[5, 6, 7]])
+@pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_products_for_decoding_are_torchs(rows, bias, dtype, tolerance):
+    layer = torch.nn.Linear(52, 97, bias=bias, dtype=dtype)
+    x = torch.randn(1, rows, 52, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
     with torch.no_grad():
-        before, one = tiny_model(ids), tiny_model(ids[:, :1])
-        quantize.for_one_row(tiny_model)
-        assert type(tiny_model.lm_head) is OneRowLinear
-        assert torch.equal(tiny_model(ids), before)
-        assert (tiny_model(ids[:, :1]) - one).abs().max() <= 2**-5 * one.abs().max()
+        quantize.for_decoding(layer)
+        assert type(layer) is DecodingLinear
+        for got in (layer(x), torch.compile(layer)(x)):
+            assert got.dtype == dtype and got.shape == expected.shape
+            assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def nats(model, ids, targets):
