@@ -63,7 +63,7 @@ class BenchConfig:
     dtype: str = "fp32"  # of train and finetune: fp32 or bf16
     compile: bool = False
     gradient_checkpointing: str = "none"
-    # of decode: ours (-bf16, -int8, -int4; -compiled, -batch16), transformers (-bf16), llama.cpp-f32, -bf16, -q8_0, -q4_0
+    # of decode: ours (-bf16, -int8, -int4; -compiled; -batch16), transformers (-bf16), llama.cpp-f32 (-bf16, -q8_0 ...)
     contestants: tuple[str, ...] = ("ours", "ours-compiled", "ours-bf16", "ours-batch16", "transformers")
     prompt_tokens: int = 32
     new_tokens: int = 128

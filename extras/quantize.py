@@ -149,10 +149,10 @@ def quantize(model: Llama, kind: str) -> Llama:
 class DecodingLinear(nn.Linear):
     """A linear layer for a CPU, with the products that are fast for few rows of x.
 
-    In fp32 that is oneDNN's: torch's own goes to MKL, which gives one row one core, and with few rows is
-    slower still. Compiled, one row is multiplied and summed: in bf16 that reads 33 GB/s, oneDNN's 11, as it is made for
-    many rows. Milliseconds of 35,207 x 768 on two cores (AMD EPYC), torch's and this: fp32 1 row 8.1 and 3.7, 16 rows 19
-    and 8.5, 512 rows 487 and 306; bf16 compiled, 1 row: 4.7 and 1.7.
+    In fp32 that is oneDNN's: torch's own goes to MKL, which gives one row one core, and is slower still with a few.
+    Compiled, one row is multiplied and summed: in bf16 that reads 33 GB/s, oneDNN's 11, as it is made for many rows.
+    Milliseconds of 35,207 x 768 on two cores (AMD EPYC), torch's and this: fp32 1 row 8.1 and 3.7, 16 rows 19 and 8.5,
+    512 rows 487 and 306; bf16 compiled, 1 row: 4.7 and 1.7.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -92,3 +92,21 @@ class Sixty:
 
     def tell(self, loss):
         self.losses.append(loss)
+
+
+@pytest.mark.heavy
+def test_decoding_is_timed_beside_transformers_and_ends_in_json(tmp_path, small):
+    pytest.importorskip("transformers")
+    wide = SIZES.replace("hidden_size = 64", "hidden_size = 512").replace("intermediate_size = 128", "intermediate_size = 2048")
+    (tmp_path / "small.toml").write_text(wide)
+    done = subprocess.run([sys.executable, "bench.py", "decode", "--model", str(tmp_path / "small.toml"), "--tokenizer", str(small.path),
+                           "--rounds", "2", "--new_tokens", "20", "--prompt_tokens", "8", "--contestants", "ours", "transformers",
+                           "ours-batch3", "ours-int8", "ours-bf16-compiled"], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ours"]["same_ids"] == result["transformers"]["same_ids"] == result["ours-batch3"]["same_ids"] == 20
+    assert result["ours"]["times_first"] == 1.0 and result["read_gb_per_s"] > 0.5
+    weights = 2 * (4 * 512**2 + 3 * 512 * 2048) + 600 * 512
+    for name, size in (("ours", 4), ("ours-bf16-compiled", 2), ("ours-int8", 1)):
+        assert result[name]["mb_per_step"] == pytest.approx(size * weights / 1e6, rel=0.05)
+    assert all(0 < r["from"] <= r["times_first"] <= r["to"] and r["first_ms"] > 0 for r in list(result.values())[1:])
