@@ -8,6 +8,7 @@ Knows ids, not text: what they mean, and when half a character has come, is the 
 Shapes:  B texts, T positions of the longest prompt, V vocabulary
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -178,7 +179,7 @@ class Batch:
         groups = [[Text(list(prompt), replace(sampling, seed=sampling.seed + i), stop_ids, logprobs) for i in range(n)]
                   for prompt in prompts]  # fmt: skip
         if not sampling.max_new_tokens:
-            for text in sum(groups, []):
+            for text in itertools.chain(*groups):
                 text.end = "length"
             return groups
         cache, logits = self._read(prompts)

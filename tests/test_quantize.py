@@ -84,7 +84,7 @@ def test_the_packed_form_of_four_bits_and_the_plain_one_are_the_same_weights():
     w = weights(35, 96)
     cpu = Int4Linear(w, None)
     other = Int4Linear(w, None)
-    codes, scale = quantize.rounded(F.pad(w, (0, 0, 0, -35 % 16)).view(48, -1, GROUP))
+    codes, _ = quantize.rounded(F.pad(w, (0, 0, 0, -35 % 16)).view(48, -1, GROUP))
     other.on_cpu = False  # what other devices do
     low, high = (codes.view(48, -1) + 8).to(torch.uint8).view(48, -1, 2).unbind(dim=-1)
     other.codes = low | high << 4
