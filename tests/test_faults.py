@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FAMILIES = {"TB": 12, "CO": 18, "TK": 6, "CK": 19, "TR": 20, "SF": 9, "SA": 9}  # letters -> number of faults
+FAMILIES = {"TB": 12, "CO": 18, "TK": 6, "CK": 19, "TR": 20, "SF": 9, "SA": 9, "SV": 16}  # letters -> number of faults
 MAY_BE_OPEN = re.compile(r"(CK|TR|SA)\d+|SF7|SF8")
 
 
