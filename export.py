@@ -4,6 +4,7 @@
     python export.py llama2c --model out/pretrain --output out/c/model.bin        # run.c of llama2.c
     python export.py from-llama2c --model stories260K.bin --tokenizer tok512.bin --output out/stories
     python export.py merge --adapter out/lora --output out/merged       # LoRA added to its base: a model folder
+    python export.py quantize --model out/sft --type int8 --output out/small    # weights in 8 or 4 bits
 
 transformers, vLLM, SGLang and lm-eval read a model folder as it is. What is there already is not replaced without
 --overwrite.
@@ -17,7 +18,7 @@ from pathlib import Path
 import tokenizer
 from core import checkpoint, config, errors, files
 from core.errors import UserError
-from extras import doors, families, lora
+from extras import doors, families, lora, quantize
 from extras.doors import gguf_file, llama2c
 
 
@@ -66,6 +67,18 @@ class MergeConfig:
     def __post_init__(self):
         if not self.output:
             raise ValueError("output must be given")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    model: str = "out/sft"  # a model folder
+    type: str = "int8"  # int8, int4
+    output: str = ""  # the folder to make, for sample.py, serve.py, transformers and vLLM
+    overwrite: bool = False
+
+    def __post_init__(self):
+        if not self.output or self.type not in quantize.LAYERS:
+            raise ValueError(f"type = {self.type!r}, must be {' or '.join(quantize.LAYERS)}; output must be given")
 
 
 def main() -> None:
@@ -140,6 +153,19 @@ def merge(cfg: MergeConfig) -> None:
     print(f"{cfg.output}: {base} with {adapter} merged; python sample.py --model {cfg.output}")
 
 
+def quantized(cfg: QuantizeConfig) -> None:
+    """A model folder with rounded weights, in compressed-tensors' format."""
+    folder, path = checkpoint.model_folder(cfg.model), Path(cfg.output)
+    check_free([path], cfg.overwrite)
+    text = tokenizer.load(folder)
+    model = quantize.build(*checkpoint.open_model(folder), cfg.type)
+    checkpoint.check_tokenizer(folder, model, text)
+    for note in quantize.save(path, model, cfg.type, text, checkpoint.load_about(folder)):
+        print(f"note: {note}: sample.py and serve.py read this folder, transformers and vLLM will not", file=sys.stderr)
+    size = (path / "model.safetensors").stat().st_size
+    print(f"{path}: {cfg.type}, {size:,} bytes; python sample.py --model {path}")
+
+
 def check_free(paths: list[Path], overwrite: bool) -> None:
     """UserError where one of these is there already."""
     for path in paths:
@@ -152,6 +178,7 @@ WAYS = {
     "llama2c": (Llama2cConfig, to_llama2c),
     "from-llama2c": (FromLlama2cConfig, from_llama2c),
     "merge": (MergeConfig, merge),
+    "quantize": (QuantizeConfig, quantized),
 }
 
 if __name__ == "__main__":

@@ -139,6 +139,9 @@ def open_model(folder: str | Path, allow_pickle: bool = False) -> tuple[Llama, C
     """
     folder = Path(folder)
     config = load_config(folder)
+    if read_json(folder / "config.json").get("quantization_config"):
+        raise UserError(f"{folder}: its weights are quantised, they are for generation only",
+                        "take the folder that it was made of")  # fmt: skip
     family = family_of(config)
     paths = _weight_files(folder)
     state: dict[str, Tensor] = {}

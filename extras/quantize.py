@@ -1,6 +1,7 @@
 """Linear layers with weights of 8 or 4 bits, for generation: a model in, the same model out.
 
-In:  a model with weights in fp32 or bf16. Out: the same model, in bf16 but for these weights.
+In:  a model with weights in fp32 or bf16, or a folder that `save` wrote. Out: the same model, in bf16 but for these
+weights; folders in the format compressed-tensors, which transformers and vLLM read.
 Knows nothing of training: nothing here has a gradient. (QLoRA's four bits, with one, are extras/nf4.py.)
 
 One new token reads every weight once and computes little: it is as fast as memory is, and half or a quarter of the
@@ -9,17 +10,26 @@ bytes is half or a quarter of the time.
 Shapes:  N outputs, K inputs, G inputs in a group, M rows of x
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core import checkpoint, files
+from core.errors import UserError
 from model import Llama
 
 KINDS = ("none", "int8", "int4")
 GROUP = 32  # inputs that share a scale in int4: half a bit more for each weight, and as fast as 128
-# Rows of x from which weights are turned into bf16 for a product: torch's product of int8 takes as long for every row,
-# 0.9 ms for the 35,207 x 768 of a head, beside 9 ms for 16 rows in bf16 (one core with AVX512-BF16).
-FEW_ROWS = 6
+# Rows of x up to which torch's product of int8 is the fastest here. Milliseconds of one core with AVX512-BF16, for the
+# 35,207 x 768 of a head and 1, 4, 8, 16 rows: 4.9, 6.3, 13, 23; with bf16 weights made PIECE by PIECE 8.4, 8.2, 11, 10,
+# made all at once 78 to 94; one row, compiled, 3.8. int4: 2.1, 3.3, 6.1, 11; bf16 layers: 7.5, 7.5, 9.9, 9.7. With x
+# in fp32 both products are 6 and 30 times as slow.
+FEW_ROWS = 4
+PIECE = 1 << 21  # weights: as bf16 they stay in the cache until they are multiplied
 
 
 class Int8Linear(nn.Module):
@@ -48,18 +58,30 @@ class Int8Linear(nn.Module):
         return self.codes[:, : self.inputs].to(self.scale.dtype) * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.inputs)  # (M, K)
-        if len(flat) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            padded = F.pad(flat, (0, self.codes.shape[1] - self.inputs))
-            y = torch._weight_int8pack_mm(padded, self.codes, self.scale)  # (M, N)
-            y = y if self.bias is None else y + self.bias
+        flat = F.pad(x.reshape(-1, self.inputs), (0, self.codes.shape[1] - self.inputs))  # (M, K), as wide as the codes
+        if len(flat) == 1 and torch.compiler.is_compiling():  # becomes one loop over the codes, 1.5 times as fast
+            y = ((self.codes * flat.float()).sum(dim=1) * self.scale.float()).to(x.dtype)[None]  # (1, N)
+        elif len(flat) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            y = torch._weight_int8pack_mm(flat, self.codes, self.scale)  # (M, N)
         else:
-            y = F.linear(flat, self.weight().to(x.dtype), self.bias)
-        return y.view(*x.shape[:-1], -1)
+            rows = max(1, PIECE // flat.shape[1])
+            pieces = zip(self.codes.split(rows), self.scale.split(rows))
+            y = torch.cat([F.linear(flat, codes.to(x.dtype)) * scale.to(x.dtype) for codes, scale in pieces], dim=1)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def stored(n: int, k: int) -> dict[str, Tensor]:
+        """What a file has of an (N, K) weight: tensors on the meta device."""
+        return _stored(weight_packed=(n, -(-k // 4), torch.int32), weight_scale=(n, 1, torch.bfloat16))
+
+    def parts(self) -> dict[str, Tensor]:
+        """The same with values."""
+        return {"weight_packed": pack(self.codes[:, : self.inputs], 8), "weight_scale": self.scale[:, None],
+                "weight_shape": torch.tensor([len(self.codes), self.inputs])}  # fmt: skip
 
 
 class Int4Linear(nn.Module):
-    """The same with codes from -8 to 7, and a scale for each GROUP of inputs of an output.
+    """The same with codes from -8 to 7, and a scale for each GROUP of inputs of an output (symmetric, too).
 
     Args:
         weight: (N, K), what is rounded; or codes as int8 where `scale` (N, K / GROUP) is given.
@@ -72,40 +94,55 @@ class Int4Linear(nn.Module):
         weight = F.pad(weight, (0, -self.inputs % GROUP, 0, -self.outputs % 16))
         if scale is None:
             weight, scale = rounded(weight.float().view(len(weight), -1, GROUP))
+            weight = weight.flatten(1)
         else:
-            scale = F.pad(scale, (0, 0, 0, -self.outputs % 16))
-        self.register_buffer("scale", scale.bfloat16())  # (N, K / G)
+            scale = F.pad(scale, (0, 0, 0, -self.outputs % 16), value=1.0)  # as `rounded` says of zeros
+        # torch's product takes codes * scale + shift; all shifts are 0.
+        both = torch.stack([scale.bfloat16(), torch.zeros_like(scale, dtype=torch.bfloat16)], dim=-1)
+        self.register_buffer("scale_and_shift", both.transpose(0, 1).contiguous())  # (K / G, N, 2)
         self.register_buffer("bias", None if bias is None else bias.bfloat16())
-        self.on_cpu = weight.device.type == "cpu"
-        if self.on_cpu:
-            packed = torch._convert_weight_to_int4pack_for_cpu(weight.view(len(weight), -1).int() + 8, 1)
-            no_zero = torch.zeros_like(self.scale)
-            both = torch.stack([self.scale, no_zero], dim=-1).transpose(0, 1).contiguous()  # (K / G, N, 2)
-            self.register_buffer("scales_and_zeros", both)
-        else:
-            low, high = (weight.view(len(weight), -1) + 8).to(torch.uint8).view(len(weight), -1, 2).unbind(dim=-1)
-            packed = low | high << 4
+        self.on_cpu = weight.device.type == "cpu" and hasattr(torch, "_convert_weight_to_int4pack_for_cpu")
+        packed = torch._convert_weight_to_int4pack_for_cpu(weight.int() + 8, 1) if self.on_cpu else pack(weight, 4)
         self.register_buffer("codes", packed)  # half a byte each
 
     def weight(self) -> Tensor:
-        """(N, K) bf16."""
+        """(N, K) bf16: each product of a code and a scale rounded once."""
+        return self._unpacked(self.scale_and_shift)
+
+    def _unpacked(self, scale_and_shift: Tensor) -> Tensor:
         if self.on_cpu:  # the packing is torch's own: its product with the identity tells
-            eye = torch.eye(self.scale.shape[1] * GROUP, dtype=torch.bfloat16)
-            whole = torch._weight_int4pack_mm_for_cpu(eye, self.codes, GROUP, self.scales_and_zeros).T
+            eye = torch.eye(len(scale_and_shift) * GROUP, dtype=torch.bfloat16)
+            whole = torch._weight_int4pack_mm_for_cpu(eye, self.codes, GROUP, scale_and_shift).T
         else:
-            codes = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).view(len(self.codes), -1, GROUP)
-            whole = ((codes.to(self.scale.dtype) - 8) * self.scale[..., None]).flatten(1)
+            scale = scale_and_shift[..., 0].T  # (N, K / G)
+            codes = unpack(self.codes, scale.shape[1] * GROUP, 4).view(len(scale), -1, GROUP)
+            whole = (codes.to(scale.dtype) * scale[..., None]).flatten(1)
         return whole[: self.outputs, : self.inputs]
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.inputs)  # (M, K)
         if self.on_cpu:
             padded = F.pad(flat.bfloat16(), (0, -self.inputs % GROUP))
-            y = torch._weight_int4pack_mm_for_cpu(padded, self.codes, GROUP, self.scales_and_zeros)[:, : self.outputs]
-            y = y.to(x.dtype)
+            y = torch._weight_int4pack_mm_for_cpu(padded, self.codes, GROUP, self.scale_and_shift)
+            y = y[:, : self.outputs].to(x.dtype)
         else:
             y = F.linear(flat, self.weight().to(x.dtype))
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def stored(n: int, k: int) -> dict[str, Tensor]:
+        """What a file has of an (N, K) weight: tensors on the meta device."""
+        return _stored(weight_packed=(n, -(-k // 8), torch.int32), weight_scale=(n, -(-k // GROUP), torch.bfloat16))
+
+    def parts(self) -> dict[str, Tensor]:
+        """The same with values."""
+        ones = torch.stack([torch.ones_like(self.scale_and_shift[..., 0]), self.scale_and_shift[..., 1]], dim=-1)
+        return {"weight_packed": pack(self._unpacked(ones).to(torch.int8), 4),
+                "weight_scale": self.scale_and_shift[:, : self.outputs, 0].T,
+                "weight_shape": torch.tensor([self.outputs, self.inputs])}  # fmt: skip
+
+
+BITS, LAYERS = {"int8": 8, "int4": 4}, {"int8": Int8Linear, "int4": Int4Linear}
 
 
 def rounded(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,19 +168,197 @@ def rounded(groups: Tensor) -> tuple[Tensor, Tensor]:
     return best_codes, best_scale.squeeze(2)
 
 
-@torch.no_grad()
+# ---------------------------------------------------------------- model -> model
+
+
 def quantize(model: Llama, kind: str) -> Llama:
     """Replace the linear layers of blocks and head, where they stand; all else becomes bf16.
 
     Args:
         kind: int8 or int4.
     """
-    layer = {"int8": Int8Linear, "int4": Int4Linear}[kind]
-    for parent in [module for module in model.modules() if not isinstance(module, (Int8Linear, Int4Linear))]:
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:  # a tied head has its own copy then; the embedding stays as it is
-                setattr(parent, name, layer(child.weight.detach(), child.bias))
-    return model.bfloat16()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def fill(write: Callable[[str, Tensor], None]) -> None:
+        while parameters:  # a layer is replaced, and the memory of its weight free, before the next one
+            write(*parameters.popitem())
+
+    return build(model, fill, kind, None)
+
+
+@torch.no_grad()
+def build(model: Llama, fill: Callable, kind: str, device: torch.device | str | None = "cpu") -> Llama:
+    """`checkpoint.build` and `quantize` in one: each weight is rounded as it is read, so that no fp32 copy of all
+    exists.
+
+    Args:
+        model: on the meta device, with `fill`, as `checkpoint.open_model` returns them.
+        kind: int8 or int4.
+        device: None: where the values are.
+    """
+    linear, rest = _linear(model), {}
+
+    def write(name: str, values: Tensor) -> None:
+        layer = name.removesuffix(".weight")
+        if layer in linear:
+            _put(model, layer, LAYERS[kind](values.to(device=device), None))
+        else:
+            rest[name] = values.detach().to(device=device, dtype=torch.bfloat16, copy=True)
+
+    fill(write)
+    return _finished(model, linear, rest)
+
+
+def _linear(model: Llama) -> dict[str, torch.Size]:
+    """Names and shapes of the weights that are rounded."""
+    found = {name: m.weight.shape for name, m in model.named_modules() if type(m) is nn.Linear}
+    assert found, "nothing to round: `for_decoding` and LoRA's products come after, or not at all"
+    return found
+
+
+def _put(model: Llama, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _finished(model: Llama, linear: dict[str, torch.Size], rest: dict[str, Tensor]) -> Llama:
+    """Biases to their layers, all else where it belongs. A head that was tied has its own weights now."""
+    for name in linear:
+        model.get_submodule(name).bias = rest.pop(f"{name}.bias", None)
+    model.load_state_dict(rest | dict(model.named_buffers()), assign=True)
+    model.config = replace(model.config, tie_word_embeddings=False)
+    return model.requires_grad_(False)
+
+
+# ---------------------------------------------------------------- files
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(R, C) int8 -> (R, C * bits / 32) int32: made unsigned, the first in the lowest bits; rows end with zeros.
+
+    Source: compressed-tensors' pack_to_int32
+    """
+    each = 32 // bits
+    unsigned = F.pad((codes.int() + (1 << bits - 1)).to(torch.uint8), (0, -codes.shape[1] % each))
+    if bits == 4:
+        unsigned = unsigned[:, ::2] | unsigned[:, 1::2] << 4
+    return unsigned.contiguous().view(torch.int32)
+
+
+def unpack(words: Tensor, columns: int, bits: int) -> Tensor:
+    """(R, C) int8 from what `pack` made of it."""
+    unsigned = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        unsigned = torch.stack([unsigned & 15, unsigned >> 4], dim=-1).flatten(1)
+    return (unsigned[:, :columns].int() - (1 << bits - 1)).to(torch.int8)
+
+
+def _stored(**parts: tuple) -> dict[str, Tensor]:
+    made = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (*shape, dtype) in parts.items()}
+    return made | {"weight_shape": torch.empty(2, dtype=torch.int64, device="meta")}
+
+
+def tensors(model: Llama) -> dict[str, Tensor]:
+    """All of a quantised model by our names, each rounded weight as its parts in compressed-tensors' format."""
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, tuple(LAYERS.values()))}
+    rest = {name: p.detach() for name, p in model.named_parameters()}
+    for name, layer in packed.items():
+        rest |= {f"{name}.{part}": t for part, t in layer.parts().items()}
+        rest |= {} if layer.bias is None else {f"{name}.bias": layer.bias}
+    return {name: t.cpu().contiguous() for name, t in rest.items()}
+
+
+def quantization_config(kind: str) -> dict:
+    """What config.json says of int8 or int4 weights.
+
+    "pack-quantized" for both: vLLM refuses "int-quantized", the other format for int8, where activations are not int8.
+    """
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}
+    if kind == "int4":
+        weights |= {"num_bits": 4, "strategy": "group", "group_size": GROUP}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "config_groups": {"group_0": group}, "ignore": [], "kv_cache_scheme": None}  # fmt: skip
+
+
+def kind_of(folder: str | Path) -> str:
+    """What the weights of a model folder are: int8, int4, or none of these.
+
+    Raises:
+        UserError: quantised in another way.
+    """
+    path = Path(folder) / "config.json"
+    found = checkpoint.read_json(path).get("quantization_config")
+    for kind in LAYERS:
+        if found and _says(found, quantization_config(kind)):
+            return kind
+    if found is not None:
+        raise UserError(f"{path}: weights quantised in this way are not read here",
+                        f"pack-quantized int8, or int4 in groups of {GROUP}, of all linear layers is")  # fmt: skip
+    return "none"
+
+
+def _says(found, wanted) -> bool:
+    """Whether JSON has all of this; others write more, of what is off."""
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and all(_says(found.get(key), value) for key, value in wanted.items())
+    return found == wanted and type(found) is type(wanted)
+
+
+def save(folder: Path, model: Llama, kind: str, tokenizer, about: dict) -> list[str]:
+    """Write a quantised model as a Hugging Face folder; arguments as `checkpoint.save_model`.
+
+    Returns:
+        reasons why transformers and vLLM will not read it (`load` will), for the user.
+    """
+    checkpoint.save_model(folder, model, tokenizer, about, tensors(model))
+    path = folder / "config.json"
+    own = {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "quantization_config": quantization_config(kind)}
+    files.write_json(path, checkpoint.read_json(path) | own)
+    ragged = [f"{name} has {m.inputs} inputs, no multiple of {GROUP}" for name, m in model.named_modules()
+              if isinstance(m, Int4Linear) and m.inputs % GROUP]  # fmt: skip
+    # Its class FalconLinear has no place for packed weights (transformers 5).
+    return ragged[:1] + ["transformers quantises no Falcon"] * (checkpoint.read_json(path)["model_type"] == "falcon")
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu") -> Llama:
+    """The model of a folder whose `kind_of` is int8 or int4, with the very weights that were saved.
+
+    Raises:
+        UserError: damaged files, weights that do not fit the config.
+    """
+    folder, kind = Path(folder), kind_of(folder)
+    path, family = folder / "model.safetensors", checkpoint.family_of(config := checkpoint.load_config(folder))
+    with torch.device("meta"):
+        model = family.model(config)
+    linear = _linear(model)
+    wanted = {name: p for name, p in model.named_parameters() if name.removesuffix(".weight") not in linear}
+    for name, shape in linear.items():
+        wanted |= {f"{name}.{part}": t for part, t in LAYERS[kind].stored(*shape).items()}
+    found = {ours: t for name, t in checkpoint.load_tensors(path).items() if (ours := family.ours(name))}
+    _check(path, found, wanted)
+    for name, shape in linear.items():
+        parts = {part: found.pop(f"{name}.{part}").to(device) for part in LAYERS[kind].stored(*shape)}
+        if parts["weight_shape"].tolist() != list(shape):
+            raise UserError(f"{path}: {name}.weight_shape is {parts['weight_shape'].tolist()}, expected {[*shape]}")
+        codes = unpack(parts["weight_packed"], shape[1], BITS[kind])
+        _put(model, name, LAYERS[kind](codes, None, parts["weight_scale"]))
+    return _finished(model, linear, {name: t.to(device=device, dtype=torch.bfloat16) for name, t in found.items()})
+
+
+def _check(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Refuse missing, unexpected, misshapen or non-finite tensors."""
+    whole = {name for name, t in wanted.items() if not t.is_floating_point()}  # these are checked here
+    wrong = [name for name in whole & found.keys()
+             if (found[name].shape, found[name].dtype) != (wanted[name].shape, wanted[name].dtype)]  # fmt: skip
+    if missing := sorted(whole - found.keys()):
+        raise UserError(f"{path}: {missing[0]} is missing")
+    if wrong:
+        name = min(wrong)
+        raise UserError(f"{path}: {name} is {found[name].dtype} {tuple(found[name].shape)}, expected "
+                        f"{wanted[name].dtype} {tuple(wanted[name].shape)}")  # fmt: skip
+    checkpoint.check_tensors(path, {n: t for n, t in found.items() if n not in whole},
+                             {n: t for n, t in wanted.items() if n not in whole})  # fmt: skip
 
 
 class DecodingLinear(nn.Linear):

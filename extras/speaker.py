@@ -57,19 +57,25 @@ class Speaker:
         asked = cfg.model or (lora.base_of(cfg.adapter) if cfg.adapter else newest_model())
         folder = checkpoint.model_folder(asked)
         self.name, self.text, self.compile = Path(asked).name, tokenizer.load(folder), cfg.compile
-        model, fill = checkpoint.open_model(folder, cfg.allow_pickle)
-        own = checkpoint.load_about(folder).get("chat_format")
-        if cfg.adapter:
-            model, fill, adapter = lora.attach(model, fill, cfg.adapter, folder)
-            own = checkpoint.load_about(adapter).get("chat_format", own)
-        self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
-        self.model = checkpoint.build(model, fill, start(cfg.device).device, DTYPES[cfg.dtype]).eval()
-        checkpoint.check_tokenizer(folder, self.model, self.text)
-        if cfg.quantize != "none":
+        own, device = checkpoint.load_about(folder).get("chat_format"), start(cfg.device).device
+        if (kind := quantize.kind_of(folder)) != "none":
+            if cfg.adapter or cfg.quantize not in ("none", kind):
+                raise UserError(f"{folder}: its weights are {kind} already", "--model with the folder it was made of")
+            self.model = quantize.load(folder, device)
+        else:
+            model, fill = checkpoint.open_model(folder, cfg.allow_pickle)
             if cfg.adapter:
-                self.model = lora.merge(self.model)
-            self.model = quantize.quantize(self.model, cfg.quantize)
-        self.model = quantize.for_decoding(self.model)
+                model, fill, adapter = lora.attach(model, fill, cfg.adapter, folder)
+                own = checkpoint.load_about(adapter).get("chat_format", own)
+            if cfg.quantize == "none":
+                self.model = checkpoint.build(model, fill, device, DTYPES[cfg.dtype])
+            elif cfg.adapter:
+                self.model = quantize.quantize(lora.merge(checkpoint.build(model, fill, device)), cfg.quantize)
+            else:
+                self.model = quantize.build(model, fill, cfg.quantize, device)
+        self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
+        self.model = quantize.for_decoding(self.model).eval()
+        checkpoint.check_tokenizer(folder, self.model, self.text)
         self.stop_ids = chat.end_ids(self.text, self.chat_format) if self.chat_format else {self.text.eos_id}
 
     @property

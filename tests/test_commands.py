@@ -152,6 +152,18 @@ def test_one_prompt_is_answered_several_times_by_beams_and_with_log_probabilitie
     assert "chat goes neither" in error(chain, *base, "--chat", "--n", "2")
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_folder_answers_as_the_model_quantised_when_it_is_read(chain, kind):
+    command(chain, "export.py", "quantize", "--type", kind, "--output", f"out/{kind}")
+    ask = ("--prompt", "雪？", "--temperature", "0", "--max_new_tokens", "20")
+    assert command(chain, "sample.py", "--model", f"out/{kind}", *ask) == command(chain, "sample.py", "--quantize", kind, *ask)
+    assert (chain / f"out/{kind}/model.safetensors").stat().st_size < (chain / "out/sft/model.safetensors").stat().st_size / 2
+    other = {"int8": "int4", "int4": "int8"}[kind]
+    assert f"its weights are {kind} already" in error(chain, "sample.py", "--model", f"out/{kind}", "--quantize", other, *ask)
+    assert f"out/{kind} exists" in error(chain, "export.py", "quantize", "--type", kind, "--output", f"out/{kind}")
+    assert "must be int8 or int4" in error(chain, "export.py", "quantize", "--type", "int3", "--output", "out/x")
+
+
 def test_truncate_left_answers_a_prompt_that_is_too_long_and_says_so(chain, tmp_path):
     long = ("sample.py", "--model", "out/pretrain", "--prompt", "天地玄黄" * 40, "--temperature", "0", "--max_new_tokens")
     assert "the model's context is 64 -- shorten it, or --truncate left" in error(chain, *long, "100")
