@@ -326,10 +326,12 @@ def activations(cfg: BenchConfig) -> None:
     from core.memory import OVERHEAD, peak_bytes
 
     result, sizes = [], sizes_of(cfg.model)
+    with torch.device("meta"):
+        model = Llama(sizes)
     for dtype in ("fp32", "bf16"):
         for kind in ("none", "selective", "full"):
             taken = train_steps_alone(os.environ, sizes, kind=kind, dtype=dtype)["bytes"]
-            expected = OVERHEAD * peak_bytes(sizes, 4, 512, DTYPES[dtype], kind)
+            expected = OVERHEAD["cpu"] * peak_bytes(model, 4, 512, DTYPES[dtype], kind)
             result.append({"dtype": dtype, "checkpointing": kind, "gb": round(taken / 1e9, 2),
                            "expected_gb": round(expected / 1e9, 2)})  # fmt: skip
             print(result[-1], flush=True)

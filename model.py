@@ -333,11 +333,15 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torc
     dx = torch.empty_like(x) if wanted[0] else None
     dw = torch.zeros_like(weight) if wanted[1] else None
     with torch.autocast(x.device.type, enabled=False):
-        w = weight.to(dtype)
+        w, vocab = weight.to(dtype), len(weight)
+        if x.is_cuda:  # an odd vocabulary takes the GPU's slowest products: half a step of 92M parameters
+            w = F.pad(w, (0, 0, 0, -vocab % 64))  # (V', C)
         for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
             chunk, target = x[part].to(dtype), targets[part, None]
             counts = target != IGNORE
-            logp = F.log_softmax(chunk @ w.T, dim=-1, dtype=torch.float32)  # (n, V)
+            logits = chunk @ w.T  # (n, V')
+            logits[:, vocab:] = -math.inf  # probability and gradient zero
+            logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
             target = target.where(counts, 0)
             losses[part] = torch.where(counts, -logp.gather(1, target), 0.0)[:, 0]
             if any(wanted):
@@ -347,7 +351,8 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torc
                 if wanted[0]:
                     dx[part] = d @ w
                 if wanted[1]:
-                    dw.addmm_(d.T, chunk) if dtype == dw.dtype else dw.add_(d.T @ chunk)
+                    d = d.T[:vocab]
+                    dw.addmm_(d, chunk) if dtype == dw.dtype else dw.add_(d @ chunk)
     return losses, dx, dw
 
 
@@ -359,7 +364,8 @@ class Llama(nn.Module):
     """
 
     # Rows of logits held at once while losses are computed: the (B, T, V) tensor is the largest of all
-    # (at V = 64,794 and 2,048 tokens: 531 MB in fp32), a chunk of this many numbers is 64 MiB.
+    # (at V = 64,794 and 2,048 tokens: 531 MB in fp32), a chunk of this many numbers is 64 MiB. On a GPU four times as
+    # many: 218M parameters train 1.18 times as fast, for 0.8 GB more.
     loss_chunk_numel = 1 << 24
 
     def __init__(self, config: ModelConfig):
@@ -457,7 +463,7 @@ class Llama(nn.Module):
         """Cross-entropy of each position, a chunk of positions at a time. x (B, T, C), targets (B, T) -> (B, T)."""
         b, t, c = x.shape
         x, targets = x.reshape(b * t, c), targets.reshape(b * t)
-        rows = max(1, self.loss_chunk_numel // self.config.vocab_size)
+        rows = max(1, (self.loss_chunk_numel << 2 * x.is_cuda) // self.config.vocab_size)
         if type(self.lm_head) is nn.Linear:
             losses = HeadLoss.apply(x, self.lm_head.weight, targets, rows, torch.is_grad_enabled())
         else:  # something wraps the head: what it does to its gradients is its own affair

@@ -21,7 +21,7 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import families, longlora, lora, nf4
+from extras import estimate, families, longlora, lora, nf4
 from model import Llama, ModelConfig, describe
 
 
@@ -45,10 +45,15 @@ class DataConfig:
 
 def main() -> None:
     sections = {"model": ModelConfig, "data": DataConfig, "lora": lora.LoraConfig, "long": longlora.LongConfig,
-                "optim": OptimConfig, "train": engine.TrainConfig}  # fmt: skip
+                "optim": OptimConfig, "train": engine.TrainConfig, "estimate": estimate.EstimateConfig}  # fmt: skip
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
+    if cfg.estimate.dry_run and cfg.estimate.tokens and cfg.model.vocab_size and not cfg.data.init_from:
+        with torch.device("meta"):  # neither data nor tokenizer are needed
+            model = Llama(cfg.model)
+        print(estimate.report(model, cfg, None, cfg.data.seq_len or cfg.model.max_position_embeddings, ranks))
+        return
     base = cfg.data.init_from and checkpoint.model_folder(cfg.data.init_from)
     text = tokenizer.load(base or cfg.data.tokenizer)
     model, fill = checkpoint.open_model(base, cfg.data.allow_pickle) if base else new_model(cfg, text)
@@ -74,6 +79,9 @@ def main() -> None:
     parts = [open_rows(path, tail=False) for path in train]
     rows = data.MixedRows(parts, shares) if len(parts) > 1 else parts[0]
     val_rows = {cfg.data.val: open_rows(cfg.data.val, tail=True)} if cfg.data.val else {}
+    if cfg.estimate.dry_run:
+        print(estimate.report(model, cfg, rows, seq_len, ranks))
+        return
     intro.append(rows.describe())
     engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text,
                  identity, {"command": "pretrain", "options": config.as_dict(cfg), "intro": intro},

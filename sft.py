@@ -22,7 +22,7 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import families, longlora, lora, nf4
+from extras import estimate, families, longlora, lora, nf4
 from model import Llama
 from tokenizer import chat
 
@@ -54,7 +54,7 @@ class ChatConfig:
 
 def main() -> None:
     sections = {"chat": ChatConfig, "lora": lora.LoraConfig, "long": longlora.LongConfig,
-                "optim": OptimConfig, "train": engine.TrainConfig}
+                "optim": OptimConfig, "train": engine.TrainConfig, "estimate": estimate.EstimateConfig}
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo-sft.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
@@ -75,6 +75,9 @@ def main() -> None:
     if cfg.chat.show_mask:
         for ids, mask, where in rows.samples[: cfg.chat.show_mask]:
             print(f"{where}: {marked(text, ids, mask)}")
+        return
+    if cfg.estimate.dry_run:
+        print(estimate.report(model, cfg, rows, seq_len, ranks))
         return
     val_rows = {path: chat_rows((path,), text, cfg.chat, seq_len, intro) for path in cfg.chat.val}
     about = {"command": "sft", "chat_format": cfg.chat.chat_format, "options": config.as_dict(cfg), "intro": intro}

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from core import files, memory, parallel
+from core import files, memory, parallel, speed
 from core.checkpoint import Run, verify
 from core.data import Batch, BinRows, ChatRows, batch, step_rows
 from core.distributed import Ranks
@@ -49,13 +49,14 @@ class TrainConfig:
     parallel: str = "ddp"  # over ranks: ddp, zero1, fsdp or pipeline, see core/parallel.py
     reshard: bool = True  # fsdp: give gathered weights back after the forward pass (ZeRO-3); false keeps them (ZeRO-2)
     cpu_offload: bool = False  # fsdp: weights, gradients and moments wait in the host's memory
-    deterministic: bool = False  # ddp: the same bits on 1, 2, 4 ... ranks, for log2(micro-batches) more gradients
+    deterministic: bool = False  # ddp: the same bits on 1, 2, 4 ... ranks, and each time on a GPU (docs/reliability.md)
     resume: str = "auto"  # auto: from the newest whole checkpoint in out_dir; no: anew; or a checkpoint's path
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     eval_every: int = 250  # steps between validations; the best model becomes the run folder's
     eval_tokens: int = 1 << 20  # at most so many validation positions each time
     log_every: int = 10  # steps between log lines
+    profile: int = 0  # so many steps, from the fourth on, are traced: out_dir/profile; 0: none
     timeout_s: int = 600  # so long a rank waits for one that hangs; more than the slowest save or validation takes
     stop_at_spike: bool = False  # end, as for NaN, where a loss stands out from the steps before; else it is only told
 
@@ -64,8 +65,9 @@ class TrainConfig:
                      "timeout_s"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, must be at least 1")
-        if self.max_steps < 0 or self.epochs <= 0:
-            raise ValueError(f"max_steps = {self.max_steps}, epochs = {self.epochs}: must not be negative or none")
+        if self.max_steps < 0 or self.epochs <= 0 or self.profile < 0:
+            raise ValueError(f"max_steps = {self.max_steps}, epochs = {self.epochs}, profile = {self.profile}: must not be "
+                             "negative, epochs not 0")  # fmt: skip
         if not 0 <= self.max_memory_gb < math.inf or (self.max_memory_gb and self.parallel != "ddp"):
             raise ValueError(f"max_memory_gb = {self.max_memory_gb}, must be at least 0, and parallel \"ddp\"")
         if self.keep < 2:
@@ -224,8 +226,10 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
     if cfg.max_memory_gb:
         _, micro, micro_batches, _ = plan(cfg, rows, ranks)
         docs = batch(rows, [0]).docs is not None
-        log(memory.check(model.config, cfg, optim, micro, rows.seq_len, dtype, docs, ranks.device.type,
+        log(memory.check(model, cfg, optim, micro, rows.seq_len, dtype, docs, ranks.device.type,
                          micro_batches > 1))  # fmt: skip
+    # Where weights are frozen, or their layers elsewhere, nobody can say what share of the peak it is.
+    flops = model.flops_per_token(rows.seq_len) if all(p.requires_grad for p in model.parameters()) else 0
     spread = parallel.spread(model, cfg, ranks, dtype, fill)
     per_step, micro, micro_batches, max_steps = plan(cfg, rows, spread.data)
     optimizers = make_optimizers(model, optim)
@@ -242,6 +246,8 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
         f"{spread.data.world} ranks x {micro} rows; {max_steps * per_step / len(rows):.2f} epochs of {len(rows)} "
         f"rows; {ranks.device}, {str(dtype).removeprefix('torch.')}"
         + f", {cfg.parallel} on {ranks.world} ranks" * (ranks.world > 1))  # fmt: skip
+    if cfg.profile and max_steps - state["step"] < cfg.profile + 3:
+        raise UserError(f"profile = {cfg.profile} needs {cfg.profile + 3} steps, {max_steps - state['step']} are left")
     log.progress(max_steps, state["step"])
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     stop = StopSignals()
@@ -251,7 +257,8 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
     model.train()
     recent = deque(maxlen=128)  # mean losses of the steps before, from this start on
     window, window_s = [], 0.0  # mean losses and seconds of the steps since the last log line
-    with stop:
+    peak, val_loss = 0.0, None  # FLOP/s of the machine, once measured; of the last validation
+    with stop, speed.profiled(cfg.profile if ranks.first else 0, run.folder / "profile", log) as stepped:
         while state["step"] < max_steps:
             began = time.monotonic()
             lr = learning_rate(state["step"], max_steps, optim)
@@ -289,6 +296,7 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
             state["rows_seen"] += per_step
             window.append(mean)
             window_s += time.monotonic() - began
+            stepped()
             if log.bar:
                 log.bar.update()
 
@@ -296,18 +304,22 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
             stopping = totals[2] > 0 and not last
             if step % cfg.log_every == 0 or last:
                 loss, seconds = sum(window) / len(window), window_s / len(window)
-                speed = cfg.batch_tokens / max(seconds, 1e-9)
-                log(f"step {step}/{max_steps} loss {loss:.4f} lr {lr:.2e} norm {norm:.2f} "
-                    f"{speed:,.0f} tokens/s left {_clock((max_steps - step) * seconds)}"
+                per_second, left = cfg.batch_tokens / max(seconds, 1e-9), (max_steps - step) * seconds
+                if flops and not peak and ranks.first and left > 10:  # in a run of seconds nobody asks
+                    peak = speed.matmul_peak(ranks.device, dtype) * ranks.world
+                log(f"step {step}/{max_steps} loss {loss:.4f}" + (f" val {val_loss:.4f}" if val_loss else "")
+                    + f" lr {lr:.2e} norm {norm:.2f} {per_second:,.0f} tokens/s"
+                    + (f" MFU {flops * per_second / peak:.0%}" if peak else "")
+                    + f" {memory.used_gb(ranks.device):.1f} GB left {_clock(left)}"
                     + (f" scale {scaler.scale:g}" if scaler else ""))  # fmt: skip
                 window, window_s = [], 0.0
             about_scale = {"scale": scaler.scale} if scaler else {}
             log.metrics(step=step, loss=_plain(mean), lr=lr, grad_norm=_plain(norm), targets=int(totals[1]),
-                        seconds=round(time.monotonic() - began, 6), **about_scale)  # fmt: skip
+                        tokens=cfg.batch_tokens, seconds=round(time.monotonic() - began, 6), **about_scale)  # fmt: skip
             if step % cfg.eval_every == 0 or last:
                 state["validated"] = not stopping
                 if not stopping:
-                    validate(must=last)
+                    val_loss = validate(must=last)
             if step % cfg.save_every == 0 or last or stopping:
                 run.save(spread, optimizers, scaler, state, warn=log, must=last or stopping)
                 ranks.barrier()
@@ -415,8 +427,12 @@ def evaluate(spread, loss_fn: Callable, rows: BinRows | ChatRows, cfg: TrainConf
 
 
 def _validate(spread, loss_fn, val_rows, cfg, autocast, run: Run, log: Log, state: dict, samples,
-              must: bool = False) -> None:  # fmt: skip
-    """Measure, print early samples, and publish the model into the run folder unless an earlier one was better."""
+              must: bool = False) -> float | None:  # fmt: skip
+    """Measure, print early samples, and publish the model into the run folder unless an earlier one was better.
+
+    Returns:
+        the loss; None without validation.
+    """
     facts, better = {"step": state["step"]}, True
     if val_rows:
         parts = {name: evaluate(spread, loss_fn, rows, cfg, autocast) for name, rows in val_rows.items()}
@@ -439,6 +455,7 @@ def _validate(spread, loss_fn, val_rows, cfg, autocast, run: Run, log: Log, stat
     if better and spread.ranks.agree(run.publish(spread, facts, log, must)):
         state["best"] = facts.get("val_loss")
     state["validated"] = True
+    return facts.get("val_loss")
 
 
 class StopSignals:

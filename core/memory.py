@@ -6,8 +6,12 @@ Knows one device with the whole model on it; not the interpreter and torch thems
 And: how this process gets its memory (`keep_freed_memory`).
 """
 
+import copy
 import ctypes
+import math
+import sys
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,16 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from core.checkpoint import family_of
 from core.data import Batch
 from core.errors import UserError
 from core.loss import next_token_loss
 from core.optim import OptimConfig, make_optimizers
-from model import Llama, ModelConfig
+from model import Llama
 
 # What an allocator takes for bytes of tensors. glibc's heap on a CPU: 1.17 to 1.32 for 92M and 218M parameters, most
 # with full checkpointing; 1.01 where each tensor gets pages of its own (MALLOC_MMAP_THRESHOLD_=131072): slower.
-OVERHEAD = 1.25
+# torch's on a GPU: 1.03 for both (an H200), without what CUDA itself takes, about 0.5 GB.
+OVERHEAD = {"cpu": 1.25, "cuda": 1.05}
 
 
 def keep_freed_memory() -> None:
@@ -66,12 +70,24 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-def peak_bytes(config: ModelConfig, rows: int, seq_len: int, dtype: torch.dtype = torch.float32,
+def used_gb(device: torch.device) -> float:
+    """The most memory that this process has had so far: of tensors on a GPU, else of everything; 0: not known here."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def peak_bytes(model: Llama, rows: int, seq_len: int, dtype: torch.dtype = torch.float32,
                checkpointing: str = "none", docs: bool = True, optim: OptimConfig = OptimConfig(),  # noqa: B008
                device: str = "cpu", several: bool = True) -> int:  # fmt: skip
     """Bytes of tensors at the peak of training on one device.
 
     Args:
+        model: on the meta device or any; it is left as it is.
         rows: of a micro-batch, seq_len positions each.
         dtype: of the matrix products.
         checkpointing: none, selective or full.
@@ -82,10 +98,9 @@ def peak_bytes(config: ModelConfig, rows: int, seq_len: int, dtype: torch.dtype 
     Returns:
         weights, gradients, moments and activations together, at the worst moment.
     """
-    with torch.device("meta"):
-        model = family_of(config).model(config)
-    with FakeTensorMode(), _Live() as live:
-        _take_memory(model, device)
+    # Tables of constants, as a packed weight's, are real and stay so.
+    with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+        model = _without_values(model, device)
         model.gradient_checkpointing = checkpointing
         optimizers = make_optimizers(model, optim)
         ids = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
@@ -102,17 +117,34 @@ def peak_bytes(config: ModelConfig, rows: int, seq_len: int, dtype: torch.dtype 
     return live.peak
 
 
-def _take_memory(model: Llama, device: str) -> None:
-    """Parameters without values for those of the meta device; `to_empty` does not work on fake tensors."""
+def _without_values(model: Llama, device: str) -> Llama:
+    """A copy whose parameters have sizes but no values; `to_empty` does not work on fake tensors."""
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # all but these
     made: dict[nn.Parameter, nn.Parameter] = {}  # a tied one is made once
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             if p not in made:
-                made[p] = nn.Parameter(torch.empty(p.shape, device=device))
+                made[p] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device), p.requires_grad)
             setattr(module, name, made[p])
+    return model
 
 
-def check(config: ModelConfig, cfg, optim: OptimConfig, rows: int, seq_len: int, dtype: torch.dtype, docs: bool,
+def fitting_rows(need: Callable[[int], float], limit: float, most: int) -> int:
+    """The largest number of rows, at most `most`, with need(rows) <= limit; 0: not even one. `need` grows with rows."""
+    low, high = (0, -math.inf), (most + 1, math.inf)
+    guess = 1
+    while high[0] - low[0] > 1:
+        found = guess, need(guess)
+        low, high = (found, high) if found[1] <= limit else (low, found)
+        if math.isfinite(high[1] - low[1]):  # almost a straight line: the guess on it is seldom off by more than one
+            guess = low[0] + int((limit - low[1]) / (high[1] - low[1]) * (high[0] - low[0]))
+        else:
+            guess = 8 * guess
+        guess = min(max(guess, low[0] + 1), high[0] - 1)
+    return low[0]
+
+
+def check(model: Llama, cfg, optim: OptimConfig, rows: int, seq_len: int, dtype: torch.dtype, docs: bool,
           device: str, several: bool) -> str:  # fmt: skip
     """Refuse a run that would not fit cfg.max_memory_gb, and say the smallest change that would.
 
@@ -128,7 +160,8 @@ def check(config: ModelConfig, cfg, optim: OptimConfig, rows: int, seq_len: int,
 
     def need(rows: int, checkpointing: str) -> float:
         more = several or rows < first
-        return OVERHEAD * peak_bytes(config, rows, seq_len, dtype, checkpointing, docs, optim, device, more) / 1e9
+        peak = peak_bytes(model, rows, seq_len, dtype, checkpointing, docs, optim, device, more)
+        return OVERHEAD[device] * peak / 1e9
 
     first, limit, kinds = rows, cfg.max_memory_gb, ("none", "selective", "full")
     expected = need(rows, cfg.gradient_checkpointing)

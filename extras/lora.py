@@ -172,8 +172,6 @@ def tune(model: Llama, fill: Callable, cfg, base: Path | str, identity: dict, in
         raise UserError("LoRA stands beside a model that there is", "--init_from DIR")
     if cfg.optim.optimizer == "muon":  # its updates have full rank, a product's factors do not
         raise UserError("optimizer = \"muon\" does not go with LoRA", "--optimizer adamw, or configs/lora.toml")
-    if cfg.train.max_memory_gb:
-        raise UserError("max_memory_gb knows what training of all weights needs, not LoRA")
     if cfg.lora.quantize and cfg.train.parallel == "fsdp":
         raise UserError("parallel = \"fsdp\" does not go with quantize", "--parallel ddp: packed weights are small")
     fill, saver = begin(model, fill, cfg.lora, cfg.train.seed, base, packed if cfg.lora.quantize else None, changes)

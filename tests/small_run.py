@@ -36,7 +36,7 @@ class NoTokenizer:
         (Path(folder) / "tokenizer.model").write_bytes(b"a tokenizer")
 
 
-def bin_rows(folder: Path, tail: bool = False) -> BinRows:
+def bin_rows(folder: Path, tail: bool = False, seq_len: int = SEQ_LEN) -> BinRows:
     """Rows of a bin of random documents of uneven lengths: the number of targets differs from row to row."""
     path = Path(folder) / "small.bin"
     if not path.exists():
@@ -45,7 +45,7 @@ def bin_rows(folder: Path, tail: bool = False) -> BinRows:
             for _ in range(300):
                 ids = [1, *rng.integers(3, VOCAB, rng.integers(1, 60)).tolist(), 2]
                 out.add(ids, 3 * len(ids))
-    return BinRows(TokenBin(path, VOCAB, "none"), SEQ_LEN, docs=True, eos_id=2, tail=tail)
+    return BinRows(TokenBin(path, VOCAB, "none"), seq_len, docs=True, eos_id=2, tail=tail)
 
 
 def chat_rows() -> ChatRows:
@@ -68,7 +68,7 @@ def small_model(layers: int = 2, **changes) -> Llama:
 
 
 def run(out_dir, model=None, rows="bin", loss_fn=next_token_loss, val=True, optimizer="adamw", lr=3e-3, grad_clip=1.0,
-        min_lr=None, samples=None, fill=None, **options) -> Llama:  # fmt: skip
+        min_lr=None, samples=None, fill=None, seq_len=SEQ_LEN, **options) -> Llama:  # fmt: skip
     """Train the small model; `options` are fields of TrainConfig. Returns the model."""
     out_dir, model = Path(out_dir), model or small_model()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -76,9 +76,11 @@ def run(out_dir, model=None, rows="bin", loss_fn=next_token_loss, val=True, opti
                 "log_every": 1, "device": "cpu", "dtype": "fp32", "timeout_s": 60}  # fmt: skip
     cfg = engine.TrainConfig(out_dir=str(out_dir), **defaults | options)
     optim = OptimConfig(optimizer=optimizer, lr=lr, min_lr=lr / 10 if min_lr is None else min_lr, warmup_steps=2, grad_clip=grad_clip)
-    ranks = distributed.start("cpu", cfg.timeout_s)
-    train_rows = chat_rows() if rows == "chats" else bin_rows(out_dir.parent)
-    val_rows = {"val": bin_rows(out_dir.parent, tail=True)} if val else {}
+    ranks = distributed.start(cfg.device, cfg.timeout_s)
+    if not next(model.parameters()).is_meta:
+        model.to(ranks.device)
+    train_rows = chat_rows() if rows == "chats" else bin_rows(out_dir.parent, seq_len=seq_len)
+    val_rows = {"val": bin_rows(out_dir.parent, tail=True, seq_len=seq_len)} if val else {}
     about = {"options": {"train": dataclasses.asdict(cfg), "optim": dataclasses.asdict(optim)}}
     engine.train(model, loss_fn, train_rows, val_rows, cfg, optim, ranks, NoTokenizer(),
                  {"model": dataclasses.asdict(model.config)}, about, samples, fill)  # fmt: skip

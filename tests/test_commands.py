@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -347,3 +348,25 @@ def test_the_speaker_of_a_chat_model_stops_at_its_end_of_turn(chain):
     speaker = Speaker(SpeakerConfig(model=str(chain / "out/sft")))
     assert speaker.chat_format == "chatml"
     assert speaker.stop_ids == {speaker.text.special_ids["<|im_end|>"], speaker.text.eos_id}
+
+
+def test_a_dry_run_counts_and_trains_nothing(chain, tmp_path):
+    words = [*SMALL, "--data.train", str(chain / "data/train.bin"), "--data.val", "", "--tokenizer", str(chain / "data/tokenizer"),
+             "--max_steps", "7", "--dry_run"]  # fmt: skip
+    said = command(tmp_path, "pretrain.py", *words, "--memory", "10MB")
+    flops = int(re.search(r"FLOPs per token\s+([\d,]+)", said)[1].replace(",", ""))
+    assert f"7 steps of 8 rows\n{7 * 512:,} positions x {flops:.3g} FLOPs = {7 * 512 * flops:.3g} FLOPs" in said
+    fits = int(re.search(r"micro_batch in 10MB, \w+: (\d+) with", said)[1])
+    for rows, code in ((fits, 0), (fits + 1, 2)):  # what a run itself would be refused for
+        command(tmp_path, "pretrain.py", *words[:-3], "--max_steps", "1", "--batch_tokens", str(64 * rows), "--micro_batch", str(rows),
+                "--max_memory_gb", "0.01", "--out_dir", str(tmp_path / f"out-{rows}"), code=code)  # fmt: skip
+    said = command(tmp_path, "sft.py", "--init_from", str(chain / "out/pretrain"), "--chat.train", str(chain / "train.jsonl"), "--dry_run",
+                   "--device", "cpu", "--lora.r", "2")  # fmt: skip
+    assert "embedding+head" in said and not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_without_data_needs_a_vocabulary_and_a_number_of_tokens(tmp_path):
+    said = command(tmp_path, "pretrain.py", *SMALL, "--vocab_size", "500", "--dry_run", "--tokens", "1e9", "--cards", "6")
+    assert "1,000,000,000 positions" in said and "6 x RTX 3090" in said
+    assert "data/tokenizer" in error(tmp_path, "pretrain.py", "--dry_run")
+    assert "memory = '6'" in error(tmp_path, "pretrain.py", "--dry_run", "--memory", "6")

@@ -1,13 +1,16 @@
 """The loop: equal results however the batch is cut, precision, guards, stops."""
 
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -306,3 +309,27 @@ def test_the_update_of_a_step_is_one_call_for_all_matrices_and_one_for_all_norms
     with Calls():
         optimizer.step()
     assert names["aten::_fused_adamw_"] == 2 and not [n for n in names if "addcdiv" in n], names
+
+
+def test_traced_steps_leave_files_and_change_nothing(tmp_path, capsys):
+    plain = small_run.run(tmp_path / "plain", max_steps=6, val=False)
+    traced = small_run.run(tmp_path / "traced", max_steps=6, val=False, profile=2)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), traced.parameters(), strict=True))
+    events = json.loads((tmp_path / "traced/profile/trace.json").read_text())["traceEvents"]
+    steps = {e["name"] for e in events if str(e.get("name", "")).startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#3", "ProfilerStep#4"}
+    assert "aten::mm" in (tmp_path / "traced/profile/operations.txt").read_text() and "aten::" in capsys.readouterr().out
+    with pytest.raises(UserError, match="profile = 2 needs 5 steps, 4 are left"):
+        small_run.run(tmp_path / "short", max_steps=4, val=False, profile=2)
+
+
+def test_a_log_line_says_loss_validation_rate_norm_speed_share_memory_and_time_left(tmp_path, monkeypatch):
+    """The share is of a measured product; here the product is said to be twice as fast as the steps are."""
+    flops = small_run.small_model().flops_per_token(small_run.SEQ_LEN)
+    monkeypatch.setattr(engine.time, "monotonic", partial(next, itertools.count(step=0.5)))  # each look half a second later
+    monkeypatch.setattr(engine.speed, "matmul_peak", lambda device, dtype: 2 * flops * 8 * small_run.SEQ_LEN / 0.5)
+    small_run.run(tmp_path / "run", max_steps=40)
+    lines = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if line.startswith("step 6/40 loss")]
+    value = metrics(tmp_path / "run", "val_loss")[0]
+    assert re.fullmatch(rf"step 6/40 loss \d\.\d{{4}} val {value:.4f} lr \S+ norm \d\.\d\d 512 tokens/s MFU 50% \d\.\d GB left 0:00:17",
+                        lines[0]), lines  # fmt: skip

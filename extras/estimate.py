@@ -1,0 +1,123 @@
+"""What a run will take, before it begins: memory, work, days.
+
+    python pretrain.py configs/llama-92m.toml --dry_run --memory 6GB
+    python pretrain.py configs/llama-0.5b.toml --dry_run --tokens 30e9 --cards 6 --mfu 0.45       # no data needed
+
+In:  a model on the meta device, options, the data's rows. Out: lines of text. Nothing is trained or written.
+Knows one device with the whole model on it (ddp); what runs beside training, as CUDA itself, is not in its figures.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from core import engine, memory, speed
+from core.data import batch
+from core.distributed import Ranks
+from core.errors import UserError
+from model import Llama, describe
+
+# TFLOP/s of dense products with 16-bit factors and 32-bit sums, of the makers' data sheets and white papers.
+CARDS = {"T4": 65, "V100": 125, "RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H20": 148, "H100": 989}
+KINDS = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    dry_run: bool = False  # say what the run would take, and end
+    memory: str = ""  # of a device, as 6GB: the largest micro-batch that fits it
+    tokens: float = 0.0  # positions to train on in all; 0: as the data, epochs and max_steps say
+    cards: int = 1  # so many of each kind of card
+    mfu: float = 0.4  # the share of its products' peak that a device keeps up in training
+
+    def __post_init__(self):
+        if self.memory:
+            gigabytes(self.memory)
+        if self.tokens < 0 or self.cards < 1 or not 0 < self.mfu <= 1:
+            raise ValueError(f"tokens = {self.tokens}, cards = {self.cards}, mfu = {self.mfu}: tokens must not be negative, "
+                             "cards at least 1, mfu above 0 and at most 1")  # fmt: skip
+
+
+def gigabytes(text: str) -> float:
+    """6GB, 6.5 GB or 6000MB -> 6.0, 6.5 or 6.0."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])i?B?", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"memory = {text!r}, must be a size as 6GB or 800MB")
+    return float(found[1]) / (1 if found[2].upper() == "G" else 1000)
+
+
+def days(flops: float, tflops: float, cards: int, mfu: float) -> float:
+    """Of a run of so many floating-point operations on cards that keep up this share of their TFLOP/s."""
+    return flops / (tflops * 1e12 * cards * mfu) / 86400
+
+
+def report(model: Llama, cfg, rows, seq_len: int, ranks: Ranks) -> str:
+    """The whole estimate.
+
+    Args:
+        model: on the meta device, with what LoRA has changed in it.
+        cfg: with sections estimate, train and optim.
+        rows: what would be trained on; None: cfg.estimate.tokens positions.
+
+    Raises:
+        UserError: neither rows nor tokens; a batch that cannot be divided.
+    """
+    asked, device = cfg.estimate, ranks.device.type if ranks.device.type in memory.OVERHEAD else "cpu"
+    if rows is None and not asked.tokens:
+        raise UserError("there is no data whose tokens could be counted", "--tokens 30e9, or python data_process.py")
+    dtype = engine.choose_dtype(cfg.train.dtype, ranks.device)
+    micro, several, told = cfg.train.micro_batch, True, []
+    positions = asked.tokens
+    if rows is not None:
+        per_step, micro, micro_batches, steps = engine.plan(cfg.train, rows, ranks)
+        several = micro_batches > 1
+        if not positions:
+            positions = steps * cfg.train.batch_tokens
+            told = [f"data: {len(rows):,} rows of {seq_len}; {steps:,} steps of {per_step} rows"]
+    docs = rows is None or batch(rows, [0]).docs is not None
+
+    def peak(kind: str, dtype: torch.dtype, rows_now: int) -> float:
+        return memory.peak_bytes(model, rows_now, seq_len, dtype, kind, docs, cfg.optim, device, several) / 1e9
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    gradients = sum(p.numel() for p in trained) * 4 / 1e9
+    moments = gradients * _moments(cfg.optim.optimizer, model)
+    lines = [describe(model), "", f"memory of one device in GB at the peak of a step, {micro} rows of {seq_len} at once, "
+             f"x {memory.OVERHEAD[device]} for the allocator:",
+             f"{'':<16} weights  gradients  moments  activations  in all"]  # fmt: skip
+    for kind_of_number, number in {"fp32": torch.float32, "bf16 or fp16": torch.bfloat16}.items():
+        for kind in KINDS:
+            whole = peak(kind, number, micro)
+            here = "  <- as configured" if (kind, number.itemsize) == (cfg.train.gradient_checkpointing, dtype.itemsize) else ""
+            lines.append(f"{kind_of_number:<12} {kind:<10} {weights:>5.2f} {gradients:>9.2f} {moments:>9.2f} "
+                         f"{max(0.0, whole - weights - gradients - moments):>11.2f} {whole * memory.OVERHEAD[device]:>10.2f}{here}")  # fmt: skip
+    if asked.memory:
+        limit = gigabytes(asked.memory) / memory.OVERHEAD[device]
+        fits = {kind: memory.fitting_rows(lambda n, kind=kind: peak(kind, dtype, n), limit, most=1024) for kind in KINDS}
+        lines += ["", f"largest micro_batch in {asked.memory}, {str(dtype).removeprefix('torch.')}: "
+                  + ", ".join(f"{n or 'none'} with gradient_checkpointing {kind}" for kind, n in fits.items())]  # fmt: skip
+    flops = model.flops_per_token(seq_len)
+    again = flops + flops / 3  # the forward pass, a third, once more
+    lines += ["", *told, f"{positions:,.0f} positions x {flops:.3g} FLOPs = {positions * flops:.3g} FLOPs "
+              f"({positions * again:.3g} with gradient_checkpointing full)", "",
+              f"days at {asked.mfu:.0%} of the peak of products{'':<8}plain  with gradient_checkpointing full"]  # fmt: skip
+    here = speed.matmul_peak(ranks.device, dtype) / 1e12
+    machines = {f"this machine ({ranks.device.type}, {here:.3g} TFLOP/s measured)": (here, 1)}
+    machines |= {f"{asked.cards} x {name} ({tflops} TFLOP/s)": (tflops, asked.cards) for name, tflops in CARDS.items()}
+    for name, (tflops, count) in machines.items():
+        plain, full = (days(positions * work, tflops, count, asked.mfu) for work in (flops, again))
+        lines.append(f"{name:<42} {_time(plain):>10} {_time(full):>12}")
+    return "\n".join(lines)
+
+
+def _moments(optimizer: str, model: Llama) -> float:
+    """Numbers that the optimizer keeps for each trained one: AdamW two, Muon one."""
+    sizes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    once = sum(size for name, size in sizes.items() if optimizer == "muon" and ".layers." in name and "norm" not in name)
+    return 2 - once / max(1, sum(sizes.values()))
+
+
+def _time(days: float) -> str:
+    return f"{days:.2f} d" if days >= 1 else f"{days * 24:.2f} h" if days >= 1 / 24 else f"{days * 1440:.1f} min"
