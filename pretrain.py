@@ -21,7 +21,7 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import estimate, families, longlora, lora, nf4
+from extras import estimate, families, longlora, lora, nf4, trackers
 from model import Llama, ModelConfig, describe
 
 
@@ -45,7 +45,8 @@ class DataConfig:
 
 def main() -> None:
     sections = {"model": ModelConfig, "data": DataConfig, "lora": lora.LoraConfig, "long": longlora.LongConfig,
-                "optim": OptimConfig, "train": engine.TrainConfig, "estimate": estimate.EstimateConfig}  # fmt: skip
+                "optim": OptimConfig, "train": engine.TrainConfig, "track": trackers.TrackConfig,
+                "estimate": estimate.EstimateConfig}  # fmt: skip
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
@@ -83,10 +84,12 @@ def main() -> None:
         print(estimate.report(model, cfg, rows, seq_len, ranks))
         return
     intro.append(rows.describe())
-    engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text,
-                 identity, {"command": "pretrain", "options": config.as_dict(cfg), "intro": intro},
-                 (lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None, fill,
-                 saver)  # fmt: skip
+    options = config.as_dict(cfg)
+    with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
+        engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text,
+                     identity, {"command": "pretrain", "options": options, "intro": intro},
+                     (lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None, fill,
+                     saver, track)  # fmt: skip
     ranks.close()
 
 

@@ -22,7 +22,7 @@ from core import checkpoint, config, data, distributed, engine, errors
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import estimate, families, longlora, lora, nf4
+from extras import estimate, families, longlora, lora, nf4, trackers
 from model import Llama
 from tokenizer import chat
 
@@ -54,7 +54,8 @@ class ChatConfig:
 
 def main() -> None:
     sections = {"chat": ChatConfig, "lora": lora.LoraConfig, "long": longlora.LongConfig,
-                "optim": OptimConfig, "train": engine.TrainConfig, "estimate": estimate.EstimateConfig}
+                "optim": OptimConfig, "train": engine.TrainConfig, "track": trackers.TrackConfig,
+                "estimate": estimate.EstimateConfig}  # fmt: skip
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo-sft.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
@@ -80,9 +81,12 @@ def main() -> None:
         print(estimate.report(model, cfg, rows, seq_len, ranks))
         return
     val_rows = {path: chat_rows((path,), text, cfg.chat, seq_len, intro) for path in cfg.chat.val}
-    about = {"command": "sft", "chat_format": cfg.chat.chat_format, "options": config.as_dict(cfg), "intro": intro}
-    engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text, identity, about,
-                 (lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None, fill, saver)  # fmt: skip
+    options = config.as_dict(cfg)
+    about = {"command": "sft", "chat_format": cfg.chat.chat_format, "options": options, "intro": intro}
+    with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
+        engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text, identity, about,
+                     (lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None, fill, saver,
+                     track)  # fmt: skip
     ranks.close()
 
 

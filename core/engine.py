@@ -66,8 +66,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, must be at least 1")
         if self.max_steps < 0 or self.epochs <= 0 or self.profile < 0:
-            raise ValueError(f"max_steps = {self.max_steps}, epochs = {self.epochs}, profile = {self.profile}: must not be "
-                             "negative, epochs not 0")  # fmt: skip
+            raise ValueError(f"max_steps = {self.max_steps}, epochs = {self.epochs}, profile = {self.profile}: must "
+                             "not be negative, epochs not 0")  # fmt: skip
         if not 0 <= self.max_memory_gb < math.inf or (self.max_memory_gb and self.parallel != "ddp"):
             raise ValueError(f"max_memory_gb = {self.max_memory_gb}, must be at least 0, and parallel \"ddp\"")
         if self.keep < 2:
@@ -96,8 +96,8 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 class Log:
     """Lines for people (terminal and log.txt) and for programs (metrics.jsonl); only the first rank speaks."""
 
-    def __init__(self, folder: Path, speak: bool):
-        self.speak, self.files = speak, []
+    def __init__(self, folder: Path, speak: bool, track: Callable[[dict], None] | None = None):
+        self.speak, self.track, self.files = speak, track, []
         if speak:
             folder.mkdir(parents=True, exist_ok=True)
             names = ("log.txt", "metrics.jsonl")
@@ -119,6 +119,8 @@ class Log:
     def metrics(self, **values) -> None:
         if self.speak:
             self._write(1, json.dumps(values, allow_nan=False) + "\n")
+            if self.track:
+                self.track(values)
 
     def _write(self, which: int, text: str) -> None:
         with suppress(OSError):  # a full disk must not stop training here; saving a checkpoint will tell
@@ -174,7 +176,8 @@ def plan(cfg: TrainConfig, rows: BinRows | ChatRows, ranks: Ranks) -> tuple[int,
 
 def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: dict[str, BinRows | ChatRows],
           cfg: TrainConfig, optim: OptimConfig, ranks: Ranks, tokenizer, identity: dict, about: dict,
-          samples: Callable[[Llama], str] | None = None, fill: Callable | None = None, saver=None) -> None:  # fmt: skip
+          samples: Callable[[Llama], str] | None = None, fill: Callable | None = None, saver=None,
+          track: Callable[[dict], None] | None = None) -> None:  # fmt: skip
     """Train until the last step, a stop signal or divergence.
 
     Args:
@@ -187,6 +190,7 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: d
         about: plain data for run.json; `intro` in it is a list of lines to log first.
         samples: called after each validation; the text it returns is logged.
         saver: how models become files, see `checkpoint.Run`.
+        track: called on the first rank with each record of metrics.jsonl; must neither raise nor wait.
     Raises:
         Diverged: the loss or gradient is not finite; weights are as before that step.
         Interrupted: SIGTERM or SIGINT came; everything is saved.
@@ -200,7 +204,7 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: d
     run = Run(cfg.out_dir, identity, about, tokenizer, cfg.keep, ranks.first, saver)
     if cfg.resume == "no" and (aside := run.start_anew()):
         intro = [f"the earlier run is now {aside}", *intro]
-    log = Log(run.folder, speak=ranks.first)
+    log = Log(run.folder, ranks.first, track)
     for line in intro:
         log(line)
     try:
@@ -309,7 +313,7 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
                     peak = speed.matmul_peak(ranks.device, dtype) * ranks.world
                 log(f"step {step}/{max_steps} loss {loss:.4f}" + (f" val {val_loss:.4f}" if val_loss else "")
                     + f" lr {lr:.2e} norm {norm:.2f} {per_second:,.0f} tokens/s"
-                    + (f" MFU {flops * per_second / peak:.0%}" if peak else "")
+                    + (f" MFU {flops * per_second / peak:.1%}" if peak else "")
                     + f" {memory.used_gb(ranks.device):.1f} GB left {_clock(left)}"
                     + (f" scale {scaler.scale:g}" if scaler else ""))  # fmt: skip
                 window, window_s = [], 0.0

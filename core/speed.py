@@ -54,7 +54,8 @@ def profiled(steps: int, folder: Path, log: Callable[[str], None]) -> Iterator[C
         log(f"{folder}: trace.json and operations.txt of {steps} steps\n{_top(found, by)}")
 
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profile(activities=kinds, schedule=schedule(wait=2, warmup=1, active=steps, repeat=1), on_trace_ready=written) as now:
+    when = schedule(wait=2, warmup=1, active=steps, repeat=1)
+    with profile(activities=kinds, schedule=when, on_trace_ready=written) as now:
         yield now.step
 
 

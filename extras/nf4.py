@@ -1,7 +1,7 @@
 """NF4: a weight in four bits a number, in blocks of 64 with each block's largest absolute value beside them.
 
 In:  a weight. Out: bytes and scales that stand for it; the weight again; a linear layer's product with it.
-Knows nothing of models, of LoRA or of files. Not run on a GPU by us.
+Knows nothing of models, of LoRA or of files.
 
 Shapes:  W (out, in), flattened and filled up with zeros to n blocks: packed (n, 32) uint8, absmax (n,) fp32
     With double quantisation: absmax (n,) uint8, absmax_scale (n / 256,) fp32, absmax_mean () fp32

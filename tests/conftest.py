@@ -16,6 +16,7 @@ if str(ROOT) not in sys.path:  # a bare `pytest` puts only the tests' own folder
 
 from texts import BOOK, change  # noqa: E402
 
+from core import checkpoint  # noqa: E402
 from model import Llama, ModelConfig  # noqa: E402
 from tokenizer import load  # noqa: E402
 from tokenizer.sentencepiece_model import write_model  # noqa: E402
@@ -90,3 +91,17 @@ def small_with_prefix(small, tmp_path_factory):
     path = tmp_path_factory.mktemp("prefix") / "tokenizer.model"
     path.write_bytes(write_model(change(model, normalizer=normalizer)))
     return load(path)
+
+
+@pytest.fixture(scope="session")
+def home(small, tmp_path_factory) -> Path:
+    """For the servers: a chat model, the same as a base model, and one with much room, all random."""
+    home = tmp_path_factory.mktemp("home")
+    for name, context in (("chat", 128), ("long", 1 << 15)):
+        model = lively(ModelConfig(vocab_size=small.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context))  # fmt: skip
+        if name == "long":  # greedy, it goes on until the context is full
+            model.model.embed_tokens.weight.data[[small.bos_id, small.eos_id]] = 0
+        checkpoint.save_model(home / name, model, small, {"chat_format": "bos"})
+        checkpoint.save_model(home / f"{name}-base", model, small, {})
+    return home

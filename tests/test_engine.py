@@ -331,5 +331,5 @@ def test_a_log_line_says_loss_validation_rate_norm_speed_share_memory_and_time_l
     small_run.run(tmp_path / "run", max_steps=40)
     lines = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if line.startswith("step 6/40 loss")]
     value = metrics(tmp_path / "run", "val_loss")[0]
-    assert re.fullmatch(rf"step 6/40 loss \d\.\d{{4}} val {value:.4f} lr \S+ norm \d\.\d\d 512 tokens/s MFU 50% \d\.\d GB left 0:00:17",
+    assert re.fullmatch(rf"step 6/40 loss \d\.\d{{4}} val {value:.4f} lr \S+ norm \d\.\d\d 512 tokens/s MFU 50\.0% \d\.\d GB left 0:00:17",
                         lines[0]), lines  # fmt: skip

@@ -23,10 +23,9 @@ import torch
 from serving import Served, until
 
 import serve
-from core import checkpoint, errors
+from core import errors
 from core.generate import SamplingConfig, Text, Token, continued
 from extras.serve.worker import Job, Voice
-from model import ModelConfig
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
@@ -34,22 +33,6 @@ pytest.importorskip("starlette")
 ROOT = Path(__file__).resolve().parents[1]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "曹操"}]
-
-
-@pytest.fixture(scope="module")
-def home(small, tmp_path_factory) -> Path:
-    """A chat model, the same as a base model, and one with much room, all random."""
-    from conftest import lively
-
-    home = tmp_path_factory.mktemp("home")
-    for name, context in (("chat", 128), ("long", 1 << 15)):
-        model = lively(ModelConfig(vocab_size=small.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context))  # fmt: skip
-        if name == "long":  # greedy, it goes on until the context is full
-            model.model.embed_tokens.weight.data[[small.bos_id, small.eos_id]] = 0
-        checkpoint.save_model(home / name, model, small, {"chat_format": "bos"})
-        checkpoint.save_model(home / f"{name}-base", model, small, {})
-    return home
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,7 @@ from types import SimpleNamespace
 import pytest
 from serving import Served, files_open, memory_mb, until
 
-from core import checkpoint
 from extras.serve import app, fields, wire
-from model import ModelConfig
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
@@ -26,18 +24,6 @@ if not Path("/proc/self/fd").is_dir():
     pytest.skip("counts open files as Linux does", allow_module_level=True)
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def home(small, tmp_path_factory) -> Path:
-    from conftest import lively
-
-    home = tmp_path_factory.mktemp("home")
-    for name, context in (("chat", 128), ("long", 1 << 15)):
-        model = lively(ModelConfig(vocab_size=small.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context))  # fmt: skip
-        checkpoint.save_model(home / name, model, small, {"chat_format": "bos"})
-    return home
 
 
 @pytest.fixture(scope="module")
