@@ -16,7 +16,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +49,8 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        move = lambda t: None if t is None else t.pin_memory().to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.ids), move(self.targets), move(self.docs), self.rows)
+        tensors = {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: t.pin_memory().to(device, non_blocking=True) for name, t in tensors.items()})
 
 
 # ---------------------------------------------------------------- bins
@@ -459,9 +459,9 @@ def _padded(values: np.ndarray, length: int, fill: int) -> np.ndarray:
 
 
 def batch(rows: BinRows | MixedRows | ChatRows, indices: Sequence[int]) -> Batch:
-    """The rows with the given numbers as one micro-batch."""
+    """The rows with the given numbers as one micro-batch; rows that need more than a Batch say how: `make`."""
     ids, targets, docs = zip(*(rows.row(i) for i in indices))
-    return Batch(
+    return getattr(rows, "make", Batch)(
         torch.from_numpy(np.stack(ids)),
         torch.from_numpy(np.stack(targets)),
         None if docs[0] is None else torch.from_numpy(np.stack(docs).astype(np.int32)),
