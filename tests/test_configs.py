@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dpo
+import grpo
 import pretrain
 import sft
 from core import config
@@ -41,7 +42,7 @@ def test_there_are_configs():
 @each_config
 def test_a_command_accepts_every_key_and_value(path, monkeypatch):
     written = tomllib.loads(path.read_text(encoding="utf-8"))
-    fitting = [s for s in (sections_of(c, monkeypatch) for c in (pretrain, sft, dpo)) if written.keys() <= s.keys()]
+    fitting = [s for s in (sections_of(c, monkeypatch) for c in (pretrain, sft, dpo, grpo)) if written.keys() <= s.keys()]
     assert fitting, f"no command has all of {list(written)}"
     resolved = config.as_dict(config.load("", fitting[0], [str(path)]))
     for section, keys in written.items():

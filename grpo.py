@@ -1,0 +1,83 @@
+"""A chat model and questions in, a model whose answers are rewarded more often out: reinforcement learning by GRPO.
+
+    python grpo.py --init_from out/sft --train data/sft_train.jsonl --val data/sft_val.jsonl
+    python grpo.py --init_from out/sft --reward format --pattern ".{1,20}。" --train data/sft_train.jsonl
+
+The model answers each question several times; answers above their group's mean reward become likelier. Validation is
+greedy: its loss is 1 - the mean reward. Writes a model folder, or with LoRA an adapter, to out/grpo. Stopped by Ctrl-C
+or killed, the same command goes on where it was.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import tokenizer
+from core import checkpoint, config, distributed, engine, errors
+from core.generate import SamplingConfig
+from core.optim import OptimConfig
+from extras import estimate, families, lora, nf4, rewards, trackers
+from tokenizer import chat
+
+
+@dataclass(frozen=True)
+class QuestionsConfig:
+    init_from: str = "out/sft"  # a chat model's folder
+    train: tuple[str, ...] = ("data/sft_train.jsonl",)  # chats: all but their last answer is asked
+    val: tuple[str, ...] = ("data/sft_val.jsonl",)  # none: no validation
+    chat_format: str = "auto"  # auto: the model's own
+
+    def __post_init__(self):
+        if self.chat_format not in ("auto", *chat.FORMATS):
+            raise ValueError(f"chat_format = {self.chat_format!r}, must be auto or one of {', '.join(chat.FORMATS)}")
+
+
+def main() -> None:
+    sections = {"questions": QuestionsConfig, "reward": rewards.RewardConfig, "lora": lora.LoraConfig,
+                "optim": OptimConfig, "train": engine.TrainConfig, "track": trackers.TrackConfig,
+                "estimate": estimate.EstimateConfig}  # fmt: skip
+    cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/grpo.toml")
+    families.register()
+    if cfg.train.parallel != "ddp":
+        raise errors.UserError(f"parallel = \"{cfg.train.parallel}\" cannot answer questions", "--parallel ddp")
+    ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
+    folder = checkpoint.model_folder(cfg.questions.init_from)
+    text, own = tokenizer.load(folder), checkpoint.load_about(folder).get("chat_format")
+    chat_format = own if cfg.questions.chat_format == "auto" else cfg.questions.chat_format
+    if not chat_format:
+        raise errors.UserError(f"{folder}: a base model has no way to answer", "python sft.py first, or --chat_format")
+    model, fill = checkpoint.open_model(folder)
+    checkpoint.check_tokenizer(folder, model, text)
+    intro, context = [config.show(cfg)], model.config.max_position_embeddings
+    rows, val_rows = (rewards.QuestionRows(rewards.read_questions(paths, text, chat_format, context, intro), context)
+                      if paths else None for paths in (cfg.questions.train, cfg.questions.val))  # fmt: skip
+    identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder), "chat_format": chat_format,
+                "reward": config.as_dict(cfg)["reward"]}  # fmt: skip
+    fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, {})
+    if cfg.estimate.dry_run:
+        print(estimate.report(model, cfg, rows, rows.seq_len, ranks))
+        return
+    reference = None
+    if cfg.reward.kl:
+        reference = checkpoint.build(*checkpoint.open_model(folder), ranks.device).eval().requires_grad_(False)
+    loss = rewards.grpo_loss(cfg.reward, text, chat.end_ids(text, chat_format), rewards.judge(cfg.reward), reference)
+    options = config.as_dict(cfg)
+    about = {"command": "grpo", "chat_format": chat_format, "options": options, "intro": intro}
+    with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
+        engine.train(model, loss, rows, {"questions": val_rows} if val_rows else {}, cfg.train, cfg.optim, ranks, text,
+                     identity, about, lambda m: told(m, val_rows or rows, cfg, text, chat_format), fill, saver,
+                     track)  # fmt: skip
+    ranks.close()
+
+
+def told(model, rows, cfg, text, chat_format: str) -> str:
+    """Greedy answers to three questions, with their rewards."""
+    batch = engine.batch(rows, range(min(3, len(rows))))
+    sampling, reward = SamplingConfig(cfg.reward.max_new_tokens, 0.0), rewards.judge(cfg.reward)
+    groups = rewards.answered(model, batch, chat.end_ids(text, chat_format), sampling, 1)
+    said = [text.decode(texts[0].added) for texts in groups]
+    return "\n".join(f"  {text.decode(q).strip()} -> {a} ({reward(a, wanted):g})"
+                     for q, a, wanted in zip(batch.questions, said, batch.answers))  # fmt: skip
+
+
+if __name__ == "__main__":
+    errors.run(main)
