@@ -56,7 +56,8 @@ class Speaker:
         families.register()
         asked = cfg.model or (lora.base_of(cfg.adapter) if cfg.adapter else newest_model())
         folder = checkpoint.model_folder(asked)
-        self.name, self.text, self.compile = Path(asked).name, tokenizer.load(folder), cfg.compile
+        self.name, self.text = Path(cfg.adapter or asked).name, tokenizer.load(folder)
+        self.compile = cfg.compile
         own, device = checkpoint.load_about(folder).get("chat_format"), start(cfg.device).device
         if (kind := quantize.kind_of(folder)) != "none":
             if cfg.adapter or cfg.quantize not in ("none", kind):
