@@ -49,6 +49,13 @@ class EvaluateConfig:
             raise ValueError(f"output = {self.output!r}, must end in .json; the .md comes beside it")
 
 
+@dataclass(frozen=True)
+class GreedyConfig(SamplingConfig):
+    """sample.py's options, but the most likely id where nothing else is said: a score should not hang on the draw."""
+
+    temperature: float = 0.0
+
+
 KINDS = {
     "bpb": bits.run,
     "ceval": choices.ceval,
@@ -63,15 +70,13 @@ DRAWN = ("promptcblue", "generation", "compare")  # what [sampling] says matters
 
 def main() -> None:
     kind, argv = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    sections = {"evaluate": EvaluateConfig, "speaker": SpeakerConfig, "sampling": SamplingConfig}
+    sections = {"evaluate": EvaluateConfig, "speaker": SpeakerConfig, "sampling": GreedyConfig}
     if kind in ("-h", "--help"):
         config.load(__doc__, sections, [kind])
     if kind not in KINDS:
         raise UserError(f"{kind or 'nothing'}: no such evaluation", f"python evaluate.py {' or '.join(KINDS)}")
     folders = list(takewhile(lambda word: not word.startswith("--"), argv)) if kind == "compare" else []
-    # Greedy, where neither a flag nor a file says otherwise: a score should not hang on the draw.
-    greedy = ["--temperature", "0"] * (not any(word.endswith(".toml") for word in argv))
-    cfg = config.load(__doc__, sections, greedy + argv[len(folders) :])
+    cfg = config.load(__doc__, sections, argv[len(folders) :])
     if kind == "compare" and not folders:
         raise UserError("compare needs model folders", "python evaluate.py compare out/sft out/lora --prompts FILE")
     if kind != "compare" and not cfg.evaluate.data:

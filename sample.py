@@ -6,11 +6,12 @@
     python sample.py --chat                                         # a conversation, empty line or Ctrl-D ends it
     python sample.py --prompts questions.txt                        # one prompt a line
     python sample.py --prompts data/sft_val.jsonl --output out/answers.jsonl --temperature 0
+    python sample.py --retrieve notes/ --prompt "刘表字什么？"        # passages that bear on it go before the question
 
 A JSONL prompt file has a line {"prompt": "..."} or {"messages": [...]} each; the answers come in the same order.
 Where the messages end with an assistant's turn, that turn is the reference: it is held back, and the share of exact
 matches is printed, by the line's "kind" where it has one. With --n, --beams or --logprobs a single prompt is answered
-in such lines, too.
+in such lines, too. With --retrieve each line has its "passages"; the prompt in it is what was asked.
 """
 
 import json
@@ -23,6 +24,7 @@ import tokenizer
 from core import config, data, errors, files
 from core.errors import UserError
 from core.generate import SamplingConfig, beam_search, continued, fitting, generate
+from extras import retrieval
 from extras.speaker import Speaker, SpeakerConfig
 
 
@@ -55,22 +57,38 @@ class SampleConfig:
 
 
 def main() -> None:
-    sections = {"speaker": SpeakerConfig, "sample": SampleConfig, "sampling": SamplingConfig}
+    sections = {"speaker": SpeakerConfig, "sample": SampleConfig, "sampling": SamplingConfig,
+                "retrieval": retrieval.RetrievalConfig}  # fmt: skip
     cfg = config.load(__doc__, sections, sys.argv[1:])
     asked = cfg.sample
     if asked.beams and cfg.speaker.compile:
         raise UserError("beams do not go with compile")
     speaker = Speaker(cfg.speaker)
+    shelf = open_shelf(speaker, cfg) if cfg.retrieval.retrieve else None
     if asked.chat:
-        converse(speaker, cfg)
+        converse(speaker, cfg, shelf)
     elif asked.prompts or asked.n > 1 or asked.beams or asked.logprobs or asked.output:
-        answer_all(speaker, cfg)
+        answer_all(speaker, cfg, shelf)
     else:
-        stream(speaker, asked.prompt, cfg)
+        stream(speaker, asked.prompt, cfg, shelf)
 
 
-def stream(speaker: Speaker, prompt: str | list[dict], cfg) -> str:
+def open_shelf(speaker: Speaker, cfg) -> retrieval.Shelf:
+    """The passages to answer from; an answer of up to a quarter of the context has room behind them."""
+    if not speaker.chat_format:
+        raise UserError("--retrieve needs a chat model", "python sft.py makes one")
+    room = speaker.context - min(cfg.sampling.max_new_tokens, speaker.context // 4)
+    shelf = retrieval.Shelf(cfg.retrieval, speaker.ids, room)
+    print(f"note: {shelf.told}", file=sys.stderr)
+    return shelf
+
+
+def stream(speaker: Speaker, prompt: str | list[dict], cfg, shelf: retrieval.Shelf | None = None) -> str:
     """Print the continuation or answer as it comes, and return it."""
+    if shelf:
+        prompt, passages, left_out = shelf.put(prompt)
+        told = " ".join(f"{n}. {passage}" for n, passage in enumerate(passages, 1)) or "none"
+        print(f"passages: {told}" + (f" ({left_out} more had no room)" if left_out else ""), file=sys.stderr)
     ids, said = speaker.ids(prompt), ""
     decoder, until = speaker.decoder(ids), tokenizer.UntilStop(cfg.sample.stop)
     fitting(ids, speaker.model, cfg.sampling)  # an impossible prompt is refused before it is printed
@@ -106,8 +124,8 @@ def tell_room(speaker: Speaker, prompts: list[list[int]], sampling: SamplingConf
         print(f"note: the context of {context} tokens leaves room for {context - longest} new ones", file=sys.stderr)
 
 
-def converse(speaker: Speaker, cfg) -> None:
-    """Turn by turn on the terminal, the whole conversation in front of each answer."""
+def converse(speaker: Speaker, cfg, shelf: retrieval.Shelf | None) -> None:
+    """Turn by turn on the terminal, the whole conversation in front of each answer; passages before the newest only."""
     if not speaker.chat_format:
         raise UserError("--chat needs a chat model", "python sft.py makes one")
     messages: list[dict] = []
@@ -120,7 +138,7 @@ def converse(speaker: Speaker, cfg) -> None:
             return
         messages.append({"role": "user", "content": line})
         try:
-            reply = stream(speaker, messages, cfg)
+            reply = stream(speaker, messages, cfg, shelf)
         except UserError as e:
             print(f"{e}; the conversation starts anew", file=sys.stderr)
             messages = []
@@ -129,15 +147,19 @@ def converse(speaker: Speaker, cfg) -> None:
         messages.append({"role": "assistant", "content": reply}) if reply else messages.pop()
 
 
-def answer_all(speaker: Speaker, cfg) -> None:
+def answer_all(speaker: Speaker, cfg, shelf: retrieval.Shelf | None) -> None:
     """All prompts of a file, or the one that is given; answers in the order of the prompts, as lines of JSON."""
     asked, sampling = cfg.sample, cfg.sampling
     items = list(read_prompts(asked.prompts)) if asked.prompts else [("prompt", asked.prompt, None, "")]
     if not items:
         raise UserError(f"{asked.prompts}: no prompts in it")
-    ids = []
+    ids, passages, left_out = [], [], 0
     for where, prompt, _, _ in items:
         try:
+            if shelf:
+                prompt, found, more = shelf.put(prompt)
+                passages.append(found)
+                left_out += more
             ids.append(speaker.ids(prompt))
         except (UserError, tokenizer.TokenizerError) as e:
             raise UserError(f"{where}: {e}") from None
@@ -145,11 +167,14 @@ def answer_all(speaker: Speaker, cfg) -> None:
     if long:
         raise UserError(f"{items[long[0]][0]}: {len(ids[long[0]])} tokens, the model has {speaker.context} positions",
                         f"as in {len(long)} of {len(ids)} prompts; --truncate left")  # fmt: skip
+    if left_out:
+        print(f"note: {left_out} of the passages that were found had no room in their prompts", file=sys.stderr)
     tell_room(speaker, ids, sampling)
     lines, right = [], defaultdict(list)
-    for (_, prompt, reference, kind), texts in zip(items, answers(speaker, ids, asked, sampling)):
+    for n, texts in enumerate(answers(speaker, ids, asked, sampling)):
+        _, prompt, reference, kind = items[n]
         for text in texts:
-            line = {"prompt": prompt} | text
+            line = {"prompt": prompt} | ({"passages": passages[n]} if shelf else {}) | text
             if reference is not None:
                 right[kind].append(text["answer"] == reference)
                 line |= {"reference": reference, "exact_match": text["answer"] == reference}

@@ -90,8 +90,9 @@ class QuestionRows:
 
 def judge(cfg: RewardConfig) -> Callable[[str, str], float]:
     """(what the model says, the file's answer) -> 0 to 1."""
+    pattern = re.compile(cfg.pattern, re.DOTALL)
     rules = {"exact": lambda said, wanted: float(said.strip() == wanted.strip()),
-             "format": lambda said, _: float(re.fullmatch(cfg.pattern, said.strip(), re.DOTALL) is not None)}  # fmt: skip
+             "format": lambda said, _: float(pattern.fullmatch(said.strip()) is not None)}  # fmt: skip
     chosen = [rules[name] for name in (("exact", "format") if cfg.reward == "both" else (cfg.reward,))]
     return lambda said, wanted: sum(rule(said, wanted) for rule in chosen) / len(chosen)
 

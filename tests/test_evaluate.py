@@ -527,9 +527,10 @@ def test_a_folder_with_an_adapter_is_its_base_with_it(tmp_path):
     assert evaluate.of_folder(cfg, str(tmp_path)) == SpeakerConfig(dtype="bf16", model=str(tmp_path))
 
 
-@pytest.mark.parametrize("words, temperature", [((), 0.0), (("--temperature", "0.5"), 0.5), (("s.toml",), 0.3)])
+@pytest.mark.parametrize("words, temperature", [((), 0.0), (("--temperature", "0.5"), 0.5), (("s.toml",), 0.3), (("t.toml",), 0.0)])
 def test_answers_are_greedy_unless_a_flag_or_a_file_says_otherwise(folder, tmp_path, monkeypatch, words, temperature):
     (tmp_path / "s.toml").write_text("[sampling]\ntemperature = 0.3\n")
+    (tmp_path / "t.toml").write_text("[sampling]\ntop_k = 5\n")
     (tmp_path / "chats.jsonl").write_text('{"prompt": "曹操", "target": "孟德"}\n', "utf-8")
     monkeypatch.chdir(tmp_path)
     asked = ("generation", *words, "--model", folder, "--data", "chats.jsonl", "--max_new_tokens", "3", "--device", "cpu")
