@@ -14,53 +14,36 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import tokenizer
 from core import checkpoint, config, distributed, engine, errors
 from core.optim import OptimConfig
-from extras import estimate, families, lora, nf4, preferences, trackers
-from tokenizer import chat
+from extras import estimate, families, lora, nf4, trackers
+from extras.preferences import open_chat_model, pairs
 
 
 @dataclass(frozen=True)
-class PairsConfig:
-    init_from: str = "out/sft"  # a chat model's folder
-    train: tuple[str, ...] = ("data/pairs/chats.jsonl",)  # chats with another, worse answer beside them
-    val: tuple[str, ...] = ()  # the same, held out; none: val_share of the training pairs
-    val_share: float = 0.1  # drawn with the run's seed
-    chat_format: str = "auto"  # auto: the model's own
-    seq_len: int = 0  # positions of each of the two texts; 0: the model's max_position_embeddings
+class DpoConfig:
     beta: float = 0.1  # the larger, the closer the model stays to what it was
     label_smoothing: float = 0.0  # share of pairs that may be the wrong way round
 
     def __post_init__(self):
-        if self.chat_format not in ("auto", *chat.FORMATS):
-            raise ValueError(f"chat_format = {self.chat_format!r}, must be auto or one of {', '.join(chat.FORMATS)}")
-        if self.seq_len < 0 or not 0 < self.val_share < 1:
-            raise ValueError(f"seq_len = {self.seq_len}, val_share = {self.val_share}: not negative, and from 0 to 1")
         if not 0 < self.beta < 1000 or not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"beta = {self.beta}, label_smoothing = {self.label_smoothing}: above 0, and below 0.5")
 
 
 def main() -> None:
-    sections = {"pairs": PairsConfig, "lora": lora.LoraConfig, "optim": OptimConfig, "train": engine.TrainConfig,
-                "track": trackers.TrackConfig, "estimate": estimate.EstimateConfig}  # fmt: skip
+    sections = {"pairs": pairs.PairsConfig, "dpo": DpoConfig, "lora": lora.LoraConfig, "optim": OptimConfig,
+                "train": engine.TrainConfig, "track": trackers.TrackConfig,
+                "estimate": estimate.EstimateConfig}  # fmt: skip
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/dpo.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
-    folder = checkpoint.model_folder(cfg.pairs.init_from)
-    text, own = tokenizer.load(folder), checkpoint.load_about(folder).get("chat_format")
-    chat_format = own if cfg.pairs.chat_format == "auto" else cfg.pairs.chat_format
-    if not chat_format:
-        raise errors.UserError(f"{folder}: a base model has no way to answer", "python sft.py first, or --chat_format")
-    model, fill = checkpoint.open_model(folder)
-    checkpoint.check_tokenizer(folder, model, text)
+    folder, model, fill, text, chat_format = open_chat_model(cfg.pairs.init_from, cfg.pairs.chat_format)
     intro, length = [config.show(cfg)], cfg.pairs.seq_len or model.config.max_position_embeddings
-    rows, val_rows = pair_rows(cfg, text, chat_format, length, intro)
+    rows, val_rows = pairs.pair_rows(cfg.pairs, cfg.train.seed, text, chat_format, length, intro)
     identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder), "chat_format": chat_format,
-                "beta": cfg.pairs.beta, "label_smoothing": cfg.pairs.label_smoothing}  # fmt: skip
+                "beta": cfg.dpo.beta, "label_smoothing": cfg.dpo.label_smoothing}  # fmt: skip
     if not cfg.estimate.dry_run:
         refer(cfg, folder, identity["base"], (rows, val_rows), ranks)
     fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, {})
@@ -70,25 +53,12 @@ def main() -> None:
     options = config.as_dict(cfg)
     about = {"command": "dpo", "chat_format": chat_format, "options": options, "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
-        loss = preferences.dpo_loss(cfg.pairs.beta, cfg.pairs.label_smoothing)
+        loss = pairs.dpo_loss(cfg.dpo.beta, cfg.dpo.label_smoothing)
         engine.train(model, loss, rows, {"held out": val_rows}, cfg.train, cfg.optim, ranks, text, identity, about,
-                     lambda m: told(m, val_rows, cfg, ranks), fill, saver, track)  # fmt: skip
+                     lambda m: pairs.told(val_rows, cfg.train.micro_batch, ranks.device,
+                                          partial(pairs.margins, m, beta=cfg.dpo.beta)),
+                     fill, saver, track)  # fmt: skip
     ranks.close()
-
-
-def pair_rows(cfg, text, chat_format: str, length: int, intro: list[str]) -> tuple:
-    """Rows to train on and rows that are held out."""
-    pairs = preferences.read_pairs(cfg.pairs.train, text, chat_format, length, intro)
-    if cfg.pairs.val:
-        held_out = preferences.read_pairs(cfg.pairs.val, text, chat_format, length, intro)
-    else:
-        order = np.random.default_rng(cfg.train.seed).permutation(len(pairs))
-        at = max(1, round(cfg.pairs.val_share * len(pairs)))
-        if at == len(pairs):
-            raise errors.UserError(f"{', '.join(cfg.pairs.train)}: too few pairs to hold some out", "--val FILE")
-        held_out, pairs = ([pairs[i] for i in sorted(part)] for part in (order[:at], order[at:]))
-    intro.append(f"{len(pairs)} pairs to train on, {len(held_out)} held out, each two texts of at most {length} tokens")
-    return tuple(preferences.PairRows(part, length, text.eos_id) for part in (pairs, held_out))
 
 
 def refer(cfg, folder: Path, weights: str, parts: tuple, ranks) -> None:
@@ -105,22 +75,14 @@ def refer(cfg, folder: Path, weights: str, parts: tuple, ranks) -> None:
             numbers = range(len(rows))[ranks.rank :: ranks.world]  # each rank its share
             found[part] = torch.zeros(len(rows), 2)
             with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-                found[part][numbers] = preferences.over_pairs(
-                    rows, cfg.train.micro_batch, ranks.device, partial(preferences.log_probabilities, model), numbers)
+                found[part][numbers] = pairs.over_pairs(
+                    rows, cfg.train.micro_batch, ranks.device, partial(pairs.log_probabilities, model), numbers)
             found[part] = ranks.sum(found[part].to(ranks.device)).cpu()
         if ranks.first:
             path.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.save_tensors(path, found)
     for part, rows in zip(("train", "held_out"), parts):
         rows.reference = found[part]
-
-
-def told(model, rows, cfg, ranks) -> str:
-    """How the model sees the held-out pairs: which way round they are, and how far apart."""
-    score = partial(preferences.margins, model, beta=cfg.pairs.beta)
-    found = preferences.over_pairs(rows, cfg.train.micro_batch, ranks.device, score, range(len(rows)))
-    return (f"held-out pairs the right way round: {(found > 0).float().mean():.1%} of {len(found)}, "
-            f"margin {found.mean():.4f}")  # fmt: skip
 
 
 if __name__ == "__main__":

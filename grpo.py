@@ -10,12 +10,13 @@ or killed, the same command goes on where it was.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 
-import tokenizer
 from core import checkpoint, config, distributed, engine, errors
 from core.generate import SamplingConfig
 from core.optim import OptimConfig
-from extras import estimate, families, lora, nf4, rewards, trackers
+from extras import estimate, families, lora, nf4, trackers
+from extras.preferences import open_chat_model, questions
 from tokenizer import chat
 
 
@@ -32,7 +33,7 @@ class QuestionsConfig:
 
 
 def main() -> None:
-    sections = {"questions": QuestionsConfig, "reward": rewards.RewardConfig, "lora": lora.LoraConfig,
+    sections = {"questions": QuestionsConfig, "reward": questions.RewardConfig, "lora": lora.LoraConfig,
                 "optim": OptimConfig, "train": engine.TrainConfig, "track": trackers.TrackConfig,
                 "estimate": estimate.EstimateConfig}  # fmt: skip
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/grpo.toml")
@@ -40,16 +41,11 @@ def main() -> None:
     if cfg.train.parallel != "ddp":
         raise errors.UserError(f"parallel = \"{cfg.train.parallel}\" cannot answer questions", "--parallel ddp")
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
-    folder = checkpoint.model_folder(cfg.questions.init_from)
-    text, own = tokenizer.load(folder), checkpoint.load_about(folder).get("chat_format")
-    chat_format = own if cfg.questions.chat_format == "auto" else cfg.questions.chat_format
-    if not chat_format:
-        raise errors.UserError(f"{folder}: a base model has no way to answer", "python sft.py first, or --chat_format")
-    model, fill = checkpoint.open_model(folder)
-    checkpoint.check_tokenizer(folder, model, text)
+    folder, model, fill, text, chat_format = open_chat_model(cfg.questions.init_from, cfg.questions.chat_format)
     intro, context = [config.show(cfg)], model.config.max_position_embeddings
-    rows, val_rows = (rewards.QuestionRows(rewards.read_questions(paths, text, chat_format, context, intro), context)
-                      if paths else None for paths in (cfg.questions.train, cfg.questions.val))  # fmt: skip
+    read = partial(questions.read_questions, text=text, chat_format=chat_format, context=context, intro=intro)
+    rows, val_rows = (questions.QuestionRows(read(paths), context) if paths else None
+                      for paths in (cfg.questions.train, cfg.questions.val))  # fmt: skip
     identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder), "chat_format": chat_format,
                 "reward": config.as_dict(cfg)["reward"]}  # fmt: skip
     fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, {})
@@ -59,7 +55,8 @@ def main() -> None:
     reference = None
     if cfg.reward.kl:
         reference = checkpoint.build(*checkpoint.open_model(folder), ranks.device).eval().requires_grad_(False)
-    loss = rewards.grpo_loss(cfg.reward, text, chat.end_ids(text, chat_format), rewards.judge(cfg.reward), reference)
+    ends, judge = chat.end_ids(text, chat_format), questions.judge(cfg.reward)
+    loss = questions.grpo_loss(cfg.reward, text, ends, judge, reference)
     options = config.as_dict(cfg)
     about = {"command": "grpo", "chat_format": chat_format, "options": options, "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
@@ -70,10 +67,10 @@ def main() -> None:
 
 
 def told(model, rows, cfg, text, chat_format: str) -> str:
-    """Greedy answers to three questions, with their rewards."""
+    """Greedy answers to three questions, with their questions."""
     batch = engine.batch(rows, range(min(3, len(rows))))
-    sampling, reward = SamplingConfig(cfg.reward.max_new_tokens, 0.0), rewards.judge(cfg.reward)
-    groups = rewards.answered(model, batch, chat.end_ids(text, chat_format), sampling, 1)
+    sampling, reward = SamplingConfig(cfg.reward.max_new_tokens, 0.0), questions.judge(cfg.reward)
+    groups = questions.answered(model, batch, chat.end_ids(text, chat_format), sampling, 1)
     said = [text.decode(texts[0].added) for texts in groups]
     return "\n".join(f"  {text.decode(q).strip()} -> {a} ({reward(a, wanted):g})"
                      for q, a, wanted in zip(batch.questions, said, batch.answers))  # fmt: skip

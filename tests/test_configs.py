@@ -9,6 +9,7 @@ import torch
 import dpo
 import grpo
 import pretrain
+import reward
 import sft
 from core import config
 from model import Llama, ModelConfig, describe
@@ -42,7 +43,7 @@ def test_there_are_configs():
 @each_config
 def test_a_command_accepts_every_key_and_value(path, monkeypatch):
     written = tomllib.loads(path.read_text(encoding="utf-8"))
-    fitting = [s for s in (sections_of(c, monkeypatch) for c in (pretrain, sft, dpo, grpo)) if written.keys() <= s.keys()]
+    fitting = [s for s in (sections_of(c, monkeypatch) for c in (pretrain, sft, dpo, grpo, reward)) if written.keys() <= s.keys()]
     assert fitting, f"no command has all of {list(written)}"
     resolved = config.as_dict(config.load("", fitting[0], [str(path)]))
     for section, keys in written.items():

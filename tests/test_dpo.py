@@ -17,7 +17,7 @@ from test_engine import metrics
 import dpo
 from core import checkpoint, data
 from core.errors import UserError
-from extras import preferences
+from extras.preferences import pairs
 from model import ModelConfig
 from tokenizer import chat
 
@@ -49,9 +49,9 @@ def train(place: Path, out: Path, *words: str) -> None:
         dpo.main()
 
 
-def rows_of(place: Path, small, length: int = 64) -> preferences.PairRows:
-    pairs = preferences.read_pairs([str(place / "pairs.jsonl")], small, "bos", length, [])
-    return preferences.PairRows(pairs, length, small.eos_id)
+def rows_of(place: Path, small, length: int = 64) -> pairs.PairRows:
+    found = pairs.read_pairs([str(place / "pairs.jsonl")], small, "bos", length, [])
+    return pairs.PairRows(found, length, small.eos_id)
 
 
 def naive_log_probability(model, ids, mask) -> torch.Tensor:
@@ -73,14 +73,14 @@ def test_loss_and_gradient_are_those_of_the_formula(place, small, smoothing):
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
     rows, numbers = rows_of(place, small), [0, 5, 9]
-    rows.reference = preferences.over_pairs(rows, 4, torch.device("cpu"), lambda b: preferences.log_probabilities(reference, b), range(len(rows)))
+    rows.reference = pairs.over_pairs(rows, 4, torch.device("cpu"), lambda b: pairs.log_probabilities(reference, b), range(len(rows)))
     batch = data.batch(rows, numbers)
-    preferences.dpo_loss(0.3, smoothing)(model, batch).backward()
+    pairs.dpo_loss(0.3, smoothing)(model, batch).backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     wanted = sum(naive_loss(model, reference, rows.pairs[i], 0.3, smoothing) for i in numbers)
     wanted.backward()
-    assert preferences.dpo_loss(0.3, smoothing)(model, batch).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert pairs.dpo_loss(0.3, smoothing)(model, batch).item() == pytest.approx(wanted.item(), rel=1e-5)
     assert batch.count.item() == 3
     for mine, p in zip(ours, model.parameters(), strict=True):
         assert (mine - p.grad).norm() <= 1e-4 * p.grad.norm()
@@ -106,7 +106,7 @@ def test_the_reference_is_computed_once(place, small, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(preferences, "log_probabilities", never)
+    monkeypatch.setattr(pairs, "log_probabilities", never)
     train(place, tmp_path / "out")  # finished
     (kept,) = (tmp_path / "out").glob("reference-*.safetensors")
     model, found = checkpoint.load_model(place / "base"), load_file(kept)
@@ -157,6 +157,6 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small, capsy
     sizes = [max(len(chat.render([*m[:-1], {"role": "assistant", "content": a}], small, "bos")[0]) for a in (m[-1]["content"], other))
              for m, other in ((d["messages"], d["rejected"]) for _, d in data.read_jsonl(place / "pairs.jsonl"))]  # fmt: skip
     length, intro = sorted(set(sizes))[2] - 2, []  # some are longer by one than what fits
-    pairs = preferences.read_pairs([str(place / "pairs.jsonl")], small, "bos", length, intro)
-    assert len(pairs) == sum(size <= length + 1 for size in sizes) and length + 2 in sizes
-    assert 0 < len(pairs) < 24 and intro[0].startswith(f"{24 - len(pairs)} pairs longer than {length} tokens left out: ")
+    found = pairs.read_pairs([str(place / "pairs.jsonl")], small, "bos", length, intro)
+    assert len(found) == sum(size <= length + 1 for size in sizes) and length + 2 in sizes
+    assert 0 < len(found) < 24 and intro[0].startswith(f"{24 - len(found)} pairs longer than {length} tokens left out: ")

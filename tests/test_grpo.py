@@ -18,7 +18,7 @@ import grpo
 from core import checkpoint, data
 from core.errors import UserError
 from core.generate import SamplingConfig, Text, Token
-from extras import rewards
+from extras.preferences import questions
 from model import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,19 +63,19 @@ def test_loss_and_gradient_are_those_of_the_formula(place, small, monkeypatch, k
         for p in reference.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
     reference.requires_grad_(False)
-    questions, said = [[1, 50, 60], [1, 70]], [[[5, 6, 2], [9, 2], [8, 7, 3, 4]], [[11, 2], [12, 13, 14, 2], [2]]]
+    asked, said = [[1, 50, 60], [1, 70]], [[[5, 6, 2], [9, 2], [8, 7, 3, 4]], [[11, 2], [12, 13, 14, 2], [2]]]
     groups = [[Text(q, SamplingConfig(), {2}, tokens=[Token(None, id, "", 0.0, [(0, 0.0)]) for id in a], added=a) for a in group]
-              for q, group in zip(questions, said)]  # fmt: skip
+              for q, group in zip(asked, said)]  # fmt: skip
     points = iter([1.0, 0.0, 0.5, 0.25, 0.25, 0.25])
-    monkeypatch.setattr(rewards, "answered", lambda *_: groups)
-    cfg = rewards.RewardConfig(group=3, kl=kl)
-    batch = rewards.QuestionBatch(torch.zeros(2, 64, dtype=torch.long), torch.full((2, 64), -100), None, [0, 1], questions, ["", ""])
-    loss = rewards.grpo_loss(cfg, small, {2}, lambda *_: next(points), reference if kl else None)(model, batch)
+    monkeypatch.setattr(questions, "answered", lambda *_: groups)
+    cfg = questions.RewardConfig(group=3, kl=kl)
+    batch = questions.QuestionBatch(torch.zeros(2, 64, dtype=torch.long), torch.full((2, 64), -100), None, [0, 1], asked, ["", ""])
+    loss = questions.grpo_loss(cfg, small, {2}, lambda *_: next(points), reference if kl else None)(model, batch)
     loss.backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     wanted, mean, sigma = 0.0, 0.5, statistics.pstdev([1.0, 0.0, 0.5])
-    for answers, question, judged in zip(said, questions, ([1.0, 0.0, 0.5], None)):
+    for answers, question, judged in zip(said, asked, ([1.0, 0.0, 0.5], None)):
         for n, answer in enumerate(answers):
             logp = naive_log_probabilities(model, question, answer)
             advantage = (judged[n] - mean) / sigma if judged else 0.0  # all alike: nothing to learn
@@ -91,11 +91,11 @@ def test_loss_and_gradient_are_those_of_the_formula(place, small, monkeypatch, k
 
 
 def test_rules_judge_the_whole_answer():
-    exact = rewards.judge(rewards.RewardConfig())
+    exact = questions.judge(questions.RewardConfig())
     assert [exact("曹操。", "曹操。"), exact(" 曹操。\n", "曹操。"), exact("曹操", "曹操。")] == [1, 1, 0]
-    shape = rewards.judge(rewards.RewardConfig(reward="format", pattern=".{1,3}。"))
+    shape = questions.judge(questions.RewardConfig(reward="format", pattern=".{1,3}。"))
     assert [shape("曹操。", ""), shape("曹操", ""), shape("他是曹操。", "")] == [1, 0, 0]
-    both = rewards.judge(rewards.RewardConfig(reward="both", pattern=".{1,3}。"))
+    both = questions.judge(questions.RewardConfig(reward="both", pattern=".{1,3}。"))
     assert [both("曹操。", "曹操。"), both("刘备。", "曹操。"), both("刘备", "曹操")] == [1, 0.5, 0]
 
 
@@ -108,9 +108,9 @@ def test_what_is_rewarded_becomes_what_is_said(place, tmp_path, more):
 
 def test_an_untrained_model_earns_little(place, small):
     """What the test above begins with."""
-    rows = rewards.QuestionRows(rewards.read_questions([str(place / "chats.jsonl")], small, "bos", 64, []), 64)
-    cfg = rewards.RewardConfig(reward="format", pattern="[^\\ufffd]+", max_new_tokens=6)
-    loss = rewards.grpo_loss(cfg, small, {small.eos_id}, rewards.judge(cfg), None)
+    rows = questions.QuestionRows(questions.read_questions([str(place / "chats.jsonl")], small, "bos", 64, []), 64)
+    cfg = questions.RewardConfig(reward="format", pattern="[^\\ufffd]+", max_new_tokens=6)
+    loss = questions.grpo_loss(cfg, small, {small.eos_id}, questions.judge(cfg), None)
     with torch.no_grad():
         missed = loss(checkpoint.load_model(place / "base"), data.batch(rows, range(len(rows))))
     assert missed.item() >= 0.5 * len(rows)
@@ -150,4 +150,4 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small):
     intro = []
     chats = [{"messages": [{"role": "user", "content": "长" * n}, {"role": "assistant", "content": "好"}]} for n in (3, 90)]
     path.write_text("".join(json.dumps(c) + "\n" for c in chats))
-    assert len(rewards.read_questions([str(path)], small, "bos", 64, intro)) == 1 and "1 questions as long as the context of 64" in intro[0]
+    assert len(questions.read_questions([str(path)], small, "bos", 64, intro)) == 1 and "1 questions as long as the context of 64" in intro[0]

@@ -1,4 +1,4 @@
-"""Pairs of answers, one preferred: as rows for the training loop, and the loss of DPO on them.
+"""Pairs of answers, one preferred: rows for the training loop, and the loss of DPO on them.
 
 In:  chats whose last answer is the preferred one, with the other beside them as `rejected`. Out: rows, a loss function.
 Knows nothing of files of weights or of ranks.
@@ -20,6 +20,22 @@ from core import data
 from core.errors import UserError
 from model import IGNORE
 from tokenizer import TokenizerError, chat
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    init_from: str = "out/sft"  # a chat model's folder
+    train: tuple[str, ...] = ("data/pairs/chats.jsonl",)  # chats with another, worse answer beside them
+    val: tuple[str, ...] = ()  # the same, held out; none: val_share of the training pairs
+    val_share: float = 0.1  # drawn with the run's seed
+    chat_format: str = "auto"  # auto: the model's own
+    seq_len: int = 0  # positions of each of the two texts; 0: the model's max_position_embeddings
+
+    def __post_init__(self):
+        if self.chat_format not in ("auto", *chat.FORMATS):
+            raise ValueError(f"chat_format = {self.chat_format!r}, must be auto or one of {', '.join(chat.FORMATS)}")
+        if self.seq_len < 0 or not 0 < self.val_share < 1:
+            raise ValueError(f"seq_len = {self.seq_len}, val_share = {self.val_share}: not negative, and from 0 to 1")
 
 
 @dataclass
@@ -113,6 +129,21 @@ def read_pairs(paths: Sequence[str], text, chat_format: str, length: int, intro:
     return pairs
 
 
+def pair_rows(cfg: PairsConfig, seed: int, text, chat_format: str, length: int, intro: list[str]) -> tuple:
+    """Rows to train on and rows that are held out, PairRows both. Arguments as in `read_pairs`."""
+    pairs = read_pairs(cfg.train, text, chat_format, length, intro)
+    if cfg.val:
+        held_out = read_pairs(cfg.val, text, chat_format, length, intro)
+    else:
+        order = np.random.default_rng(seed).permutation(len(pairs))
+        at = max(1, round(cfg.val_share * len(pairs)))
+        if at == len(pairs):
+            raise UserError(f"{', '.join(cfg.train)}: too few pairs to hold some out", "--val FILE")
+        held_out, pairs = ([pairs[i] for i in sorted(part)] for part in (order[:at], order[at:]))
+    intro.append(f"{len(pairs)} pairs to train on, {len(held_out)} held out, each two texts of at most {length} tokens")
+    return tuple(PairRows(part, length, text.eos_id) for part in (pairs, held_out))
+
+
 def log_probabilities(model: nn.Module, batch: data.Batch) -> Tensor:
     """(B, 2): of the preferred answers and of the others, each the sum over its tokens, given what stands before."""
     b, t = batch.ids.shape[0], batch.ids.shape[1] // 2
@@ -148,3 +179,10 @@ def over_pairs(rows: PairRows, micro: int, device: torch.device, score: Callable
     """`score`, (B, ...), of the pairs with these numbers, `micro` at a time, together on the CPU."""
     parts = [score(data.batch(rows, numbers[at : at + micro]).to(device)) for at in range(0, len(numbers), micro)]
     return torch.cat(parts).float().cpu()
+
+
+def told(rows: PairRows, micro: int, device: torch.device, score: Callable[[PairBatch], Tensor]) -> str:
+    """A line on held-out pairs: which way round they are, and how far apart; `score` (B,) is above 0 where right."""
+    found = over_pairs(rows, micro, device, score, range(len(rows)))
+    return (f"held-out pairs the right way round: {(found > 0).float().mean():.1%} of {len(found)}, "
+            f"margin {found.mean():.4f}")  # fmt: skip
