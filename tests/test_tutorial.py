@@ -18,7 +18,7 @@ sys.path.insert(0, str(TUTORIAL))  # its programs stand alone, beside each other
 import chapters  # noqa: E402
 import figures  # noqa: E402
 
-NUMBERS = range(1, 11)
+NUMBERS = range(1, 12)
 PAGES = sorted(TUTORIAL.rglob("*.md"))
 FLOAT = re.compile(r"-?\d+\.\d+")
 LINK = re.compile(r"\]\(([^)#]+)\)")
@@ -125,8 +125,8 @@ def test_a_chapter_runs_as_a_program(monkeypatch, capsys):
 
 
 def test_a_chapter_that_is_not_there_is_one_line():
-    with pytest.raises(errors.UserError, match="no chapter 11 -- 1 to 10"):
-        chapters.chapter(11)
+    with pytest.raises(errors.UserError, match="no chapter 12 -- 1 to 11"):
+        chapters.chapter(12)
 
 
 @pytest.mark.parametrize("printed, expected, equal", [
