@@ -88,6 +88,7 @@ def stream(speaker: Speaker, prompt: str | list[dict], cfg, shelf: retrieval.She
     if shelf:
         prompt, passages, left_out = shelf.put(prompt)
         told = " ".join(f"{n}. {passage}" for n, passage in enumerate(passages, 1)) or "none"
+        told = "".join(c if c.isprintable() else "?" for c in told)  # no control characters on the terminal
         print(f"passages: {told}" + (f" ({left_out} more had no room)" if left_out else ""), file=sys.stderr)
     ids, said = speaker.ids(prompt), ""
     decoder, until = speaker.decoder(ids), tokenizer.UntilStop(cfg.sample.stop)

@@ -209,29 +209,42 @@ def augmented(monkeypatch, capsys, *words: str) -> str:
 def test_the_command_writes_every_chat_that_fits_and_counts_the_others(tmp_path, small, monkeypatch, capsys):
     small.save(tmp_path / "tokenizer")
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes/a.txt").write_text("\n".join(NOTES), encoding="utf-8")
+    names = [chr(0x4E00 + n) + chr(0x5E00 + n) for n in range(30)]
+    notes = [f"{name}的字是{name[::-1]}。" for name in names]
+    (tmp_path / "notes/a.txt").write_text("\n".join(notes), encoding="utf-8")
     chats = [
-        asked(f"{n[:2]}字什么？", n, kind="courtesy", **({"passage": n} if i % 2 else {})) for i, n in enumerate(NOTES)
+        asked(f"{name}的字是什么？", note, kind="name", **({"passage": f" {note}\n"} if ord(name[0]) % 2 else {}))
+        for name, note in zip(names, notes)
     ]
-    path = write_lines(tmp_path / "chats.jsonl", [*chats, asked("曹操" * 200, "长。")])
+    path = write_lines(tmp_path / "chats.jsonl", [*chats, asked("长" * 300, "长。")])
     words = ["--input", path, "--retrieve", str(tmp_path / "notes"), "--output", str(tmp_path / "new/out.jsonl"), "--passages", "2",
              "--without", "0", "--tokenizer", str(tmp_path / "tokenizer"), "--chat_format", "bos"]  # fmt: skip
+
+    def lines():
+        return [json.loads(line) for line in (tmp_path / "new/out.jsonl").read_text(encoding="utf-8").splitlines()]
+
     said = augmented(monkeypatch, capsys, *words)
-    lines = [json.loads(line) for line in (tmp_path / "new/out.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert "5 chats, 5 with the right passage, 0 with wrong ones only, 0 with none" in said
-    assert "in 5 of them a right passage is among the 2 best" in said
-    assert "1 chats longer than 256 tokens left out: " in said and "chats.jsonl:6 (" in said
-    for line, item, note in zip(lines, chats, NOTES):
-        assert f". {note}\n" in line["messages"][0]["content"] and line["messages"][0]["content"].endswith(
-            f"\n\n问题：{note[:2]}字什么？"
-        )
+    assert "30 chats, 30 with the right passage, 0 with wrong ones only, 0 with none" in said
+    assert "in 30 of them a right passage is among the 2 best" in said
+    assert "1 chats longer than 256 tokens left out: " in said and "chats.jsonl:31 (" in said
+    for line, item, note in zip(lines(), chats, notes):
+        content = line["messages"][0]["content"]
+        assert f". {note}\n" in content and content.startswith("资料：\n1. ") and "\n2. " in content
+        assert content.endswith(f"\n\n问题：{item['messages'][0]['content']}")
         assert {**line, "messages": item["messages"]} == item and line["messages"][1] == item["messages"][1]
-        assert len(chat.render(line["messages"], small, "bos")[0]) <= 256
-    first = (tmp_path / "new/out.jsonl").read_bytes()
-    augmented(monkeypatch, capsys, *words)
-    assert (tmp_path / "new/out.jsonl").read_bytes() == first, "the same seed, the same file"
-    augmented(monkeypatch, capsys, *words, "--without", "0.9", "--seed", "2")
-    assert (tmp_path / "new/out.jsonl").read_bytes() != first
+    sizes = [len(chat.render(line["messages"], small, "bos")[0]) for line in lines()]
+    said = augmented(monkeypatch, capsys, *words, "--max_tokens", str(max(sizes) - 1))
+    fitting = [size for size in sizes if size < max(sizes)]
+    assert (
+        f"{len(fitting)} chats, " in said
+        and f"\n{31 - len(fitting)} chats longer than {max(sizes) - 1} tokens left out" in said
+    )
+    assert [len(chat.render(line["messages"], small, "bos")[0]) for line in lines()] == fitting
+    made = []
+    for more in ([], [], ["--seed", "2"], ["--without", "0.9"]):
+        augmented(monkeypatch, capsys, *words, *more)
+        made.append((tmp_path / "new/out.jsonl").read_bytes())
+    assert made[0] == made[1] and len(set(made)) == 3, "the same seed, the same file"
     for extra, said in (([], "chats and passages are missing"), (["--input", path], "chats and passages are missing"),
                         ([*words, "--output", path], "would be written over"), ([*words, "--max_tokens", "3"], "no chats of at most 3"),
                         ([*words, "--gold", "kind", "--passage_chars", "2"], "at least 1 and 4"), ([*words, "--gold", "messages"], "text or a list")):  # fmt: skip
@@ -288,6 +301,8 @@ def test_sample_asks_with_the_passages_and_tells_them(ask, home, tmp_path):
     assert said == plain + "note: notes: 5 passages of 1 files\npassages: 1. 孔融，字文举。\n"
     notes = ["--retrieve", "notes", "--passages", "1"]
     assert ask(*notes, "--prompt", "鿿").err.endswith("passages: none\n")
+    (tmp_path / "red.txt").write_text("孔融\x1b[31m", encoding="utf-8")
+    assert ask("--retrieve", "red.txt", "--prompt", "孔融").err.endswith("passages: 1. 孔融?[31m\n")
     prompts = write_lines(tmp_path / "prompts.jsonl", [asked("孔融的字", "文举"), asked("鿿", "？")])
     ask(*notes, "--prompts", prompts, "--output", "answers.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -297,11 +312,15 @@ def test_sample_asks_with_the_passages_and_tells_them(ask, home, tmp_path):
         ask(*notes, "--model", str(home / "chat-base"), "--prompt", "孔融")
 
 
-def test_passages_without_room_are_told(ask, tmp_path):
-    (tmp_path / "notes/a.txt").write_text("孔融，字文举。\n孔融" + "甲" * 90, encoding="utf-8")
-    assert ask("--retrieve", "notes", "--prompt", "孔融").err.endswith(
-        "passages: 1. 孔融，字文举。 (1 more had no room)\n"
-    )
+def test_passages_that_leave_no_room_for_the_answer_are_left_out_and_told(ask, small, tmp_path):
+    def size(count: int) -> int:
+        put = with_passages([{"role": "user", "content": "孔融"}], ["孔融，字文举。", "孔融" + "在" * count])
+        return len(chat.render(put, small, "bos", generation=True)[0])
+
+    fits = max(count for count in range(200) if size(count) <= 128 - 5)  # positions, and max_new_tokens
+    for count, told in ((fits, "。 2. 孔融" + "在" * fits), (fits + 1, "。 (1 more had no room)")):
+        (tmp_path / "notes/a.txt").write_text("孔融，字文举。\n孔融" + "在" * count, encoding="utf-8")
+        assert ask("--retrieve", "notes", "--prompt", "孔融").err.endswith(f"passages: 1. 孔融，字文举{told}\n")
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "孔融"}] * 3)
     said = ask("--retrieve", "notes", "--prompts", prompts)
     assert "note: 3 of the passages that were found had no room in their prompts\n" in said.err
