@@ -76,18 +76,21 @@ def score(cfg: ScoreConfig) -> None:
         (model, fill), noted = scalar.open_reward(folder), folder
     text, chat_format = tokenizer.load(folder), checkpoint.load_about(noted).get("chat_format")
     model = checkpoint.build(model, fill, distributed.start(cfg.device).device).eval()
-    items, texts, context = [], [], model.config.max_position_embeddings
+    items, texts, long, context = [], [], [], model.config.max_position_embeddings
     for where, item in data.read_jsonl(cfg.input):
         try:
             ids = chat.render(messages_of(item, where), text, chat_format, train_on="last")[0][:-1]
         except tokenizer.TokenizerError as e:
             raise UserError(f"{where}: {e}") from None
         if len(ids) > context:
-            raise UserError(f"{where}: {len(ids)} tokens, the reward model has {context} positions")
+            long.append(where)
+            continue
         items.append(item)
         texts.append(list(ids))
+    if long:
+        print(f"{len(long)} lines longer than {context} tokens left out: {', '.join(long[:10])}", file=sys.stderr)
     if not items:
-        raise UserError(f"{cfg.input}: no lines in it")
+        raise UserError(f"{cfg.input}: no lines that fit into {context} tokens")
     found = scalar.rewards(model, texts, cfg.batch)
     chosen = list(range(len(items)))
     if cfg.best:

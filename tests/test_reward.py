@@ -157,12 +157,16 @@ def test_two_ranks_reach_the_losses_of_one_process(place, tmp_path):  # noqa: F8
         assert metrics(tmp_path / "two", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5)
 
 
-def test_what_cannot_be_used_is_refused(place, tmp_path):  # noqa: F811
+def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, capsys):  # noqa: F811
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match="not a reward model but"):
         run("score", "--model", place / "base", "--input", place / "pairs.jsonl")
     run(*words(place, tmp_path / "out", "--max_steps", "1"))
     with pytest.raises(UserError, match=r"bad.jsonl:1: neither messages nor a prompt"):
         run("score", "--model", tmp_path / "out", "--input", tmp_path / "bad.jsonl")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "谁？", "answer": "是" * 100}) + "\n")
+    with pytest.raises(UserError, match="no lines that fit into 64 tokens"):
+        run("score", "--model", tmp_path / "out", "--input", tmp_path / "long.jsonl")
+    assert "1 lines longer than 64 tokens left out" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"lm_head|missing"):  # it is no language model
         checkpoint.open_model(tmp_path / "out")
