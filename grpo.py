@@ -1,7 +1,8 @@
 """A chat model and questions in, a model whose answers are rewarded more often out: reinforcement learning by GRPO.
 
-    python grpo.py --init_from out/sft --train data/sft_train.jsonl --val data/sft_val.jsonl
-    python grpo.py --init_from out/sft --reward format --pattern ".{1,20}。" --train data/sft_train.jsonl
+    python grpo.py --init_from out/sft                                    # data/sft_train.jsonl, the exact answer
+    python grpo.py --init_from out/sft --reward format --pattern ".{1,20}。" --questions.train data/sft_train.jsonl
+    python grpo.py --init_from out/sft --reward model --reward_model out/reward --kl 0.1
 
 The model answers each question several times; answers above their group's mean reward become likelier. Validation is
 greedy: its loss is 1 - the mean reward. Writes a model folder, or with LoRA an adapter, to out/grpo. Stopped by Ctrl-C
@@ -16,7 +17,7 @@ from core import checkpoint, config, distributed, engine, errors
 from core.generate import SamplingConfig
 from core.optim import OptimConfig
 from extras import estimate, families, lora, nf4, trackers
-from extras.preferences import open_chat_model, questions
+from extras.preferences import open_chat_model, questions, scalar
 from tokenizer import chat
 
 
@@ -55,25 +56,36 @@ def main() -> None:
     reference = None
     if cfg.reward.kl:
         reference = checkpoint.build(*checkpoint.open_model(folder), ranks.device).eval().requires_grad_(False)
-    ends, judge = chat.end_ids(text, chat_format), questions.judge(cfg.reward)
-    loss = questions.grpo_loss(cfg.reward, text, ends, judge, reference)
+    ends, judge = chat.end_ids(text, chat_format), questions.judge(cfg.reward, text, judging_model(cfg, text, ranks))
+    loss = questions.grpo_loss(cfg.reward, ends, judge, reference)
     options = config.as_dict(cfg)
     about = {"command": "grpo", "chat_format": chat_format, "options": options, "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
         engine.train(model, loss, rows, {"questions": val_rows} if val_rows else {}, cfg.train, cfg.optim, ranks, text,
-                     identity, about, lambda m: told(m, val_rows or rows, cfg, text, chat_format), fill, saver,
+                     identity, about, lambda m: told(m, val_rows or rows, cfg, text, ends, judge), fill, saver,
                      track)  # fmt: skip
     ranks.close()
 
 
-def told(model, rows, cfg, text, chat_format: str) -> str:
-    """Greedy answers to three questions, with their questions."""
+def judging_model(cfg, text, ranks):
+    """The reward model that the options name, or None."""
+    if not cfg.reward.reward_model:
+        return None
+    folder = checkpoint.model_folder(cfg.reward.reward_model)
+    model, fill = scalar.open_reward(folder)
+    if (noted := checkpoint.load_about(folder).get("tokenizer_sha256")) != text.sha256:
+        raise errors.UserError(f"{folder}: made with tokenizer {str(noted)[:12]}, the model has {text.sha256[:12]}",
+                               "python reward.py --init_from the same model")  # fmt: skip
+    return checkpoint.build(model, fill, ranks.device).eval().requires_grad_(False)
+
+
+def told(model, rows, cfg, text, ends: set[int], judge: questions.Judge) -> str:
+    """Greedy answers to three questions, with their rewards."""
     batch = engine.batch(rows, range(min(3, len(rows))))
-    sampling, reward = SamplingConfig(cfg.reward.max_new_tokens, 0.0), questions.judge(cfg.reward)
-    groups = questions.answered(model, batch, chat.end_ids(text, chat_format), sampling, 1)
-    said = [text.decode(texts[0].added) for texts in groups]
-    return "\n".join(f"  {text.decode(q).strip()} -> {a} ({reward(a, wanted):g})"
-                     for q, a, wanted in zip(batch.questions, said, batch.answers))  # fmt: skip
+    groups = questions.answered(model, batch, ends, SamplingConfig(cfg.reward.max_new_tokens, 0.0), 1)
+    said = [texts[0] for texts in groups]
+    return "\n".join(f"  {text.decode(t.prompt).strip()} -> {text.decode(t.added)} ({reward:.3g})"
+                     for t, reward in zip(said, judge(said, batch.answers)))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import grpo
 from core import checkpoint, data
 from core.errors import UserError
 from core.generate import SamplingConfig, Text, Token
-from extras.preferences import questions
+from extras.preferences import questions, scalar
 from model import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,11 +66,10 @@ def test_loss_and_gradient_are_those_of_the_formula(place, small, monkeypatch, k
     asked, said = [[1, 50, 60], [1, 70]], [[[5, 6, 2], [9, 2], [8, 7, 3, 4]], [[11, 2], [12, 13, 14, 2], [2]]]
     groups = [[Text(q, SamplingConfig(), {2}, tokens=[Token(None, id, "", 0.0, [(0, 0.0)]) for id in a], added=a) for a in group]
               for q, group in zip(asked, said)]  # fmt: skip
-    points = iter([1.0, 0.0, 0.5, 0.25, 0.25, 0.25])
     monkeypatch.setattr(questions, "answered", lambda *_: groups)
     cfg = questions.RewardConfig(group=3, kl=kl)
     batch = questions.QuestionBatch(torch.zeros(2, 64, dtype=torch.long), torch.full((2, 64), -100), None, [0, 1], asked, ["", ""])
-    loss = questions.grpo_loss(cfg, small, {2}, lambda *_: next(points), reference if kl else None)(model, batch)
+    loss = questions.grpo_loss(cfg, {2}, lambda *_: [1.0, 0.0, 0.5, 0.25, 0.25, 0.25], reference if kl else None)(model, batch)
     loss.backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -90,12 +89,16 @@ def test_loss_and_gradient_are_those_of_the_formula(place, small, monkeypatch, k
         assert (mine - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6
 
 
-def test_rules_judge_the_whole_answer():
-    exact = questions.judge(questions.RewardConfig())
+def test_rules_judge_the_whole_answer(small):
+    def judge(**options):
+        rule = questions.judge(questions.RewardConfig(**options), small)
+        return lambda said, wanted: rule([Text([1], SamplingConfig(), set(), added=small.encode(said))], [wanted])[0]
+
+    exact = judge()
     assert [exact("曹操。", "曹操。"), exact(" 曹操。\n", "曹操。"), exact("曹操", "曹操。")] == [1, 1, 0]
-    shape = questions.judge(questions.RewardConfig(reward="format", pattern=".{1,3}。"))
+    shape = judge(reward="format", pattern=".{1,3}。")
     assert [shape("曹操。", ""), shape("曹操", ""), shape("他是曹操。", "")] == [1, 0, 0]
-    both = questions.judge(questions.RewardConfig(reward="both", pattern=".{1,3}。"))
+    both = judge(reward="both", pattern=".{1,3}。")
     assert [both("曹操。", "曹操。"), both("刘备。", "曹操。"), both("刘备", "曹操")] == [1, 0.5, 0]
 
 
@@ -110,7 +113,7 @@ def test_an_untrained_model_earns_little(place, small):
     """What the test above begins with."""
     rows = questions.QuestionRows(questions.read_questions([str(place / "chats.jsonl")], small, "bos", 64, []), 64)
     cfg = questions.RewardConfig(reward="format", pattern="[^\\ufffd]+", max_new_tokens=6)
-    loss = questions.grpo_loss(cfg, small, {small.eos_id}, questions.judge(cfg), None)
+    loss = questions.grpo_loss(cfg, {small.eos_id}, questions.judge(cfg, small), None)
     with torch.no_grad():
         missed = loss(checkpoint.load_model(place / "base"), data.batch(rows, range(len(rows))))
     assert missed.item() >= 0.5 * len(rows)
@@ -140,7 +143,8 @@ def test_two_ranks_reach_the_losses_of_one_process(place, tmp_path):
 
 def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small):
     for more, said in ((["--reward", "both", "--pattern", ""], "need a pattern"), (["--reward", "format", "--pattern", "("], "pattern = '\\('"),
-                       (["--group", "1"], "group = 1"), (["--parallel", "fsdp"], "cannot answer questions"), (["--reward", "exact"], "need a pattern")):  # fmt: skip
+                       (["--group", "1"], "group = 1"), (["--parallel", "fsdp"], "cannot answer questions"), (["--reward", "exact"], "need a pattern"), (["--reward", "model", "--pattern", ""], "model needs a folder"),
+                       (["--reward", "model", "--pattern", "", "--reward_model", str(place / "base")], "not a reward model")):  # fmt: skip
         with pytest.raises(UserError, match=said):
             train(place, tmp_path / "out", *more)
     path = tmp_path / "bad.jsonl"
@@ -151,3 +155,23 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small):
     chats = [{"messages": [{"role": "user", "content": "长" * n}, {"role": "assistant", "content": "好"}]} for n in (3, 90)]
     path.write_text("".join(json.dumps(c) + "\n" for c in chats))
     assert len(questions.read_questions([str(path)], small, "bos", 64, intro)) == 1 and "1 questions as long as the context of 64" in intro[0]
+
+
+def test_a_reward_model_judges_question_and_answer(place, tmp_path, small, capsys):
+    base, fill = checkpoint.open_model(place / "base")
+    model = checkpoint.build(*scalar.begin(base, fill, place / "base")).eval()
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    scalar.RewardFolder().save(tmp_path / "reward", model, small, {"chat_format": "bos"}, dict(model.named_parameters()))
+    cfg = questions.RewardConfig(reward="model", reward_model="x")
+    texts = [Text([1, 50, 60], SamplingConfig(), set(), added=[5, 6]), Text([1, 70], SamplingConfig(), set(), added=[9])]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([t.prompt + t.added]), torch.tensor([len(t.prompt + t.added) - 1])).item() for t in texts]
+    assert questions.judge(cfg, small, model)(texts, ["", ""]) == pytest.approx(wanted, abs=1e-4)
+    train(place, tmp_path / "out", "--reward", "model", "--pattern", "", "--reward_model", str(tmp_path / "reward"), "--max_steps", "30",
+          "--lr", "1e-2", "--min_lr", "1e-3", "--eval_every", "30", "--batch_tokens", "512")  # fmt: skip
+    rows = questions.QuestionRows(questions.read_questions([str(place / "chats.jsonl")], small, "bos", 64, []), 64)
+    loss = questions.grpo_loss(questions.RewardConfig(reward="model", reward_model="x", max_new_tokens=6), {small.eos_id},
+                               questions.judge(cfg, small, model), None)  # fmt: skip
+    with torch.no_grad():
+        before = loss(checkpoint.load_model(place / "base"), data.batch(rows, range(len(rows)))).item() / len(rows)
+    assert metrics(tmp_path / "out", "val_loss")[-1] < before - 0.5

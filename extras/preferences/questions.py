@@ -21,24 +21,29 @@ from torch import Tensor, nn
 from core import data
 from core.errors import UserError
 from core.generate import SamplingConfig, Text, continued
+from extras.preferences import scalar
 from model import IGNORE
 from tokenizer import TokenizerError, chat
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    reward: str = "exact"  # exact: 1 for the file's answer; format: 1 for a text that `pattern` fits; both: half each
+    # exact: 1 for the file's answer; format: 1 for a text that `pattern` fits; both: half each; model: a reward model's
+    reward: str = "exact"
     pattern: str = ""  # a regular expression for the whole answer
+    reward_model: str = ""  # a folder that reward.py has written
     group: int = 8  # answers to each question, G
     max_new_tokens: int = 60  # longer answers end there, and are judged as they are
     temperature: float = 1.0  # of the answers that are learned from
     kl: float = 0.0  # weight of the divergence from the model as it was, which is kept beside it; 0: none
 
     def __post_init__(self):
-        if self.reward not in ("exact", "format", "both"):
-            raise ValueError(f"reward = {self.reward!r}, must be exact, format or both")
-        if (self.reward != "exact") != bool(self.pattern):
+        if self.reward not in ("exact", "format", "both", "model"):
+            raise ValueError(f"reward = {self.reward!r}, must be exact, format, both or model")
+        if (self.reward in ("format", "both")) != bool(self.pattern):
             raise ValueError(f"reward = {self.reward}, pattern = {self.pattern!r}: format and both need a pattern")
+        if (self.reward == "model") != bool(self.reward_model):
+            raise ValueError(f"reward = {self.reward}, reward_model = {self.reward_model!r}: model needs a folder")
         try:
             re.compile(self.pattern)
         except re.error as e:
@@ -88,13 +93,28 @@ class QuestionRows:
         return self.items[i][2]
 
 
-def judge(cfg: RewardConfig) -> Callable[[str, str], float]:
-    """(what the model says, the file's answer) -> 0 to 1."""
+Judge = Callable[[Sequence[Text], Sequence[str]], list[float]]  # answers, and those of the file -> a reward for each
+
+
+def judge(cfg: RewardConfig, text, model: scalar.RewardModel | None = None) -> Judge:
+    """The rule that the options name, from 0 to 1, or a reward model.
+
+    Args:
+        text: the tokenizer.
+        model: a reward model with the same tokenizer, for cfg.reward = "model".
+    """
+    if model is not None:
+        return lambda texts, _: scalar.rewards(model, [t.prompt + t.added for t in texts], batch=64)
     pattern = re.compile(cfg.pattern, re.DOTALL)
     rules = {"exact": lambda said, wanted: float(said.strip() == wanted.strip()),
              "format": lambda said, _: float(pattern.fullmatch(said.strip()) is not None)}  # fmt: skip
     chosen = [rules[name] for name in (("exact", "format") if cfg.reward == "both" else (cfg.reward,))]
-    return lambda said, wanted: sum(rule(said, wanted) for rule in chosen) / len(chosen)
+
+    def by_rule(texts: Sequence[Text], wanted: Sequence[str]) -> list[float]:
+        said = [text.decode(t.added) for t in texts]
+        return [sum(rule(s, w) for rule in chosen) / len(chosen) for s, w in zip(said, wanted)]
+
+    return by_rule
 
 
 def answered(model: nn.Module, batch: QuestionBatch, stop_ids: set[int], sampling: SamplingConfig,
@@ -115,12 +135,11 @@ def advantages(rewards: Tensor) -> Tensor:
     return torch.where(spread > 1e-6, (rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-6), 0.0)
 
 
-def grpo_loss(cfg: RewardConfig, text, stop_ids: set[int], reward: Callable[[str, str], float],
+def grpo_loss(cfg: RewardConfig, stop_ids: set[int], reward: Judge,
               reference: nn.Module | None) -> Callable[[nn.Module, QuestionBatch], Tensor]:  # fmt: skip
     """The loss, summed over questions. Without gradients it is what greedy answers miss: 1 - reward of each.
 
     Args:
-        text: the tokenizer.
         reward: see `judge`.
         reference: the model as it was, for cfg.kl.
     """
@@ -132,11 +151,12 @@ def grpo_loss(cfg: RewardConfig, text, stop_ids: set[int], reward: Callable[[str
         temperature = cfg.temperature if learning else 0.0
         sampling = SamplingConfig(cfg.max_new_tokens, temperature, top_p=1.0, seed=seed)
         groups = answered(inner, batch, stop_ids, sampling, n)
-        rewards = torch.tensor([[reward(text.decode(t.added), wanted) for t in group]
-                                for group, wanted in zip(groups, batch.answers)], device=batch.ids.device)  # fmt: skip
+        texts = [t for group in groups for t in group]
+        judged = reward(texts, [answer for answer in batch.answers for _ in range(n)])
+        rewards = torch.tensor(judged, device=batch.ids.device).view(len(groups), n)
         if not learning:
             return (1 - rewards).sum()
-        ids, targets = joined([t for group in groups for t in group], batch.ids.device)  # (B G, T)
+        ids, targets = joined(texts, batch.ids.device)  # (B G, T)
         losses = model(ids, targets)
         counts = (targets != IGNORE).sum(dim=1)
         each = advantages(rewards).flatten() * losses.sum(dim=1)
