@@ -312,7 +312,8 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
                 if flops and not peak and ranks.first and left > 10:  # in a run of seconds nobody asks
                     peak = speed.matmul_peak(ranks.device, dtype) * ranks.world
                 log(f"step {step}/{max_steps} loss {loss:.4f}"
-                    + (f" val {val_loss:.4f}" if val_loss is not None else "") + f" lr {lr:.2e} norm {norm:.2f} {per_second:,.0f} tokens/s"
+                    + (f" val {val_loss:.4f}" if val_loss is not None else "")
+                    + f" lr {lr:.2e} norm {norm:.2f} {per_second:,.0f} tokens/s"
                     + (f" MFU {flops * per_second / peak:.1%}" if peak else "")
                     + f" {memory.used_gb(ranks.device):.1f} GB left {_clock(left)}"
                     + (f" scale {scaler.scale:g}" if scaler else ""))  # fmt: skip
