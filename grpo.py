@@ -16,7 +16,7 @@ from functools import partial
 from core import checkpoint, config, distributed, engine, errors
 from core.generate import SamplingConfig
 from core.optim import OptimConfig
-from extras import estimate, families, lora, nf4, trackers
+from extras import families, lora, nf4, trackers
 from extras.preferences import open_chat_model, questions, scalar
 from tokenizer import chat
 
@@ -35,12 +35,13 @@ class QuestionsConfig:
 
 def main() -> None:
     sections = {"questions": QuestionsConfig, "reward": questions.RewardConfig, "lora": lora.LoraConfig,
-                "optim": OptimConfig, "train": engine.TrainConfig, "track": trackers.TrackConfig,
-                "estimate": estimate.EstimateConfig}  # fmt: skip
+                "optim": OptimConfig, "train": engine.TrainConfig, "track": trackers.TrackConfig}  # fmt: skip
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/grpo.toml")
     families.register()
     if cfg.train.parallel != "ddp":
         raise errors.UserError(f"parallel = \"{cfg.train.parallel}\" cannot answer questions", "--parallel ddp")
+    if cfg.train.max_memory_gb:
+        raise errors.UserError("max_memory_gb does not know what answers take", "a smaller --micro_batch or --group")
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
     folder, model, fill, text, chat_format = open_chat_model(cfg.questions.init_from, cfg.questions.chat_format)
     intro, context = [config.show(cfg)], model.config.max_position_embeddings
@@ -50,9 +51,6 @@ def main() -> None:
     identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder), "chat_format": chat_format,
                 "reward": config.as_dict(cfg)["reward"]}  # fmt: skip
     fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, {})
-    if cfg.estimate.dry_run:
-        print(estimate.report(model, cfg, rows, rows.seq_len, ranks))
-        return
     reference = None
     if cfg.reward.kl:
         reference = checkpoint.build(*checkpoint.open_model(folder), ranks.device).eval().requires_grad_(False)

@@ -46,6 +46,8 @@ def main() -> None:
     sections = {"pairs": pairs.PairsConfig, "lora": lora.LoraConfig, "optim": OptimConfig, "train": engine.TrainConfig,
                 "track": trackers.TrackConfig}  # fmt: skip
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/reward.toml")
+    if cfg.train.max_memory_gb:
+        raise UserError("max_memory_gb knows training on the next token only", "a smaller --micro_batch")
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
     folder, base, fill, text, chat_format = open_chat_model(cfg.pairs.init_from, cfg.pairs.chat_format)
     intro, length = [config.show(cfg)], cfg.pairs.seq_len or base.config.max_position_embeddings

@@ -232,8 +232,10 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
         docs = batch(rows, [0]).docs is not None
         log(memory.check(model, cfg, optim, micro, rows.seq_len, dtype, docs, ranks.device.type,
                          micro_batches > 1))  # fmt: skip
-    # Where weights are frozen, or their layers elsewhere, nobody can say what share of the peak it is.
-    flops = model.flops_per_token(rows.seq_len) if all(p.requires_grad for p in model.parameters()) else 0
+    # What share of the peak it is can be said of next-token training of all weights: frozen ones take less work, and
+    # rows that make their own batches come with losses that do other work.
+    usual = all(p.requires_grad for p in model.parameters()) and not hasattr(rows, "make")
+    flops = model.flops_per_token(rows.seq_len) if usual else 0
     spread = parallel.spread(model, cfg, ranks, dtype, fill)
     per_step, micro, micro_batches, max_steps = plan(cfg, rows, spread.data)
     optimizers = make_optimizers(model, optim)

@@ -161,7 +161,7 @@ def check(model: Llama, cfg, optim: OptimConfig, rows: int, seq_len: int, dtype:
     def need(rows: int, checkpointing: str) -> float:
         more = several or rows < first
         peak = peak_bytes(model, rows, seq_len, dtype, checkpointing, docs, optim, device, more)
-        return OVERHEAD[device] * peak / 1e9
+        return OVERHEAD.get(device, OVERHEAD["cpu"]) * peak / 1e9
 
     first, limit, kinds = rows, cfg.max_memory_gb, ("none", "selective", "full")
     expected = need(rows, cfg.gradient_checkpointing)

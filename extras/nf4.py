@@ -11,6 +11,7 @@ Source: Dettmers et al., QLoRA, https://arxiv.org/abs/2305.14314, sections 2 and
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 BLOCK, ABSMAX_BLOCK = 64, 256  # the paper's: 32 / 64 bits more for a number, with double quantisation 0.127
@@ -106,7 +107,8 @@ ROOMS: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 def _unpacked(parts: tuple[Tensor | None, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """W, until the next is unpacked."""
-    if torch.compiler.is_compiling():  # it plans its memory itself
+    # torch.compile plans its memory itself; tensors without values (core/memory.py) must not stay behind in ROOMS.
+    if torch.compiler.is_compiling() or isinstance(parts[0], FakeTensor):
         return dequantize(parts, shape, dtype)
     key, numel = (parts[0].device, dtype), parts[0].numel() * 2
     if key not in ROOMS or len(ROOMS[key]) < numel:

@@ -143,7 +143,7 @@ def test_two_ranks_reach_the_losses_of_one_process(place, tmp_path):
 
 def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small):
     for more, said in ((["--reward", "both", "--pattern", ""], "need a pattern"), (["--reward", "format", "--pattern", "("], "pattern = '\\('"),
-                       (["--group", "1"], "group = 1"), (["--parallel", "fsdp"], "cannot answer questions"), (["--reward", "exact"], "need a pattern"), (["--reward", "model", "--pattern", ""], "model needs a folder"),
+                       (["--group", "1"], "group = 1"), (["--parallel", "fsdp"], "cannot answer questions"), (["--max_memory_gb", "1"], "max_memory_gb"), (["--reward", "exact"], "need a pattern"), (["--reward", "model", "--pattern", ""], "model needs a folder"),
                        (["--reward", "model", "--pattern", "", "--reward_model", str(place / "base")], "not a reward model")):  # fmt: skip
         with pytest.raises(UserError, match=said):
             train(place, tmp_path / "out", *more)

@@ -22,7 +22,7 @@ import tokenizer
 from core import checkpoint, engine
 from core.errors import UserError
 from core.optim import OptimConfig, make_optimizers
-from extras import lora
+from extras import lora, nf4
 from extras.lora import LoraConfig, LoraLinear
 from extras.speaker import Speaker, SpeakerConfig
 from model import Llama, ModelConfig
@@ -209,6 +209,18 @@ def test_a_run_holds_the_adapter_only_and_its_base_is_untouched(place):
         assert (folder / "tokenizer.model").read_bytes() == (place / "base/tokenizer.model").read_bytes()
     assert checkpoint.verify(out / "checkpoint-6") is None
     assert metrics(out)[-1] < metrics(out)[0]
+
+
+@pytest.mark.parametrize("packing", [[], ["--quantize", "nf4"], ["--quantize", "nf4", "--double_quant", "true"]])
+def test_the_estimate_of_memory_counts_what_is_trained_and_leaves_a_run_as_it_is(place, packing, capsys):
+    nf4.ROOMS.clear()  # as in a process that begins
+    checked, plain = train(*packing, "--out_dir", "b", "--max_memory_gb", "3"), train(*packing, "--out_dir", "a")
+    a, b = load_file(plain / "checkpoint-6" / ADAPTER), load_file(checked / "checkpoint-6" / ADAPTER)
+    assert "expected peak" in (checked / "log.txt").read_text() and metrics(plain) == metrics(checked)
+    assert all(torch.equal(t, b[n]) for n, t in a.items())
+    refused(lambda: train(*packing, "--out_dir", "c", "--max_memory_gb", "0.00001"), "a step needs")
+    train(*packing, "--dry_run", "--out_dir", "d")
+    assert "memory of one device" in capsys.readouterr().out and not Path("d").exists()
 
 
 @pytest.mark.heavy

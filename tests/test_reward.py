@@ -159,6 +159,8 @@ def test_two_ranks_reach_the_losses_of_one_process(place, tmp_path):  # noqa: F8
 
 def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, capsys):  # noqa: F811
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="max_memory_gb"):
+        run(*words(place, tmp_path / "out", "--max_memory_gb", "1"))
     with pytest.raises(UserError, match="not a reward model but"):
         run("score", "--model", place / "base", "--input", place / "pairs.jsonl")
     run(*words(place, tmp_path / "out", "--max_steps", "1"))
