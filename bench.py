@@ -86,8 +86,17 @@ class BenchConfig:
 
 def main() -> None:
     words = sys.argv[1:2]
-    ways = {"tokenize": tokenize, "dedup": deduplicate, "memory": memory, "activations": activations,
-            "finetune": finetune, "train": train, "loader": loader, "saving": saving, "decode": decode}  # fmt: skip
+    ways = {
+        "tokenize": tokenize,
+        "dedup": deduplicate,
+        "memory": memory,
+        "activations": activations,
+        "finetune": finetune,
+        "train": train,
+        "loader": loader,
+        "saving": saving,
+        "decode": decode,
+    }
     if not words or words[0] not in ways:
         raise UserError(f"{' '.join(words) or 'nothing'} cannot be timed", f"python bench.py {' or '.join(ways)}")
     ways[words[0]](config.load(__doc__, {"bench": BenchConfig}, sys.argv[2:]).bench)
@@ -185,11 +194,17 @@ def report(seconds: dict[str, list[float]], size: int) -> dict:
     result = {}
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(seconds[first], values)]
-        result[name] = {"seconds": round(statistics.median(values), 3), "least": round(min(values), 3),
-                        "most": round(max(values), 3), "mb_per_s": round(size / 1e6 / statistics.median(values), 2),
-                        "times_first": round(statistics.median(ratios), 2)}  # fmt: skip
-        print(f"{name:<30} {result[name]['seconds']:>8.2f} s ({min(values):.2f} to {max(values):.2f})"
-              f" {result[name]['mb_per_s']:>7.1f} MB/s {result[name]['times_first']:>7.2f} x")  # fmt: skip
+        result[name] = {
+            "seconds": round(statistics.median(values), 3),
+            "least": round(min(values), 3),
+            "most": round(max(values), 3),
+            "mb_per_s": round(size / 1e6 / statistics.median(values), 2),
+            "times_first": round(statistics.median(ratios), 2),
+        }
+        print(
+            f"{name:<30} {result[name]['seconds']:>8.2f} s ({min(values):.2f} to {max(values):.2f})"
+            f" {result[name]['mb_per_s']:>7.1f} MB/s {result[name]['times_first']:>7.2f} x"
+        )
     return result
 
 
@@ -200,10 +215,13 @@ def deduplicate(cfg: BenchConfig) -> None:
     """Documents of 0.5 to 5 kB with edited copies among them: two libraries fed from Python, and ours."""
     texts, copies = documents_with_copies(Path(cfg.input), cfg.documents)
     found: dict[str, list[bool]] = {}  # way -> is it a duplicate?
-    ways = {"datasketch": lambda: datasketch_way(texts, None),
-            "datasketch, crc32": lambda: datasketch_way(texts, crc32),
-            "rensa": lambda: rensa_way(texts), "ours, 1 process": lambda: our_way(texts, 1),
-            "ours, 2 processes": lambda: our_way(texts, 2)}  # fmt: skip
+    ways = {
+        "datasketch": lambda: datasketch_way(texts, None),
+        "datasketch, crc32": lambda: datasketch_way(texts, crc32),
+        "rensa": lambda: rensa_way(texts),
+        "ours, 1 process": lambda: our_way(texts, 1),
+        "ours, 2 processes": lambda: our_way(texts, 2),
+    }
     seconds = rounds({name: lambda name=name: found.__setitem__(name, ways[name]()) for name in ways}, cfg.rounds)
     size = sum(len(text.encode()) for text in texts)
     print(f"{len(texts):,} documents, {size / 1e6:.0f} MB, {len(copies):,} of them edited copies")
@@ -212,8 +230,10 @@ def deduplicate(cfg: BenchConfig) -> None:
         near = [flags[i] for i, share in copies if share >= 0.85]
         far = [flags[i] for i, share in copies if share < 0.6]
         result[name] |= {"recall": sum(near) / len(near), "false_removals": sum(far) / len(far), "removed": sum(flags)}
-        print(f"{name:<30} found {sum(near):,} of {len(near):,} copies with J >= 0.85, removed {sum(far):,} of "
-              f"{len(far):,} with J < 0.6, {sum(flags):,} in all")  # fmt: skip
+        print(
+            f"{name:<30} found {sum(near):,} of {len(near):,} copies with J >= 0.85, removed {sum(far):,} of "
+            f"{len(far):,} with J < 0.6, {sum(flags):,} in all"
+        )
     print(json.dumps(result))
 
 
@@ -272,8 +292,9 @@ def rensa_way(texts: list[str]) -> list[bool]:
 def our_way(texts: list[str], processes: int) -> list[bool]:
     options = dedup.DedupConfig()
     index, chunks = dedup.Index(options), (texts[i : i + dedup.CHUNK] for i in range(0, len(texts), dedup.CHUNK))
-    return [bool(reason) for signed in map_in_order(dedup.sign, options, chunks, processes)
-            for reason in index.add(signed)]  # fmt: skip
+    return [
+        bool(reason) for signed in map_in_order(dedup.sign, options, chunks, processes) for reason in index.add(signed)
+    ]
 
 
 # ---------------------------------------------------------------- memory
@@ -299,10 +320,24 @@ def memory(cfg: BenchConfig) -> None:
         words = {large: ["clean", "tokenize", "--tokenizer", cfg.tokenizer], short: ["dedup"]}
         for path, command in words.items():
             began = time.monotonic()
-            peaks = peak_memory([sys.executable, "data_process.py", *command, "--input", str(path), "--processes", "2",
-                                 "--out_dir", f"{folder}/{path.stem}"])  # fmt: skip
-            result[path.stem] = {"gigabytes": round(path.stat().st_size / 1e9, 2), "peaks_mib": peaks,
-                                 "seconds": round(time.monotonic() - began)}  # fmt: skip
+            peaks = peak_memory(
+                [
+                    sys.executable,
+                    "data_process.py",
+                    *command,
+                    "--input",
+                    str(path),
+                    "--processes",
+                    "2",
+                    "--out_dir",
+                    f"{folder}/{path.stem}",
+                ]
+            )
+            result[path.stem] = {
+                "gigabytes": round(path.stat().st_size / 1e9, 2),
+                "peaks_mib": peaks,
+                "seconds": round(time.monotonic() - began),
+            }
             print(f"{' '.join(command[:2])}: {result[path.stem]}")
     print(json.dumps(result))
 
@@ -332,8 +367,14 @@ def activations(cfg: BenchConfig) -> None:
         for kind in ("none", "selective", "full"):
             taken = train_steps_alone(os.environ, sizes, kind=kind, dtype=dtype)["bytes"]
             expected = OVERHEAD["cpu"] * peak_bytes(model, 4, 512, DTYPES[dtype], kind)
-            result.append({"dtype": dtype, "checkpointing": kind, "gb": round(taken / 1e9, 2),
-                           "expected_gb": round(expected / 1e9, 2)})  # fmt: skip
+            result.append(
+                {
+                    "dtype": dtype,
+                    "checkpointing": kind,
+                    "gb": round(taken / 1e9, 2),
+                    "expected_gb": round(expected / 1e9, 2),
+                }
+            )
             print(result[-1], flush=True)
     print(json.dumps(result))
 
@@ -343,30 +384,58 @@ def finetune(cfg: BenchConfig) -> None:
     result = {}
     print(f"{cfg.rows} x {cfg.seq_len} tokens, {cfg.dtype}, gradient_checkpointing {cfg.gradient_checkpointing}")
     for way in ("full", "lora", "qlora"):
-        found = train_steps_alone(os.environ | KEEP_FREED, sizes_of(cfg.model), way=way, dtype=cfg.dtype,
-                                  kind=cfg.gradient_checkpointing, rows=cfg.rows, seq_len=cfg.seq_len,
-                                  steps=cfg.rounds + 1, micro_batches=cfg.micro_batches)  # fmt: skip
+        found = train_steps_alone(
+            os.environ | KEEP_FREED,
+            sizes_of(cfg.model),
+            way=way,
+            dtype=cfg.dtype,
+            kind=cfg.gradient_checkpointing,
+            rows=cfg.rows,
+            seq_len=cfg.seq_len,
+            steps=cfg.rounds + 1,
+            micro_batches=cfg.micro_batches,
+        )
         seconds = found["seconds"][1:]  # moments are made in the first step
-        result[way] = {"peak_gb": round(found["bytes"] / 1e9, 2), "step_s": round(statistics.median(seconds), 3),
-                       "least": round(min(seconds), 3), "most": round(max(seconds), 3)}  # fmt: skip
+        result[way] = {
+            "peak_gb": round(found["bytes"] / 1e9, 2),
+            "step_s": round(statistics.median(seconds), 3),
+            "least": round(min(seconds), 3),
+            "most": round(max(seconds), 3),
+        }
         r = result[way]
-        print(f"{way:<6} {r['peak_gb']:>6.2f} GB  {r['step_s']:>7.2f} s a step ({r['least']:.2f} to {r['most']:.2f})",
-              flush=True)  # fmt: skip
+        print(
+            f"{way:<6} {r['peak_gb']:>6.2f} GB  {r['step_s']:>7.2f} s a step ({r['least']:.2f} to {r['most']:.2f})",
+            flush=True,
+        )
     print(json.dumps(result))
 
 
 def train_steps_alone(env: dict, sizes: ModelConfig, **options) -> dict:
     """`train_steps` in a process of its own, with these variables of the environment."""
     code = "import json, sys, bench; bench.train_steps(**json.loads(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, json.dumps({"sizes": asdict(sizes), **options})],
-                          stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent, env=env)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps({"sizes": asdict(sizes), **options})],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+        env=env,
+    )
     if done.returncode:
         raise UserError(f"training steps with {options} ended with code {done.returncode}")
     return json.loads(done.stdout)
 
 
-def train_steps(sizes: dict, way: str = "full", kind: str = "none", dtype: str = "fp32", rows: int = 4,
-                seq_len: int = 512, steps: int = 2, micro_batches: int = 2, optimizer: str = "adamw") -> None:
+def train_steps(
+    sizes: dict,
+    way: str = "full",
+    kind: str = "none",
+    dtype: str = "fp32",
+    rows: int = 4,
+    seq_len: int = 512,
+    steps: int = 2,
+    micro_batches: int = 2,
+    optimizer: str = "adamw",
+) -> None:
     """In a process of its own: training steps; prints bytes beyond what was taken before, and seconds of each step.
 
     Args:
@@ -415,17 +484,27 @@ def train_steps(sizes: dict, way: str = "full", kind: str = "none", dtype: str =
 def train(cfg: BenchConfig) -> None:
     """A step of each contestant in turn, each in a process of its own, after two that are not counted."""
     sizes = sizes_of(cfg.model)
-    about = {"sizes": asdict(sizes), "rows": cfg.rows, "seq_len": cfg.seq_len, "dtype": cfg.dtype,
-             "compiled": cfg.compile, "checkpointing": cfg.gradient_checkpointing,
-             "micro_batches": cfg.micro_batches}  # fmt: skip
+    about = {
+        "sizes": asdict(sizes),
+        "rows": cfg.rows,
+        "seq_len": cfg.seq_len,
+        "dtype": cfg.dtype,
+        "compiled": cfg.compile,
+        "checkpointing": cfg.gradient_checkpointing,
+        "micro_batches": cfg.micro_batches,
+    }
     same = os.environ | KEEP_FREED
     plain = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # core/__init__.py set it
     processes = {
-        peer: subprocess.Popen([sys.executable, "-m", "extras.peers", json.dumps({"peer": peer, **about})],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               env=same if cfg.alike else os.environ if peer == "ours" else plain)
+        peer: subprocess.Popen(
+            [sys.executable, "-m", "extras.peers", json.dumps({"peer": peer, **about})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=same if cfg.alike else os.environ if peer == "ours" else plain,
+        )
         for peer in cfg.peers
-    }  # fmt: skip
+    }
     seconds, losses = {peer: [] for peer in cfg.peers}, {}
     peaks = []  # GFLOP/s of a matrix product alone, in each round
     for turn in range(cfg.rounds + 2):
@@ -445,15 +524,22 @@ def train(cfg: BenchConfig) -> None:
         rest = json.loads(process.communicate()[0])
         ratios = sorted(a / b for a, b in zip(seconds[peer], seconds[cfg.peers[0]]))
         speed = tokens / statistics.median(seconds[peer])
-        result[peer] = {"tokens_per_s": round(speed), "seconds": [round(s, 3) for s in seconds[peer]],
-                        "times_first": round(statistics.median(ratios), 3), "from": round(ratios[0], 3),
-                        "to": round(ratios[-1], 3), "peak_gb": round(rest["peak_gb"], 2),
-                        "first_loss": round(losses[peer], 3),
-                        "share_of_product": round(speed * flops / 1e9 / statistics.median(peaks[2:]), 3)}  # fmt: skip
+        result[peer] = {
+            "tokens_per_s": round(speed),
+            "seconds": [round(s, 3) for s in seconds[peer]],
+            "times_first": round(statistics.median(ratios), 3),
+            "from": round(ratios[0], 3),
+            "to": round(ratios[-1], 3),
+            "peak_gb": round(rest["peak_gb"], 2),
+            "first_loss": round(losses[peer], 3),
+            "share_of_product": round(speed * flops / 1e9 / statistics.median(peaks[2:]), 3),
+        }
         r = result[peer]
-        print(f"{peer:<14} {r['tokens_per_s']:>7,} tokens/s  {r['times_first']:.2f} x ({r['from']:.2f} to "
-              f"{r['to']:.2f}) the time of {cfg.peers[0]}  {r['peak_gb']:.2f} GB  {r['share_of_product']:.0%} of a "
-              f"product's rate  first loss {r['first_loss']}")  # fmt: skip
+        print(
+            f"{peer:<14} {r['tokens_per_s']:>7,} tokens/s  {r['times_first']:.2f} x ({r['from']:.2f} to "
+            f"{r['to']:.2f}) the time of {cfg.peers[0]}  {r['peak_gb']:.2f} GB  {r['share_of_product']:.0%} of a "
+            f"product's rate  first loss {r['first_loss']}"
+        )
         if "parts" in rest:
             whole = statistics.median(seconds[peer]) / cfg.micro_batches
             result["parts"] = {name: round(part / whole, 3) for name, part in rest["parts"].items()}
@@ -518,8 +604,10 @@ def saving(cfg: BenchConfig) -> None:
     save, one = statistics.median(found["save_s"]), statistics.median(found["step_s"][1:])
     every = engine.TrainConfig.save_every
     found |= {"gb": round(size / 1e9, 2), "share": round(save / (every * one), 5)}
-    print(f"{found['gb']} GB in {save:.2f} s; a step of {cfg.rows * cfg.seq_len * cfg.micro_batches:,} tokens takes "
-          f"{one:.2f} s: one save every {every} steps costs {found['share']:.2%}")  # fmt: skip
+    print(
+        f"{found['gb']} GB in {save:.2f} s; a step of {cfg.rows * cfg.seq_len * cfg.micro_batches:,} tokens takes "
+        f"{one:.2f} s: one save every {every} steps costs {found['share']:.2%}"
+    )
     print(json.dumps(found))
 
 
@@ -543,8 +631,12 @@ def decode(cfg: BenchConfig) -> None:
                 print(name, gguf_file.write(path, model, text, name.split("-")[1], "bench", None), flush=True)
             about = {"name": name, "path": str(path), "prompt": prompt, "new": cfg.new_tokens, "threads": cfg.threads}
             code = "import json, sys, bench; bench.decoders.serve(**json.loads(sys.argv[1]), ours=bench.our_decoder)"
-            processes[name] = subprocess.Popen([sys.executable, "-c", code, json.dumps(about)], stdin=subprocess.PIPE,
-                                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+            processes[name] = subprocess.Popen(
+                [sys.executable, "-c", code, json.dumps(about)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
         del model
         for turn in range(cfg.rounds + 1):
             for name, process in processes.items():
@@ -566,22 +658,33 @@ def decode(cfg: BenchConfig) -> None:
         step = statistics.median((line["seconds"] - line["first_s"]) / (cfg.new_tokens - 1) for line in lines)
         waits = statistics.median(line["first_s"] for line in lines)
         r = result[name] = {
-            "tokens_per_s": round(statistics.median(speeds), 1), "times_first": round(statistics.median(ratios), 3),
-            "from": round(ratios[0], 3), "to": round(ratios[-1], 3), "first_ms": round(1000 * waits, 1),
-            "mb_per_step": round(read[name] / 1e6), "share_of_bound": round(read[name] / 1e9 / rate / step, 3),
+            "tokens_per_s": round(statistics.median(speeds), 1),
+            "times_first": round(statistics.median(ratios), 3),
+            "from": round(ratios[0], 3),
+            "to": round(ratios[-1], 3),
+            "first_ms": round(1000 * waits, 1),
+            "mb_per_step": round(read[name] / 1e6),
+            "share_of_bound": round(read[name] / 1e9 / rate / step, 3),
             "same_ids": sum(a == b for a, b in zip(lines[0]["ids"], first[0]["ids"])),
-        }  # fmt: skip
-        print(f"{name:<22} {r['tokens_per_s']:>7.1f} tokens/s  {r['times_first']:.2f} x ({r['from']:.2f} to "
-              f"{r['to']:.2f})  first after {r['first_ms']:.0f} ms  {r['mb_per_step']} MB a step, "
-              f"{r['share_of_bound']:.0%} of what memory gives  {r['same_ids']} ids alike")  # fmt: skip
+        }
+        print(
+            f"{name:<22} {r['tokens_per_s']:>7.1f} tokens/s  {r['times_first']:.2f} x ({r['from']:.2f} to "
+            f"{r['to']:.2f})  first after {r['first_ms']:.0f} ms  {r['mb_per_step']} MB a step, "
+            f"{r['share_of_bound']:.0%} of what memory gives  {r['same_ids']} ids alike"
+        )
     print(json.dumps(result))
 
 
 def our_decoder(folder: Path, options: list[str], threads: int) -> tuple[Callable, int]:
     """Options: bf16, int8, int4, compiled, batch16."""
     kind = next((o for o in options if o in quantize.KINDS), "none")
-    cfg = SpeakerConfig(model=str(folder), dtype="bf16" if "bf16" in options else "fp32", quantize=kind,
-                        compile="compiled" in options, device="cpu")  # fmt: skip
+    cfg = SpeakerConfig(
+        model=str(folder),
+        dtype="bf16" if "bf16" in options else "fp32",
+        quantize=kind,
+        compile="compiled" in options,
+        device="cpu",
+    )
     model = Speaker(cfg).model
     rows = next((int(o.removeprefix("batch")) for o in options if o.startswith("batch")), 1)
     batches: list[Batch] = []  # a compiled step is kept

@@ -147,8 +147,12 @@ def own_text(cfg, names: list[str]) -> None:
 def depends_on(cfg) -> list:
     """What the work of an earlier run must share with this one, so that this one may go on from it."""
     options = config.as_dict(cfg)
-    for section, name in (("process", "processes"), ("process", "overwrite"), ("process", "out_dir"),
-                          ("read", "keep_going")):  # fmt: skip
+    for section, name in (
+        ("process", "processes"),
+        ("process", "overwrite"),
+        ("process", "out_dir"),
+        ("read", "keep_going"),
+    ):
         del options[section][name]
     found = [os.stat(path) if os.path.exists(path) else None for path in cfg.read.input]
     return [options, [entry and [entry.st_size, entry.st_mtime_ns] for entry in found]]

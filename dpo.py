@@ -33,17 +33,28 @@ class DpoConfig:
 
 
 def main() -> None:
-    sections = {"pairs": pairs.PairsConfig, "dpo": DpoConfig, "lora": lora.LoraConfig, "optim": OptimConfig,
-                "train": engine.TrainConfig, "track": trackers.TrackConfig,
-                "estimate": estimate.EstimateConfig}  # fmt: skip
+    sections = {
+        "pairs": pairs.PairsConfig,
+        "dpo": DpoConfig,
+        "lora": lora.LoraConfig,
+        "optim": OptimConfig,
+        "train": engine.TrainConfig,
+        "track": trackers.TrackConfig,
+        "estimate": estimate.EstimateConfig,
+    }
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/dpo.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
     folder, model, fill, text, chat_format = open_chat_model(cfg.pairs.init_from, cfg.pairs.chat_format)
     intro, length = [config.show(cfg)], cfg.pairs.seq_len or model.config.max_position_embeddings
     rows, val_rows = pairs.pair_rows(cfg.pairs, cfg.train.seed, text, chat_format, length, intro)
-    identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder), "chat_format": chat_format,
-                "beta": cfg.dpo.beta, "label_smoothing": cfg.dpo.label_smoothing}  # fmt: skip
+    identity = {
+        "tokenizer": text.sha256,
+        "base": checkpoint.weights_digest(folder),
+        "chat_format": chat_format,
+        "beta": cfg.dpo.beta,
+        "label_smoothing": cfg.dpo.label_smoothing,
+    }
     if not cfg.estimate.dry_run:
         refer(cfg, folder, identity["base"], (rows, val_rows), ranks)
     fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, {})
@@ -54,10 +65,24 @@ def main() -> None:
     about = {"command": "dpo", "chat_format": chat_format, "options": options, "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
         loss = pairs.dpo_loss(cfg.dpo.beta, cfg.dpo.label_smoothing)
-        engine.train(model, loss, rows, {"held out": val_rows}, cfg.train, cfg.optim, ranks, text, identity, about,
-                     lambda m: pairs.told(val_rows, cfg.train.micro_batch, ranks.device,
-                                          partial(pairs.margins, m, beta=cfg.dpo.beta)),
-                     fill, saver, track)  # fmt: skip
+        engine.train(
+            model,
+            loss,
+            rows,
+            {"held out": val_rows},
+            cfg.train,
+            cfg.optim,
+            ranks,
+            text,
+            identity,
+            about,
+            lambda m: pairs.told(
+                val_rows, cfg.train.micro_batch, ranks.device, partial(pairs.margins, m, beta=cfg.dpo.beta)
+            ),
+            fill,
+            saver,
+            track,
+        )
     ranks.close()
 
 
@@ -76,7 +101,8 @@ def refer(cfg, folder: Path, weights: str, parts: tuple, ranks) -> None:
             found[part] = torch.zeros(len(rows), 2)
             with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
                 found[part][numbers] = pairs.over_pairs(
-                    rows, cfg.train.micro_batch, ranks.device, partial(pairs.log_probabilities, model), numbers)
+                    rows, cfg.train.micro_batch, ranks.device, partial(pairs.log_probabilities, model), numbers
+                )
             found[part] = ranks.sum(found[part].to(ranks.device)).cpu()
         if ranks.first:
             path.parent.mkdir(parents=True, exist_ok=True)

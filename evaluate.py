@@ -43,8 +43,10 @@ class EvaluateConfig:
 
     def __post_init__(self):
         if self.shots < 0 or self.limit < 0 or self.batch < 1:
-            raise ValueError(f"shots = {self.shots}, limit = {self.limit}, batch = {self.batch}: "
-                             "must not be negative, and batch at least 1")  # fmt: skip
+            raise ValueError(
+                f"shots = {self.shots}, limit = {self.limit}, batch = {self.batch}: "
+                "must not be negative, and batch at least 1"
+            )
         if self.output and not self.output.endswith(".json"):
             raise ValueError(f"output = {self.output!r}, must end in .json; the .md comes beside it")
 

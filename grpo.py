@@ -34,22 +34,34 @@ class QuestionsConfig:
 
 
 def main() -> None:
-    sections = {"questions": QuestionsConfig, "reward": questions.RewardConfig, "lora": lora.LoraConfig,
-                "optim": OptimConfig, "train": engine.TrainConfig, "track": trackers.TrackConfig}  # fmt: skip
+    sections = {
+        "questions": QuestionsConfig,
+        "reward": questions.RewardConfig,
+        "lora": lora.LoraConfig,
+        "optim": OptimConfig,
+        "train": engine.TrainConfig,
+        "track": trackers.TrackConfig,
+    }
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/grpo.toml")
     families.register()
     if cfg.train.parallel != "ddp":
-        raise errors.UserError(f"parallel = \"{cfg.train.parallel}\" cannot answer questions", "--parallel ddp")
+        raise errors.UserError(f'parallel = "{cfg.train.parallel}" cannot answer questions', "--parallel ddp")
     if cfg.train.max_memory_gb:
         raise errors.UserError("max_memory_gb does not know what answers take", "a smaller --micro_batch or --group")
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
     folder, model, fill, text, chat_format = open_chat_model(cfg.questions.init_from, cfg.questions.chat_format)
     intro, context = [config.show(cfg)], model.config.max_position_embeddings
     read = partial(questions.read_questions, text=text, chat_format=chat_format, context=context, intro=intro)
-    rows, val_rows = (questions.QuestionRows(read(paths), context) if paths else None
-                      for paths in (cfg.questions.train, cfg.questions.val))  # fmt: skip
-    identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder), "chat_format": chat_format,
-                "reward": config.as_dict(cfg)["reward"]}  # fmt: skip
+    rows, val_rows = (
+        questions.QuestionRows(read(paths), context) if paths else None
+        for paths in (cfg.questions.train, cfg.questions.val)
+    )
+    identity = {
+        "tokenizer": text.sha256,
+        "base": checkpoint.weights_digest(folder),
+        "chat_format": chat_format,
+        "reward": config.as_dict(cfg)["reward"],
+    }
     fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, {})
     reference = None
     if cfg.reward.kl:
@@ -59,9 +71,22 @@ def main() -> None:
     options = config.as_dict(cfg)
     about = {"command": "grpo", "chat_format": chat_format, "options": options, "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
-        engine.train(model, loss, rows, {"questions": val_rows} if val_rows else {}, cfg.train, cfg.optim, ranks, text,
-                     identity, about, lambda m: told(m, val_rows or rows, cfg, text, ends, judge), fill, saver,
-                     track)  # fmt: skip
+        engine.train(
+            model,
+            loss,
+            rows,
+            {"questions": val_rows} if val_rows else {},
+            cfg.train,
+            cfg.optim,
+            ranks,
+            text,
+            identity,
+            about,
+            lambda m: told(m, val_rows or rows, cfg, text, ends, judge),
+            fill,
+            saver,
+            track,
+        )
     ranks.close()
 
 
@@ -72,8 +97,10 @@ def judging_model(cfg, text, ranks):
     folder = checkpoint.model_folder(cfg.reward.reward_model)
     model, fill = scalar.open_reward(folder)
     if (noted := checkpoint.load_about(folder).get("tokenizer_sha256")) != text.sha256:
-        raise errors.UserError(f"{folder}: made with tokenizer {str(noted)[:12]}, the model has {text.sha256[:12]}",
-                               "python reward.py --init_from the same model")  # fmt: skip
+        raise errors.UserError(
+            f"{folder}: made with tokenizer {str(noted)[:12]}, the model has {text.sha256[:12]}",
+            "python reward.py --init_from the same model",
+        )
     return checkpoint.build(model, fill, ranks.device).eval().requires_grad_(False)
 
 
@@ -82,8 +109,10 @@ def told(model, rows, cfg, text, ends: set[int], judge: questions.Judge) -> str:
     batch = engine.batch(rows, range(min(3, len(rows))))
     groups = questions.answered(model, batch, ends, SamplingConfig(cfg.reward.max_new_tokens, 0.0), 1)
     said = [texts[0] for texts in groups]
-    return "\n".join(f"  {text.decode(t.prompt).strip()} -> {text.decode(t.added)} ({reward:.3g})"
-                     for t, reward in zip(said, judge(said, batch.answers)))  # fmt: skip
+    return "\n".join(
+        f"  {text.decode(t.prompt).strip()} -> {text.decode(t.added)} ({reward:.3g})"
+        for t, reward in zip(said, judge(said, batch.answers))
+    )
 
 
 if __name__ == "__main__":

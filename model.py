@@ -62,8 +62,15 @@ class ModelConfig:
                     f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             if not 0 < getattr(self, name) <= 1 << 24:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be from 1 to {1 << 24}")
         if not 0 <= self.vocab_size <= 1 << 24:
@@ -99,8 +106,10 @@ class ModelConfig:
         if self.rope_factor != 1 and self.rope_type == "default":
             raise ValueError(f"rope_factor is {self.rope_factor}, with rope_type default it must be 1")
         if not 0 <= self.original_max_position_embeddings <= 1 << 24:
-            raise ValueError(f"original_max_position_embeddings is {self.original_max_position_embeddings}, "
-                             f"must be from 0 to {1 << 24}")  # fmt: skip
+            raise ValueError(
+                f"original_max_position_embeddings is {self.original_max_position_embeddings}, "
+                f"must be from 0 to {1 << 24}"
+            )
         if self.rope_type == "dynamic" and self.rotary_dim < 4:
             raise ValueError(f"rope_type is dynamic, but a head turns only {self.rotary_dim} numbers")
 
@@ -287,11 +296,15 @@ class Decoder(nn.Module):
 
 _aten = torch.ops.aten
 # What selective checkpointing keeps: what is dear to compute again. Norms, rotations, silu and sums are cheap.
-PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.bmm.default,
-            _aten._scaled_dot_product_flash_attention_for_cpu.default,
-            _aten._scaled_dot_product_flash_attention.default,
-            _aten._scaled_dot_product_efficient_attention.default,
-            _aten._scaled_dot_product_cudnn_attention.default]  # fmt: skip
+PRODUCTS = [
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 class HeadLoss(torch.autograd.Function):
@@ -326,8 +339,15 @@ class HeadLoss(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, wanted: list[bool],
-              g: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+def head_loss(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    wanted: list[bool],
+    g: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (N,); where wanted, also the gradients of their sum (weighed with g) to x (N, C) and to weight (V, C)."""
     losses = torch.empty(len(x), device=x.device)
     dx = torch.empty_like(x) if wanted[0] else None
@@ -397,8 +417,9 @@ class Llama(nn.Module):
                 values.normal_(0.0, std, generator=generator)
             p.copy_(values) if write is None else write(name, values)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, docs: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, docs: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Logits, or the loss of every position.
 
         Args:

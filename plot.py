@@ -220,12 +220,16 @@ def png(picture) -> bytes:
 
 def style(number: int) -> dict:
     """How the lines of a run look."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)],
-            "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5, "linewidth": 1.8}  # fmt: skip
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 4.5,
+        "linewidth": 1.8,
+    }
 
 
-def draw(axes, panel: Panel, steps: np.ndarray, values: np.ndarray, look: dict, window: int,
-         faint: float) -> None:  # fmt: skip
+def draw(axes, panel: Panel, steps: np.ndarray, values: np.ndarray, look: dict, window: int, faint: float) -> None:
     """One run in one panel."""
     if panel.noisy and window > 1:
         # Below the thick lines of all runs, and the fainter the more they are.
@@ -245,15 +249,24 @@ def legend(picture, runs: list[Curves], window: int) -> None:
     for number, run in enumerate(runs):
         font = font_for(run.name)
         if font is None:
-            print(f"note: no font here has all characters of {run.name}: the picture calls it run {number + 1}",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"note: no font here has all characters of {run.name}: the picture calls it run {number + 1}",
+                file=sys.stderr,
+            )
         elif font not in fonts:
             fonts.append(font)
         # matplotlib before 3.10 leaves out what begins with an underscore, hence the space; $ would begin a formula.
         labels.append(" " + (run.name if font else f"run {number + 1}").replace("$", r"\$"))
     handles = [Line2D([], [], **style(number)) for number in range(len(runs))]
-    picture.legend(handles, labels, loc="outside upper center", ncols=min(len(runs), 4), frameon=False,
-                   handlelength=4, prop={"family": fonts, "size": 11})  # fmt: skip
+    picture.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=min(len(runs), 4),
+        frameon=False,
+        handlelength=4,
+        prop={"family": fonts, "size": 11},
+    )
     if window > 1:
         picture.supxlabel(f"thin: single steps, thick: mean over {window} steps", fontsize=9, color="0.3")
 

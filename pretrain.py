@@ -44,9 +44,16 @@ class DataConfig:
 
 
 def main() -> None:
-    sections = {"model": ModelConfig, "data": DataConfig, "lora": lora.LoraConfig, "long": longlora.LongConfig,
-                "optim": OptimConfig, "train": engine.TrainConfig, "track": trackers.TrackConfig,
-                "estimate": estimate.EstimateConfig}  # fmt: skip
+    sections = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "lora": lora.LoraConfig,
+        "long": longlora.LongConfig,
+        "optim": OptimConfig,
+        "train": engine.TrainConfig,
+        "track": trackers.TrackConfig,
+        "estimate": estimate.EstimateConfig,
+    }
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
@@ -61,8 +68,11 @@ def main() -> None:
     if base:
         checkpoint.check_tokenizer(base, model, text)
     intro = [config.show(cfg), describe(model)]
-    identity = {"tokenizer": text.sha256, "docs": cfg.data.docs,
-                "base": checkpoint.weights_digest(base) if base else ""}  # fmt: skip
+    identity = {
+        "tokenizer": text.sha256,
+        "docs": cfg.data.docs,
+        "base": checkpoint.weights_digest(base) if base else "",
+    }
     if cfg.long.context and not base:
         raise errors.UserError("context: a new model has max_position_embeddings", "--init_from DIR")
     changes = longlora.begin(model, cfg.long, identity)
@@ -86,10 +96,22 @@ def main() -> None:
     intro.append(rows.describe())
     options = config.as_dict(cfg)
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
-        engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text,
-                     identity, {"command": "pretrain", "options": options, "intro": intro},
-                     (lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None, fill,
-                     saver, track)  # fmt: skip
+        engine.train(
+            model,
+            next_token_loss,
+            rows,
+            val_rows,
+            cfg.train,
+            cfg.optim,
+            ranks,
+            text,
+            identity,
+            {"command": "pretrain", "options": options, "intro": intro},
+            (lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None,
+            fill,
+            saver,
+            track,
+        )
     ranks.close()
 
 
@@ -97,8 +119,10 @@ def new_model(cfg, text) -> tuple[Llama, Callable]:
     """A model of the configured size with the tokenizer's vocabulary, without memory yet, and its fresh weights."""
     size = cfg.model.vocab_size or text.vocab_size
     if size < text.vocab_size:
-        raise errors.UserError(f"vocab_size {size} is smaller than the tokenizer's {text.vocab_size}",
-                               "--vocab_size 0 takes the tokenizer's")  # fmt: skip
+        raise errors.UserError(
+            f"vocab_size {size} is smaller than the tokenizer's {text.vocab_size}",
+            "--vocab_size 0 takes the tokenizer's",
+        )
     with torch.device("meta"):
         model, names = (Llama(dataclasses.replace(cfg.model, vocab_size=size)) for _ in range(2))
     return model, partial(names.init_weights, cfg.train.seed)

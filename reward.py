@@ -43,8 +43,13 @@ class ScoreConfig:
 def main() -> None:
     if sys.argv[1:2] == ["score"]:
         return score(config.load(__doc__, {"score": ScoreConfig}, sys.argv[2:]).score)
-    sections = {"pairs": pairs.PairsConfig, "lora": lora.LoraConfig, "optim": OptimConfig, "train": engine.TrainConfig,
-                "track": trackers.TrackConfig}  # fmt: skip
+    sections = {
+        "pairs": pairs.PairsConfig,
+        "lora": lora.LoraConfig,
+        "optim": OptimConfig,
+        "train": engine.TrainConfig,
+        "track": trackers.TrackConfig,
+    }
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/reward.toml")
     if cfg.train.max_memory_gb:
         raise UserError("max_memory_gb knows training on the next token only", "a smaller --micro_batch")
@@ -52,18 +57,34 @@ def main() -> None:
     folder, base, fill, text, chat_format = open_chat_model(cfg.pairs.init_from, cfg.pairs.chat_format)
     intro, length = [config.show(cfg)], cfg.pairs.seq_len or base.config.max_position_embeddings
     rows, val_rows = pairs.pair_rows(cfg.pairs, cfg.train.seed, text, chat_format, length, intro)
-    identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder), "chat_format": chat_format,
-                "reward": True}  # fmt: skip
+    identity = {
+        "tokenizer": text.sha256,
+        "base": checkpoint.weights_digest(folder),
+        "chat_format": chat_format,
+        "reward": True,
+    }
     model, fill = scalar.begin(base, fill, folder)
     if cfg.lora.r:  # nothing beside the blocks' matrices is trained but the score, which has no base to stand beside
         cfg.lora = replace(cfg.lora, modules_to_save=(*cfg.lora.modules_to_save, "score"))
     fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, {})
     about = {"command": "reward", "chat_format": chat_format, "options": config.as_dict(cfg), "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, about["options"], ranks.first) as track:
-        engine.train(model, scalar.pair_loss, rows, {"held out": val_rows}, cfg.train, cfg.optim, ranks, text, identity,
-                     about, lambda m: pairs.told(val_rows, cfg.train.micro_batch, ranks.device,
-                                                 partial(scalar.differences, m)),
-                     fill, saver or scalar.RewardFolder(), track)  # fmt: skip
+        engine.train(
+            model,
+            scalar.pair_loss,
+            rows,
+            {"held out": val_rows},
+            cfg.train,
+            cfg.optim,
+            ranks,
+            text,
+            identity,
+            about,
+            lambda m: pairs.told(val_rows, cfg.train.micro_batch, ranks.device, partial(scalar.differences, m)),
+            fill,
+            saver or scalar.RewardFolder(),
+            track,
+        )
     ranks.close()
 
 

@@ -57,8 +57,12 @@ class SampleConfig:
 
 
 def main() -> None:
-    sections = {"speaker": SpeakerConfig, "sample": SampleConfig, "sampling": SamplingConfig,
-                "retrieval": retrieval.RetrievalConfig}  # fmt: skip
+    sections = {
+        "speaker": SpeakerConfig,
+        "sample": SampleConfig,
+        "sampling": SamplingConfig,
+        "retrieval": retrieval.RetrievalConfig,
+    }
     cfg = config.load(__doc__, sections, sys.argv[1:])
     asked = cfg.sample
     if asked.beams and cfg.speaker.compile:
@@ -119,8 +123,10 @@ def tell_room(speaker: Speaker, prompts: list[list[int]], sampling: SamplingConf
     if sampling.truncate == "left":
         cut = [len(ids) - len(kept) for ids in prompts if len(kept := fitting(ids, speaker.model, sampling)) < len(ids)]
         if cut:
-            print(f"note: {len(cut)} of {len(prompts)} prompts without their first tokens, {sum(cut):,} altogether",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"note: {len(cut)} of {len(prompts)} prompts without their first tokens, {sum(cut):,} altogether",
+                file=sys.stderr,
+            )
     elif longest < context < longest + sampling.max_new_tokens:
         print(f"note: the context of {context} tokens leaves room for {context - longest} new ones", file=sys.stderr)
 
@@ -166,8 +172,10 @@ def answer_all(speaker: Speaker, cfg, shelf: retrieval.Shelf | None) -> None:
             raise UserError(f"{where}: {e}") from None
     long = [k for k in range(len(ids)) if len(ids[k]) > speaker.context and sampling.truncate == "none"]
     if long:
-        raise UserError(f"{items[long[0]][0]}: {len(ids[long[0]])} tokens, the model has {speaker.context} positions",
-                        f"as in {len(long)} of {len(ids)} prompts; --truncate left")  # fmt: skip
+        raise UserError(
+            f"{items[long[0]][0]}: {len(ids[long[0]])} tokens, the model has {speaker.context} positions",
+            f"as in {len(long)} of {len(ids)} prompts; --truncate left",
+        )
     if left_out:
         print(f"note: {left_out} of the passages that were found had no room in their prompts", file=sys.stderr)
     tell_room(speaker, ids, sampling)
@@ -198,14 +206,24 @@ def answers(speaker: Speaker, prompts: list[list[int]], asked: SampleConfig, sam
             best = beam_search(speaker.model, ids, sampling, speaker.stop_ids, asked.beams, asked.length_penalty)
             yield [{"answer": speaker.told(ids, new, asked.stop), "score": score} for new, score in best[: asked.n]]
         return
-    groups = continued(speaker.model, prompts, sampling, speaker.stop_ids, rows=asked.batch, n=asked.n,
-                       logprobs=asked.logprobs, compiled=speaker.compile)  # fmt: skip
+    groups = continued(
+        speaker.model,
+        prompts,
+        sampling,
+        speaker.stop_ids,
+        rows=asked.batch,
+        n=asked.n,
+        logprobs=asked.logprobs,
+        compiled=speaker.compile,
+    )
     for ids, texts in zip(prompts, groups):
         told = [{"answer": speaker.told(ids, text.added, asked.stop), "end": text.end} for text in texts]
         for line, text in zip(told, texts):
             if asked.logprobs:
-                line["logprobs"] = [{"id": t.id, "token": speaker.text.decode([t.id]), "logprob": t.logprob,
-                                     "top": t.top} for t in text.tokens]  # fmt: skip
+                line["logprobs"] = [
+                    {"id": t.id, "token": speaker.text.decode([t.id]), "logprob": t.logprob, "top": t.top}
+                    for t in text.tokens
+                ]
         yield told
 
 

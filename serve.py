@@ -41,8 +41,10 @@ class ServeConfig:
         if not app.is_loopback(self.host) and not self.api_key:
             raise ValueError(f"host = {self.host!r} lets others ask: it needs an api_key")
         if not 1 <= self.rows <= 1024 or not 1 <= self.queue <= 1 << 16 or self.context < 0:
-            raise ValueError(f"rows = {self.rows}, queue = {self.queue}, context = {self.context}: "
-                             "must be from 1 to 1024, from 1 to 65536, and not negative")  # fmt: skip
+            raise ValueError(
+                f"rows = {self.rows}, queue = {self.queue}, context = {self.context}: "
+                "must be from 1 to 1024, from 1 to 65536, and not negative"
+            )
 
 
 def main() -> None:
@@ -56,8 +58,11 @@ def main() -> None:
     writer = worker.Worker(speaker, asked.rows, asked.queue, asked.context or speaker.context)
     server = wire.make(app.App(writer, name, asked.host, asked.api_key, asked.names), writer)
     host = f"[{asked.host}]" if ":" in asked.host else asked.host
-    print(f"{name}: {'a chat' if speaker.chat_format else 'a base'} model, {writer.context} positions, "
-          f"{asked.rows} texts at once; http://{host}:{sock.getsockname()[1]}", flush=True)  # fmt: skip
+    print(
+        f"{name}: {'a chat' if speaker.chat_format else 'a base'} model, {writer.context} positions, "
+        f"{asked.rows} texts at once; http://{host}:{sock.getsockname()[1]}",
+        flush=True,
+    )
     wire.run(server, sock, writer)
 
 

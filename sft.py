@@ -53,9 +53,15 @@ class ChatConfig:
 
 
 def main() -> None:
-    sections = {"chat": ChatConfig, "lora": lora.LoraConfig, "long": longlora.LongConfig,
-                "optim": OptimConfig, "train": engine.TrainConfig, "track": trackers.TrackConfig,
-                "estimate": estimate.EstimateConfig}  # fmt: skip
+    sections = {
+        "chat": ChatConfig,
+        "lora": lora.LoraConfig,
+        "long": longlora.LongConfig,
+        "optim": OptimConfig,
+        "train": engine.TrainConfig,
+        "track": trackers.TrackConfig,
+        "estimate": estimate.EstimateConfig,
+    }
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo-sft.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
@@ -64,8 +70,12 @@ def main() -> None:
     model, fill = checkpoint.open_model(folder, cfg.chat.allow_pickle)
     checkpoint.check_tokenizer(folder, model, text)
     intro = [config.show(cfg)]
-    identity = {"tokenizer": text.sha256, "base": checkpoint.weights_digest(folder),
-                "chat_format": cfg.chat.chat_format, "train_on": cfg.chat.train_on}  # fmt: skip
+    identity = {
+        "tokenizer": text.sha256,
+        "base": checkpoint.weights_digest(folder),
+        "chat_format": cfg.chat.chat_format,
+        "train_on": cfg.chat.train_on,
+    }
     changes = longlora.begin(model, cfg.long, identity)
     fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, changes)
     seq_len = cfg.chat.seq_len or cfg.long.context or model.config.max_position_embeddings
@@ -84,9 +94,22 @@ def main() -> None:
     options = config.as_dict(cfg)
     about = {"command": "sft", "chat_format": cfg.chat.chat_format, "options": options, "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
-        engine.train(model, next_token_loss, rows, val_rows, cfg.train, cfg.optim, ranks, text, identity, about,
-                     (lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None, fill, saver,
-                     track)  # fmt: skip
+        engine.train(
+            model,
+            next_token_loss,
+            rows,
+            val_rows,
+            cfg.train,
+            cfg.optim,
+            ranks,
+            text,
+            identity,
+            about,
+            (lambda m: answer(m, text, cfg.chat)) if cfg.chat.prompt else None,
+            fill,
+            saver,
+            track,
+        )
     ranks.close()
 
 
@@ -94,9 +117,11 @@ def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro
     """Chat files rendered and packed; what does not fit is left out, counted and named in `intro`."""
     samples, left_out = [], defaultdict(list)  # limit -> (where, tokens)
     question, answer = cfg.max_prompt_tokens, cfg.max_answer_tokens
-    limits = {f"longer than {seq_len} tokens": seq_len + 1,
-              f"with a question longer than {question} tokens": question or math.inf,
-              f"with an answer longer than {answer} tokens": answer or math.inf}  # fmt: skip
+    limits = {
+        f"longer than {seq_len} tokens": seq_len + 1,
+        f"with a question longer than {question} tokens": question or math.inf,
+        f"with an answer longer than {answer} tokens": answer or math.inf,
+    }
     for path in paths:
         for where, item in data.read_jsonl(path):
             if "messages" not in item:
@@ -114,8 +139,10 @@ def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro
                 left_out[over[0][0]].append((where, over[0][1]))
             else:
                 samples.append((ids, mask, where))
-    told = [f"{len(chats)} chats {what} left out: " + ", ".join(f"{where} ({n} tokens)" for where, n in chats[:10])
-            for what, chats in left_out.items()]  # fmt: skip
+    told = [
+        f"{len(chats)} chats {what} left out: " + ", ".join(f"{where} ({n} tokens)" for where, n in chats[:10])
+        for what, chats in left_out.items()
+    ]
     if not samples:
         raise errors.UserError(f"{', '.join(paths)}: no chats that fit into {seq_len} tokens", "; ".join(told)[:300])
     rows = data.ChatRows(samples, seq_len, text.eos_id, cfg.pack)

@@ -101,8 +101,12 @@ def model_tensors(model: Llama, weights: dict[str, Tensor] | None = None) -> dic
     return {family_of(model.config).theirs(name): t for name, t in state.items()}
 
 
-def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-               allow_pickle: bool = False) -> Llama:  # fmt: skip
+def load_model(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
+) -> Llama:
     """Build the model that a folder describes, with its weights.
 
     Args:
@@ -112,8 +116,9 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
     return build(*open_model(folder, allow_pickle), device, dtype)
 
 
-def build(model: Llama, fill: Callable, device: torch.device | str = "cpu",
-          dtype: torch.dtype = torch.float32) -> Llama:  # fmt: skip
+def build(
+    model: Llama, fill: Callable, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Llama:
     """Memory and weights for what `open_model` returned."""
     state: dict[str, Tensor] = {}
     # Copies: what is only mapped would change, or end the process, when the file is written over during a run.
@@ -140,8 +145,9 @@ def open_model(folder: str | Path, allow_pickle: bool = False) -> tuple[Llama, C
     folder = Path(folder)
     config = load_config(folder)
     if read_json(folder / "config.json").get("quantization_config"):
-        raise UserError(f"{folder}: its weights are quantised, they are for generation only",
-                        "take the folder that it was made of")  # fmt: skip
+        raise UserError(
+            f"{folder}: its weights are quantised, they are for generation only", "take the folder that it was made of"
+        )
     family = family_of(config)
     paths = _weight_files(folder)
     state: dict[str, Tensor] = {}
@@ -180,12 +186,15 @@ def check_tokenizer(folder: Path, model: Llama, tokenizer) -> None:
     """Refuse a tokenizer that the model was not trained with: one with more ids, or of another hash than noted."""
     size = model.config.vocab_size
     if size < tokenizer.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {size}",
-                        "is this its tokenizer?")  # fmt: skip
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {size}", "is this its tokenizer?"
+        )
     noted = load_about(folder).get("tokenizer_sha256", tokenizer.sha256)
     if noted != tokenizer.sha256:
-        raise UserError(f"{folder}: trained with tokenizer {str(noted)[:12]}, here is {tokenizer.sha256[:12]}",
-                        "the files of two models in one folder?")  # fmt: skip
+        raise UserError(
+            f"{folder}: trained with tokenizer {str(noted)[:12]}, here is {tokenizer.sha256[:12]}",
+            "the files of two models in one folder?",
+        )
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -236,9 +245,14 @@ class Family:
         if config.rope_type == "llama3":
             scaling |= {name: ROPE_CONSTANTS[name] for name in ("low_freq_factor", "high_freq_factor")}
         same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ROPE_FIELDS}
-        return {"architectures": [self.architecture], **same, "hidden_act": "silu", "mlp_bias": False,
-                "rope_scaling": None if config.rope_type == "default" else scaling, "attention_dropout": 0.0,
-                }  # fmt: skip
+        return {
+            "architectures": [self.architecture],
+            **same,
+            "hidden_act": "silu",
+            "mlp_bias": False,
+            "rope_scaling": None if config.rope_type == "default" else scaling,
+            "attention_dropout": 0.0,
+        }
 
     def ours(self, name: str) -> str:
         """Our name of a stored tensor, "" for a constant that old exports store."""
@@ -249,8 +263,11 @@ class Family:
 
 
 # By model_type. Commands add those of extras/families.py.
-FAMILIES: dict[str, Family] = {"llama": Family("LlamaForCausalLM"), "qwen2": Family("Qwen2ForCausalLM"),
-                               "qwen3": Family("Qwen3ForCausalLM")}  # fmt: skip
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM"),
+    "qwen3": Family("Qwen3ForCausalLM"),
+}
 ROPE_FIELDS = ("rope_type", "rope_factor", "original_max_position_embeddings")
 # What transformers lets a config.json say and model.py takes as given.
 ROPE_CONSTANTS = {"beta_fast": 32, "beta_slow": 1, "low_freq_factor": 1, "high_freq_factor": 4, "truncate": True}
@@ -274,9 +291,14 @@ def read_rope(raw: dict, path: Path) -> dict:
     scaling = raw.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else None
     plain = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
-    if kind is None or (kind != "default" and scaling.get("factor") is None) or any(
-        value is not None and key not in plain and value != ROPE_CONSTANTS.get(key) for key, value in scaling.items()
-    ):  # fmt: skip
+    if (
+        kind is None
+        or (kind != "default" and scaling.get("factor") is None)
+        or any(
+            value is not None and key not in plain and value != ROPE_CONSTANTS.get(key)
+            for key, value in scaling.items()
+        )
+    ):
         raise UserError(f"{path}: rope_scaling {reprlib.repr(scaling)} is not supported")
     theta = raw.get("rope_theta")
     found = {"rope_theta": rope.get("rope_theta", 10000.0) if theta is None else theta, "rope_type": kind}
@@ -294,8 +316,13 @@ def make_config(cls: type, raw: dict, path: Path, **own):
     for field in (f for f in dataclasses.fields(cls) if f.name not in own):
         value = raw.get(field.name)
         if value is None:
-            if field.name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                              "num_attention_heads"):  # fmt: skip
+            if field.name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            ):
                 raise UserError(f"{path}: {field.name} is missing")
             continue
         fits = type(value) in (int, float) if field.type is float else type(value) is field.type
@@ -349,8 +376,10 @@ def _shards(index: Path, suffix: str) -> list[Path]:
         # A name with a folder in it, or a link, could read any file of the machine.
         plain = Path(name).name == name and name.endswith(suffix) and name.isprintable()
         if not plain or (index.parent / name).is_symlink():
-            raise UserError(f"{index}: {reprlib.repr(name)} is not a plain file name inside the folder",
-                            f"a file of its own, {suffix}; cp -rL copies what links point to")  # fmt: skip
+            raise UserError(
+                f"{index}: {reprlib.repr(name)} is not a plain file name inside the folder",
+                f"a file of its own, {suffix}; cp -rL copies what links point to",
+            )
         if not (index.parent / name).is_file():
             raise UserError(f"{index.parent / name}: No such file", "an incomplete download?")
     return [index.parent / name for name in shards]
@@ -385,8 +414,10 @@ def _load_pickled(path: Path, allowed: bool) -> dict[str, Tensor]:
     Source: before torch 2.6 such a file could run code (CVE-2025-32434), before 2.10 damage memory (CVE-2026-24747).
     """
     if not allowed:
-        raise UserError(f"{path}: a pickle, which can hold more than weights",
-                        "pretrain.py, sft.py and sample.py read its tensors with --allow_pickle")  # fmt: skip
+        raise UserError(
+            f"{path}: a pickle, which can hold more than weights",
+            "pretrain.py, sft.py and sample.py read its tensors with --allow_pickle",
+        )
     if torch.__version__ < (2, 10):
         raise UserError(f"--allow_pickle needs torch 2.10, this is {torch.__version__}", "pip install -U torch")
     try:
@@ -497,8 +528,9 @@ class Run:
         saver: how models become files; None: a WholeModel.
     """
 
-    def __init__(self, folder: str | Path, identity: dict, about: dict, tokenizer, keep: int = 2, write: bool = True,
-                 saver=None):  # fmt: skip
+    def __init__(
+        self, folder: str | Path, identity: dict, about: dict, tokenizer, keep: int = 2, write: bool = True, saver=None
+    ):
         self.saver = saver or WholeModel()
         self.folder, self.identity, self.about, self.tokenizer = Path(folder), identity, about, tokenizer
         self.keep, self.write = max(2, keep), write
@@ -552,16 +584,20 @@ class Run:
         state = read_json(path / "state.json")
         if state["format"] != FORMAT:
             by = state.get("versions", {})
-            raise UserError(f"{path}: format {state['format']}, written with {by}, this version reads {FORMAT}",
-                            "finish the run with the version that began it, or --resume no")  # fmt: skip
+            raise UserError(
+                f"{path}: format {state['format']}, written with {by}, this version reads {FORMAT}",
+                "finish the run with the version that began it, or --resume no",
+            )
         different = [
             f"{key} was {state['identity'].get(key)!r}, now {self.identity.get(key)!r}"
             for key in sorted(state["identity"].keys() | self.identity.keys())
             if state["identity"].get(key) != self.identity.get(key)
         ]
         if different:
-            raise UserError(f"{path} cannot be resumed: {'; '.join(different)}",
-                            "--resume no starts anew (the old run is kept), or take another --out_dir")  # fmt: skip
+            raise UserError(
+                f"{path} cannot be resumed: {'; '.join(different)}",
+                "--resume no starts anew (the old run is kept), or take another --out_dir",
+            )
         for section, values in state["about"].get("options", {}).items():
             for key, value in values.items():
                 if key in ("resume", "log_every"):
@@ -598,14 +634,19 @@ class Run:
             StorageError: the disk has refused once too often.
         """
         weights, moments = spread.weights(self.saver.trained_only), spread.moments(optimizers)
-        return self._survive("a checkpoint", warn, must,
-                             lambda: self._commit(spread.model, weights, moments, scaler, state))  # fmt: skip
+        return self._survive(
+            "a checkpoint", warn, must, lambda: self._commit(spread.model, weights, moments, scaler, state)
+        )
 
     def publish(self, spread, facts: dict, warn, must: bool = False) -> bool:
         """Write the model into the run folder itself, where sample.py, sft.py and transformers look for it."""
         weights = spread.weights(self.saver.trained_only)
-        return self._survive("the best model", warn, must, lambda: self.saver.save(
-            self.folder, spread.model, self.tokenizer, self.about | facts, weights))  # fmt: skip
+        return self._survive(
+            "the best model",
+            warn,
+            must,
+            lambda: self.saver.save(self.folder, spread.model, self.tokenizer, self.about | facts, weights),
+        )
 
     def _survive(self, what: str, warn, must: bool, action) -> bool:
         if not self.write:
@@ -639,13 +680,18 @@ class Run:
         moments = {name: t.detach().contiguous() for name, t in moments.items()}
         files.replace(temporary / "optimizer.safetensors", lambda p: save_file(moments, p))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        files.write_json(temporary / "state.json", {
-            "format": FORMAT, **state, "scaler": scaler.state_dict() if scaler is not None else None,
-            "identity": self.identity, "about": self.about, "versions": versions,
-        })  # fmt: skip
-        manifest = {
-            p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())
-        }
+        files.write_json(
+            temporary / "state.json",
+            {
+                "format": FORMAT,
+                **state,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "identity": self.identity,
+                "about": self.about,
+                "versions": versions,
+            },
+        )
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
         files.write_json(temporary / "manifest.json", manifest)
         if final.exists():  # a damaged one that was passed over
             self._discard(final)

@@ -74,8 +74,14 @@ class BinWriter:
 
     def __init__(self, path: Path, vocab_size: int, eos_id: int, tokenizer_sha256: str, source: str = ""):
         self.path = Path(path)
-        self.about = {"format": FORMAT, "dtype": dtype_for(vocab_size).name, "vocab_size": vocab_size,
-                      "eos_id": eos_id, "tokenizer_sha256": tokenizer_sha256, "source": source}  # fmt: skip
+        self.about = {
+            "format": FORMAT,
+            "dtype": dtype_for(vocab_size).name,
+            "vocab_size": vocab_size,
+            "eos_id": eos_id,
+            "tokenizer_sha256": tokenizer_sha256,
+            "source": source,
+        }
         self.dtype = dtype_for(vocab_size)
         self.tokens = self.documents = self.text_bytes = 0
         self.sources: dict[str, dict[str, int]] = {}
@@ -134,9 +140,14 @@ class BinWriter:
                 # In this order a kill leaves either pair whole, or a bin without sidecar, never a wrong pair.
                 sidecar.unlink(missing_ok=True)
                 os.replace(self._temporary, self.path)
-                self.about |= {"tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes,
-                               "sources": self.sources, "block_bytes": BLOCK_BYTES,
-                               "blocks_sha256": self._hashes}  # fmt: skip
+                self.about |= {
+                    "tokens": self.tokens,
+                    "documents": self.documents,
+                    "text_bytes": self.text_bytes,
+                    "sources": self.sources,
+                    "block_bytes": BLOCK_BYTES,
+                    "blocks_sha256": self._hashes,
+                }
                 files.write_json(sidecar, self.about)
         finally:
             self._file.close()
@@ -176,14 +187,18 @@ class TokenBin:
         self._hashes, self._block_bytes = about.get("blocks_sha256"), about.get("block_bytes", BLOCK_BYTES)
         if about:
             if about["tokens"] != self.tokens:
-                raise UserError(f"{path}: {self.tokens} tokens, {sidecar.name} says {about['tokens']}",
-                                "truncated? make it again with python data_process.py")  # fmt: skip
+                raise UserError(
+                    f"{path}: {self.tokens} tokens, {sidecar.name} says {about['tokens']}",
+                    "truncated? make it again with python data_process.py",
+                )
             if about["vocab_size"] > vocab_size:
                 raise UserError(f"{path}: made for a vocabulary of {about['vocab_size']}, the model has {vocab_size}")
             if tokenizer_sha256 and about["tokenizer_sha256"] != tokenizer_sha256:
                 theirs, ours = about["tokenizer_sha256"][:12], tokenizer_sha256[:12]
-                raise UserError(f"{path}: made with tokenizer {theirs!r}, this run has {ours!r}",
-                                "python data_process.py --input ... --tokenizer FOLDER --overwrite")  # fmt: skip
+                raise UserError(
+                    f"{path}: made with tokenizer {theirs!r}, this run has {ours!r}",
+                    "python data_process.py --input ... --tokenizer FOLDER --overwrite",
+                )
             self.digest = hashlib.sha256("".join(about["blocks_sha256"]).encode()).hexdigest()
         else:
             checked = "ids are checked only as they are read" if trust else "every id is checked once"
@@ -204,8 +219,10 @@ class TokenBin:
         # An id past the embedding would be a crash far from its cause, or on a GPU a dead process.
         if count and ids.max() >= self.vocab_size:
             at = int(ids.argmax())
-            raise UserError(f"{self.path}: token {start + at} is {ids[at]}, vocab is {self.vocab_size}",
-                            "another tokenizer's bin, or a damaged file")  # fmt: skip
+            raise UserError(
+                f"{self.path}: token {start + at} is {ids[at]}, vocab is {self.vocab_size}",
+                "another tokenizer's bin, or a damaged file",
+            )
         return ids
 
     def _bytes(self, start: int, size: int) -> bytes:
@@ -239,12 +256,17 @@ class TokenBin:
         if self._hashes is None:
             raise UserError(f"{self.path}: no {self.path.with_suffix('.json').name} beside it to compare it with")
         size = self._block_bytes
-        bad = [k for k, wanted in enumerate(self._hashes)
-               if hashlib.sha256(self._bytes(k * size, size)).hexdigest() != wanted]  # fmt: skip
+        bad = [
+            k
+            for k, wanted in enumerate(self._hashes)
+            if hashlib.sha256(self._bytes(k * size, size)).hexdigest() != wanted
+        ]
         if bad:
             places = ", ".join(f"block {k} (bytes {k * size:,} to {(k + 1) * size - 1:,})" for k in bad[:10])
-            raise UserError(f"{self.path}: damaged in {len(bad)} of {len(self._hashes)} blocks: {places}",
-                            "make it again, or copy it")  # fmt: skip
+            raise UserError(
+                f"{self.path}: damaged in {len(bad)} of {len(self._hashes)} blocks: {places}",
+                "make it again, or copy it",
+            )
         return len(self._hashes)
 
 
@@ -258,8 +280,16 @@ def read_sidecar(path: str | Path) -> dict:
     path = Path(path).with_suffix(".json")
     if not path.exists():
         return {}
-    kinds = {"format": int, "dtype": str, "tokens": int, "vocab_size": int, "eos_id": int, "text_bytes": int,
-             "tokenizer_sha256": str, "blocks_sha256": list}  # fmt: skip
+    kinds = {
+        "format": int,
+        "dtype": str,
+        "tokens": int,
+        "vocab_size": int,
+        "eos_id": int,
+        "text_bytes": int,
+        "tokenizer_sha256": str,
+        "blocks_sha256": list,
+    }
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
@@ -278,8 +308,12 @@ def read_sidecar(path: str | Path) -> dict:
     itemsize, block_bytes = np.dtype(about["dtype"]).itemsize, about.get("block_bytes", BLOCK_BYTES)
     if type(block_bytes) is not int or not 1 <= block_bytes <= 1 << 30:  # a block is held in memory to be compared
         raise UserError(f"{path}: block_bytes is {block_bytes!s:.40}, must be 1 to {1 << 30}", "make the bin again")
-    for key, least, most in (("tokens", 0, 1 << 60), ("vocab_size", 1, 1 << 8 * itemsize),
-                             ("eos_id", 0, about["vocab_size"] - 1), ("text_bytes", 0, 1 << 60)):  # fmt: skip
+    for key, least, most in (
+        ("tokens", 0, 1 << 60),
+        ("vocab_size", 1, 1 << 8 * itemsize),
+        ("eos_id", 0, about["vocab_size"] - 1),
+        ("text_bytes", 0, 1 << 60),
+    ):
         if not least <= about[key] <= most:
             raise UserError(f"{path}: {key} is {about[key]!s:.40}, must be {least} to {most}", "make the bin again")
     hashes, blocks = about["blocks_sha256"], -(-about["tokens"] * itemsize // block_bytes)
@@ -314,8 +348,10 @@ class BinRows:
         rest = bin.tokens - 1 - whole * seq_len
         self.rows, self.left_over = (whole + bool(rest), 0) if tail else (whole, rest)
         if self.rows < 1:  # an empty bin has -1
-            raise UserError(f"{bin.path}: {bin.tokens} tokens, needs at least seq_len + 1 = {seq_len + 1}",
-                            "a longer text or a smaller --seq_len")  # fmt: skip
+            raise UserError(
+                f"{bin.path}: {bin.tokens} tokens, needs at least seq_len + 1 = {seq_len + 1}",
+                "a longer text or a smaller --seq_len",
+            )
         self.digest = bin.digest
         # Bits per byte = nats of all targets / ln 2 / bytes of the text they encode.
         self.bytes_per_token = bin.text_bytes / bin.tokens
@@ -335,8 +371,10 @@ class BinRows:
         return ids, np.where(ends, IGNORE, targets), np.cumsum(ends) - ends
 
     def describe(self) -> str:
-        return (f"{self.bin.path}: {self.bin.tokens:,} tokens in {len(self)} rows of {self.seq_len}, "
-                f"{self.left_over} tokens at the end left out")  # fmt: skip
+        return (
+            f"{self.bin.path}: {self.bin.tokens:,} tokens in {len(self)} rows of {self.seq_len}, "
+            f"{self.left_over} tokens at the end left out"
+        )
 
     def where(self, i: int) -> str:
         return f"{self.bin.path}: tokens {i * self.seq_len} to {(i + 1) * self.seq_len}"
@@ -377,8 +415,10 @@ class MixedRows:
 
     def describe(self) -> str:
         counts = np.diff(self.ends, prepend=0)
-        return "\n".join(f"{count / len(self):.1%} {part.describe()}, each {count / len(part):.2f} times an epoch"
-                         for part, count in zip(self.parts, counts))  # fmt: skip
+        return "\n".join(
+            f"{count / len(self):.1%} {part.describe()}, each {count / len(part):.2f} times an epoch"
+            for part, count in zip(self.parts, counts)
+        )
 
     def where(self, i: int) -> str:
         part, at = self._find(i)
@@ -413,8 +453,9 @@ class ChatRows:
         pack: False gives every sample a row of its own.
     """
 
-    def __init__(self, samples: Iterable[tuple[Sequence[int], Sequence[int], str]], seq_len: int, pad_id: int,
-                 pack: bool = True):  # fmt: skip
+    def __init__(
+        self, samples: Iterable[tuple[Sequence[int], Sequence[int], str]], seq_len: int, pad_id: int, pack: bool = True
+    ):
         self.seq_len, self.pad_id = seq_len, pad_id
         self.samples = [(np.asarray(ids, np.int64), np.asarray(mask, bool), where) for ids, mask, where in samples]
         digest = hashlib.sha256()
@@ -446,9 +487,11 @@ class ChatRows:
             ids.append(tokens[:-1])
             targets.append(np.where(mask[1:], tokens[1:], IGNORE))
             docs.append(np.full(len(tokens) - 1, number))
-        return (_padded(np.concatenate(ids), self.seq_len, self.pad_id),
-                _padded(np.concatenate(targets), self.seq_len, IGNORE),
-                _padded(np.concatenate(docs), self.seq_len, len(docs)))  # fmt: skip
+        return (
+            _padded(np.concatenate(ids), self.seq_len, self.pad_id),
+            _padded(np.concatenate(targets), self.seq_len, IGNORE),
+            _padded(np.concatenate(docs), self.seq_len, len(docs)),
+        )
 
     def where(self, i: int) -> str:
         return f"{self.samples[self.packs[i][0]][2]} and the {len(self.packs[i]) - 1} chats packed with it"

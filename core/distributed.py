@@ -80,8 +80,10 @@ class Ranks:
             who = f"rank {', '.join(map(str, silent))} did not" if silent else "one rank was too late to"
         except RuntimeError:  # without torchrun the store lives in rank 0
             who = "rank 0 did not"
-        return RankLost(f"rank {self.rank}, {during}: {who} answer within timeout_s",
-                        "the same command goes on from the last checkpoint")  # fmt: skip
+        return RankLost(
+            f"rank {self.rank}, {during}: {who} answer within timeout_s",
+            "the same command goes on from the last checkpoint",
+        )
 
     def _silent(self) -> list[int]:
         return [r for r in range(self.world) if not self.store.check([f"waited-{r}"])]
@@ -135,8 +137,10 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
     except (RuntimeError, ValueError) as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         me = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
-        raise UserError(f"{me} does not meet the others at {where}: {e}",
-                        "a free MASTER_PORT, and every rank started within timeout_s") from None  # fmt: skip
+        raise UserError(
+            f"{me} does not meet the others at {where}: {e}",
+            "a free MASTER_PORT, and every rank started within timeout_s",
+        ) from None
     ranks = Ranks(rank, world, place, store)
     atexit.register(ranks.close)  # an error leaves threads of the group, and they would abort the process at its end
     return ranks

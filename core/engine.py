@@ -61,19 +61,31 @@ class TrainConfig:
     stop_at_spike: bool = False  # end, as for NaN, where a loss stands out from the steps before; else it is only told
 
     def __post_init__(self):
-        for name in ("batch_tokens", "micro_batch", "save_every", "eval_every", "eval_tokens", "log_every",
-                     "timeout_s"):  # fmt: skip
+        for name in (
+            "batch_tokens",
+            "micro_batch",
+            "save_every",
+            "eval_every",
+            "eval_tokens",
+            "log_every",
+            "timeout_s",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, must be at least 1")
         if self.max_steps < 0 or self.epochs <= 0 or self.profile < 0:
-            raise ValueError(f"max_steps = {self.max_steps}, epochs = {self.epochs}, profile = {self.profile}: must "
-                             "not be negative, epochs not 0")  # fmt: skip
+            raise ValueError(
+                f"max_steps = {self.max_steps}, epochs = {self.epochs}, profile = {self.profile}: must "
+                "not be negative, epochs not 0"
+            )
         if not 0 <= self.max_memory_gb < math.inf or (self.max_memory_gb and self.parallel != "ddp"):
-            raise ValueError(f"max_memory_gb = {self.max_memory_gb}, must be at least 0, and parallel \"ddp\"")
+            raise ValueError(f'max_memory_gb = {self.max_memory_gb}, must be at least 0, and parallel "ddp"')
         if self.keep < 2:
             raise ValueError(f"keep = {self.keep}, must be at least 2: one is whole while another is deleted")
-        for name, known in (("dtype", ("auto", "fp32", "bf16", "fp16")), ("parallel", WAYS),
-                            ("gradient_checkpointing", ("none", "selective", "full"))):  # fmt: skip
+        for name, known in (
+            ("dtype", ("auto", "fp32", "bf16", "fp16")),
+            ("parallel", WAYS),
+            ("gradient_checkpointing", ("none", "selective", "full")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(known)}")
 
@@ -165,8 +177,11 @@ def plan(cfg: TrainConfig, rows: BinRows | ChatRows, ranks: Ranks) -> tuple[int,
     share = ranks.world * rows.seq_len
     if cfg.batch_tokens % share:
         nearest = max(share, cfg.batch_tokens // share * share)
-        raise UserError(f"batch_tokens {cfg.batch_tokens} is not a multiple of ranks {ranks.world} x seq_len "
-                        f"{rows.seq_len} = {share}", f"--batch_tokens {nearest}")  # fmt: skip
+        raise UserError(
+            f"batch_tokens {cfg.batch_tokens} is not a multiple of ranks {ranks.world} x seq_len "
+            f"{rows.seq_len} = {share}",
+            f"--batch_tokens {nearest}",
+        )
     mine = cfg.batch_tokens // share  # rows of one rank's share
     micro = next(n for n in range(min(cfg.micro_batch, mine), 0, -1) if mine % n == 0)
     per_step = mine * ranks.world
@@ -174,10 +189,22 @@ def plan(cfg: TrainConfig, rows: BinRows | ChatRows, ranks: Ranks) -> tuple[int,
     return per_step, micro, mine // micro, steps
 
 
-def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: dict[str, BinRows | ChatRows],
-          cfg: TrainConfig, optim: OptimConfig, ranks: Ranks, tokenizer, identity: dict, about: dict,
-          samples: Callable[[Llama], str] | None = None, fill: Callable | None = None, saver=None,
-          track: Callable[[dict], None] | None = None) -> None:  # fmt: skip
+def train(
+    model: Llama,
+    loss_fn: Callable,
+    rows: BinRows | ChatRows,
+    val_rows: dict[str, BinRows | ChatRows],
+    cfg: TrainConfig,
+    optim: OptimConfig,
+    ranks: Ranks,
+    tokenizer,
+    identity: dict,
+    about: dict,
+    samples: Callable[[Llama], str] | None = None,
+    fill: Callable | None = None,
+    saver=None,
+    track: Callable[[dict], None] | None = None,
+) -> None:
     """Train until the last step, a stop signal or divergence.
 
     Args:
@@ -198,8 +225,7 @@ def train(model: Llama, loss_fn: Callable, rows: BinRows | ChatRows, val_rows: d
         UserError: the folder belongs to another run, the batch cannot be divided, or the ranks were started unlike.
         RankLost: another rank hangs or has ended.
     """
-    identity = identity | {"seed": cfg.seed, "data": rows.digest, "seq_len": rows.seq_len,
-                           "optimizer": optim.optimizer}  # fmt: skip
+    identity = identity | {"seed": cfg.seed, "data": rows.digest, "seq_len": rows.seq_len, "optimizer": optim.optimizer}
     intro = about.pop("intro", [])
     run = Run(cfg.out_dir, identity, about, tokenizer, cfg.keep, ranks.first, saver)
     if cfg.resume == "no" and (aside := run.start_anew()):
@@ -230,8 +256,7 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
     if cfg.max_memory_gb:
         _, micro, micro_batches, _ = plan(cfg, rows, ranks)
         docs = batch(rows, [0]).docs is not None
-        log(memory.check(model, cfg, optim, micro, rows.seq_len, dtype, docs, ranks.device.type,
-                         micro_batches > 1))  # fmt: skip
+        log(memory.check(model, cfg, optim, micro, rows.seq_len, dtype, docs, ranks.device.type, micro_batches > 1))
     # What share of the peak it is can be said of next-token training of all weights: frozen ones take less work, and
     # rows that make their own batches come with losses that do other work.
     usual = all(p.requires_grad for p in model.parameters()) and not hasattr(rows, "make")
@@ -248,10 +273,13 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
     if state["step"] >= max_steps:
         log(f"{run.folder} is finished at step {state['step']} of {max_steps}: nothing to do (--resume no starts anew)")
         return
-    log(f"steps {max_steps}, each {per_step} rows x {rows.seq_len} positions = {micro_batches} micro-batches x "
+    log(
+        f"steps {max_steps}, each {per_step} rows x {rows.seq_len} positions = {micro_batches} micro-batches x "
         f"{spread.data.world} ranks x {micro} rows; {max_steps * per_step / len(rows):.2f} epochs of {len(rows)} "
         f"rows; {ranks.device}, {str(dtype).removeprefix('torch.')}"
-        + f", {cfg.parallel} on {ranks.world} ranks" * (ranks.world > 1))  # fmt: skip
+        + f", {cfg.parallel} on {ranks.world} ranks"
+        * (ranks.world > 1)
+    )
     if cfg.profile and max_steps - state["step"] < cfg.profile + 3:
         raise UserError(f"profile = {cfg.profile} needs {cfg.profile + 3} steps, {max_steps - state['step']} are left")
     log.progress(max_steps, state["step"])
@@ -273,8 +301,12 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
 
             # Each rank takes its own rows of the step: micro-batch m of rank r is the (m * world + r)-th piece.
             indices = step_rows(state["rows_seen"], per_step, len(rows), cfg.seed)
-            batches = (seeded_batch(rows, indices, micro, m * spread.data.world + spread.data.rank, cfg.seed,
-                                    state["step"]).to(ranks.device) for m in range(micro_batches))  # fmt: skip
+            batches = (
+                seeded_batch(
+                    rows, indices, micro, m * spread.data.world + spread.data.rank, cfg.seed, state["step"]
+                ).to(ranks.device)
+                for m in range(micro_batches)
+            )
             # Divided by the step's positions for now (a constant, so that fp16 stays in range), by its targets once
             # they are counted.
             scale = (scaler.scale if scaler else 1.0) / cfg.batch_tokens
@@ -313,16 +345,26 @@ def _loop(model, loss_fn, rows, val_rows, cfg, optim, ranks: Ranks, run: Run, lo
                 per_second, left = cfg.batch_tokens / max(seconds, 1e-9), (max_steps - step) * seconds
                 if flops and not peak and ranks.first and left > 10:  # in a run of seconds nobody asks
                     peak = speed.matmul_peak(ranks.device, dtype) * ranks.world
-                log(f"step {step}/{max_steps} loss {loss:.4f}"
+                log(
+                    f"step {step}/{max_steps} loss {loss:.4f}"
                     + (f" val {val_loss:.4f}" if val_loss is not None else "")
                     + f" lr {lr:.2e} norm {norm:.2f} {per_second:,.0f} tokens/s"
                     + (f" MFU {flops * per_second / peak:.1%}" if peak else "")
                     + f" {memory.used_gb(ranks.device):.1f} GB left {_clock(left)}"
-                    + (f" scale {scaler.scale:g}" if scaler else ""))  # fmt: skip
+                    + (f" scale {scaler.scale:g}" if scaler else "")
+                )
                 window, window_s = [], 0.0
             about_scale = {"scale": scaler.scale} if scaler else {}
-            log.metrics(step=step, loss=_plain(mean), lr=lr, grad_norm=_plain(norm), targets=int(totals[1]),
-                        tokens=cfg.batch_tokens, seconds=round(time.monotonic() - began, 6), **about_scale)  # fmt: skip
+            log.metrics(
+                step=step,
+                loss=_plain(mean),
+                lr=lr,
+                grad_norm=_plain(norm),
+                targets=int(totals[1]),
+                tokens=cfg.batch_tokens,
+                seconds=round(time.monotonic() - began, 6),
+                **about_scale,
+            )
             if step % cfg.eval_every == 0 or last:
                 state["validated"] = not stopping
                 if not stopping:
@@ -372,19 +414,23 @@ def _finish_gradients(spread, parameters: list, correction: float, optim: OptimC
     return norm
 
 
-def _overflow_or_diverge(state: dict, mean: float, norm: float, lr: float, scaler, rows, indices: list[int],
-                         run: Run) -> None:  # fmt: skip
+def _overflow_or_diverge(
+    state: dict, mean: float, norm: float, lr: float, scaler, rows, indices: list[int], run: Run
+) -> None:
     """Non-finite numbers are normal in fp16 while the scale settles; in any other case training has diverged."""
     if scaler and state["overflows"] < 20 and scaler.scale >= 1:
         return
-    what = (f"step {state['step'] + 1}: loss {mean}, gradient norm {norm}, lr {lr:.3e}"
-            + (f", scale {scaler.scale:g}" if scaler else ""))  # fmt: skip
+    what = f"step {state['step'] + 1}: loss {mean}, gradient norm {norm}, lr {lr:.3e}" + (
+        f", scale {scaler.scale:g}" if scaler else ""
+    )
     where = [rows.where(i) for i in indices]
     if run.write:
         with suppress(OSError):
             files.write_json(run.folder / "diverged.json", {"what": what, "rows": dict(zip(indices, where))})
-    raise Diverged(f"{what}; rows {indices[:4]}: {'; '.join(where[:4])}; all {len(indices)} in diverged.json",
-                   "the weights were not touched; a lower --lr or --dtype fp32 may help")  # fmt: skip
+    raise Diverged(
+        f"{what}; rows {indices[:4]}: {'; '.join(where[:4])}; all {len(indices)} in diverged.json",
+        "the weights were not touched; a lower --lr or --dtype fp32 may help",
+    )
 
 
 def _tell_spike(state: dict, mean: float, recent: deque, cfg: TrainConfig, log: Log) -> None:
@@ -410,8 +456,9 @@ def _program() -> str:
 
 
 @torch.no_grad()
-def evaluate(spread, loss_fn: Callable, rows: BinRows | ChatRows, cfg: TrainConfig,
-             autocast) -> tuple[float, float, float | None]:  # fmt: skip
+def evaluate(
+    spread, loss_fn: Callable, rows: BinRows | ChatRows, cfg: TrainConfig, autocast
+) -> tuple[float, float, float | None]:
     """Loss in nats and targets over the first eval_tokens positions, and bits per byte where bytes are known."""
     spread.model.eval()
     ranks, among = spread.ranks, spread.data
@@ -433,8 +480,9 @@ def evaluate(spread, loss_fn: Callable, rows: BinRows | ChatRows, cfg: TrainConf
     return nats, targets, nats / math.log(2) / (positions * rows.bytes_per_token)
 
 
-def _validate(spread, loss_fn, val_rows, cfg, autocast, run: Run, log: Log, state: dict, samples,
-              must: bool = False) -> float | None:  # fmt: skip
+def _validate(
+    spread, loss_fn, val_rows, cfg, autocast, run: Run, log: Log, state: dict, samples, must: bool = False
+) -> float | None:
     """Measure, print early samples, and publish the model into the run folder unless an earlier one was better.
 
     Returns:
@@ -447,9 +495,11 @@ def _validate(spread, loss_fn, val_rows, cfg, autocast, run: Run, log: Log, stat
         bits = next(iter(parts.values()))[2] if len(parts) == 1 else None
         facts |= {"val_loss": _plain(loss)} | ({"val_bits_per_byte": _plain(bits)} if bits is not None else {})
         better = math.isfinite(loss) and (state["best"] is None or loss < state["best"])
-        log(f"step {state['step']} validation loss {loss:.4f}"
+        log(
+            f"step {state['step']} validation loss {loss:.4f}"
             + (f" bits/byte {bits:.4f}" if bits is not None else "")
-            + (" (best so far)" if better else ""))  # fmt: skip
+            + (" (best so far)" if better else "")
+        )
         if len(parts) > 1:
             means = {name: nats / max(1.0, targets) for name, (nats, targets, _) in parts.items()}
             log("  of which " + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))

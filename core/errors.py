@@ -81,8 +81,12 @@ def run(main) -> None:
         gpu, cpu = type(e).__name__ == "OutOfMemoryError", isinstance(e, MemoryError) or "allocate memory" in str(e)
         if not (gpu or cpu):
             raise
-        code = _fail(f"out of {'GPU ' * gpu}memory -- when training a smaller --micro_batch or "
-                     "--gradient_checkpointing full; --max_memory_gb tells before the start", 2, debug)  # fmt: skip
+        code = _fail(
+            f"out of {'GPU ' * gpu}memory -- when training a smaller --micro_batch or "
+            "--gradient_checkpointing full; --max_memory_gb tells before the start",
+            2,
+            debug,
+        )
     except OSError as e:
         name = f"{e.filename}: " if e.filename else ""
         if e.errno in STORAGE_ERRNOS:

@@ -160,8 +160,9 @@ class Batch:
         """Rows without a text."""
         return self.rows - len(self.texts)
 
-    def add(self, prompt: list[int], sampling: SamplingConfig, stop_ids: set[int], n: int = 1,
-            logprobs: int = 0) -> list[Text]:  # fmt: skip
+    def add(
+        self, prompt: list[int], sampling: SamplingConfig, stop_ids: set[int], n: int = 1, logprobs: int = 0
+    ) -> list[Text]:
         """n texts that begin with the same prompt, drawn with the seeds `sampling.seed`, + 1 ...; it is read once.
 
         Raises:
@@ -170,14 +171,22 @@ class Batch:
         return self.add_all([prompt], sampling, stop_ids, n, logprobs)[0]
 
     @torch.no_grad()
-    def add_all(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop_ids: set[int], n: int = 1,
-                logprobs: int = 0) -> list[list[Text]]:  # fmt: skip
+    def add_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        stop_ids: set[int],
+        n: int = 1,
+        logprobs: int = 0,
+    ) -> list[list[Text]]:
         """The same for several prompts, in one pass of the model."""
         assert len(prompts) * n <= self.free
         self._catch_up()
         prompts = [fitting(prompt, self.model, sampling) for prompt in prompts]
-        groups = [[Text(list(prompt), replace(sampling, seed=sampling.seed + i), stop_ids, logprobs) for i in range(n)]
-                  for prompt in prompts]  # fmt: skip
+        groups = [
+            [Text(list(prompt), replace(sampling, seed=sampling.seed + i), stop_ids, logprobs) for i in range(n)]
+            for prompt in prompts
+        ]
         if not sampling.max_new_tokens:
             for text in itertools.chain(*groups):
                 text.end = "length"
@@ -339,14 +348,16 @@ def fitting(prompt: Sequence[int], model: Llama, sampling: SamplingConfig) -> li
         wrong = next(i for i in prompt if not 0 <= i < vocab)
         raise UserError(f"the prompt has id {wrong}, the model knows {vocab}", "is this its tokenizer?")
     if len(prompt) > context and sampling.truncate == "none":
-        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {context}",
-                        "shorten it, or --truncate left")  # fmt: skip
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, the model's context is {context}", "shorten it, or --truncate left"
+        )
     kept = max(context - sampling.max_new_tokens, context // 2)
     return list(prompt) if len(prompt) <= context else list(prompt[-kept:])
 
 
-def generate(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig, stop_ids: set[int], *,
-             compiled: bool = False) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
+def generate(
+    model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig, stop_ids: set[int], *, compiled: bool = False
+) -> Iterator[list[tuple[int, int]]]:
     """Continue prompts, all of them in one batch.
 
     Args:
@@ -367,8 +378,17 @@ def generate(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig
         yield [(rows[token.text], token.id) for token in step if token.end != "stop"]
 
 
-def continued(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig, stop_ids: set[int], *, rows: int,
-              n: int = 1, logprobs: int = 0, compiled: bool = False) -> list[list[Text]]:  # fmt: skip
+def continued(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    cfg: SamplingConfig,
+    stop_ids: set[int],
+    *,
+    rows: int,
+    n: int = 1,
+    logprobs: int = 0,
+    compiled: bool = False,
+) -> list[list[Text]]:
     """The n texts of each prompt, in the prompts' order. A text that ends makes room for the next.
 
     Args:
@@ -388,15 +408,22 @@ def continued(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfi
     return groups
 
 
-def complete(model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig,
-             stop_ids: set[int]) -> list[list[int]]:  # fmt: skip
+def complete(
+    model: Llama, prompts: Sequence[Sequence[int]], cfg: SamplingConfig, stop_ids: set[int]
+) -> list[list[int]]:
     """What is added to each prompt, all at once."""
     return [text.added for (text,) in continued(model, prompts, cfg, stop_ids, rows=len(prompts))]
 
 
 @torch.no_grad()
-def beam_search(model: Llama, prompt: Sequence[int], cfg: SamplingConfig, stop_ids: set[int], beams: int,
-                length_penalty: float = 1.0) -> list[tuple[list[int], float]]:  # fmt: skip
+def beam_search(
+    model: Llama,
+    prompt: Sequence[int],
+    cfg: SamplingConfig,
+    stop_ids: set[int],
+    beams: int,
+    length_penalty: float = 1.0,
+) -> list[tuple[list[int], float]]:
     """The likeliest continuations that `beams` texts, the best at each length, lead to.
 
     Args:

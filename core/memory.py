@@ -81,9 +81,17 @@ def used_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def peak_bytes(model: Llama, rows: int, seq_len: int, dtype: torch.dtype = torch.float32,
-               checkpointing: str = "none", docs: bool = True, optim: OptimConfig = OptimConfig(),  # noqa: B008
-               device: str = "cpu", several: bool = True) -> int:  # fmt: skip
+def peak_bytes(
+    model: Llama,
+    rows: int,
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: str = "none",
+    docs: bool = True,
+    optim: OptimConfig = OptimConfig(),  # noqa: B008
+    device: str = "cpu",
+    several: bool = True,
+) -> int:
     """Bytes of tensors at the peak of training on one device.
 
     Args:
@@ -144,8 +152,17 @@ def fitting_rows(need: Callable[[int], float], limit: float, most: int) -> int:
     return low[0]
 
 
-def check(model: Llama, cfg, optim: OptimConfig, rows: int, seq_len: int, dtype: torch.dtype, docs: bool,
-          device: str, several: bool) -> str:  # fmt: skip
+def check(
+    model: Llama,
+    cfg,
+    optim: OptimConfig,
+    rows: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    docs: bool,
+    device: str,
+    several: bool,
+) -> str:
     """Refuse a run that would not fit cfg.max_memory_gb, and say the smallest change that would.
 
     Args:
@@ -177,6 +194,8 @@ def check(model: Llama, cfg, optim: OptimConfig, rows: int, seq_len: int, dtype:
                 raise UserError(f"a step needs {expected:.2f} GB, max_memory_gb is {limit:g}", change.strip())
             smaller //= 2
     least = need(1, "full")
-    raise UserError(f"a step needs {expected:.2f} GB, max_memory_gb is {limit:g}, and one row with full checkpointing "
-                    f"needs {least:.2f}", "a smaller model, a shorter seq_len, or fsdp on several cards")  # fmt: skip
-
+    raise UserError(
+        f"a step needs {expected:.2f} GB, max_memory_gb is {limit:g}, and one row with full checkpointing "
+        f"needs {least:.2f}",
+        "a smaller model, a shorter seq_len, or fsdp on several cards",
+    )

@@ -73,8 +73,9 @@ def make_optimizers(model: nn.Module, cfg: OptimConfig) -> list[torch.optim.Opti
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     # fused: one kernel for all parameters, 5x the speed of the default (foreach) on CPU.
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                              eps=cfg.eps, fused=True)  # fmt: skip
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
+    )
     return [Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay), adamw] if with_muon else [adamw]
 
 

@@ -45,7 +45,7 @@ def spread(model: Llama, cfg, ranks: Ranks, dtype: torch.dtype, fill: Callable |
         UserError: options that do not go together.
     """
     if cfg.deterministic and cfg.parallel != "ddp":
-        raise UserError(f"deterministic = true needs parallel = \"ddp\", not {cfg.parallel!r}")
+        raise UserError(f'deterministic = true needs parallel = "ddp", not {cfg.parallel!r}')
     if cfg.deterministic and ranks.world & (ranks.world - 1):
         raise UserError(f"deterministic = true on {ranks.world} ranks", "1, 2, 4, 8 ... ranks")
     if cfg.deterministic and ranks.device.type == "cuda":
@@ -53,8 +53,12 @@ def spread(model: Llama, cfg, ranks: Ranks, dtype: torch.dtype, fill: Callable |
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it then
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a help to find faults: it costs time
-    kinds = {"ddp": FixedOrder if cfg.deterministic else Copies, "zero1": SharedMoments, "fsdp": Shards,
-             "pipeline": Pipeline}  # fmt: skip
+    kinds = {
+        "ddp": FixedOrder if cfg.deterministic else Copies,
+        "zero1": SharedMoments,
+        "fsdp": Shards,
+        "pipeline": Pipeline,
+    }
     alone = ranks.world == 1 and cfg.parallel in ("zero1", "fsdp")  # nothing to share
     return (Copies if alone else kinds[cfg.parallel])(model, cfg, ranks, dtype, fill)
 
@@ -163,8 +167,11 @@ class Copies:
 
     def moments(self, optimizers: list) -> dict[str, Tensor]:
         """The optimizers' state as "parameter:key"."""
-        return {f"{name}:{key}": value for name, p, optimizer in named(self.model, optimizers)
-                for key, value in optimizer.state[p].items()}  # fmt: skip
+        return {
+            f"{name}:{key}": value
+            for name, p, optimizer in named(self.model, optimizers)
+            for key, value in optimizer.state[p].items()
+        }
 
     @torch.no_grad()
     def put(self, part: Tensor, whole: Tensor) -> None:
@@ -201,8 +208,11 @@ class FixedOrder(Copies):
             p.grad = None
         for bit in range(self.ranks.world.bit_length() - 1):
             other, theirs = self.ranks.rank ^ (1 << bit), [torch.empty_like(g) for g in grads]
-            moves = [dist.P2POp(op, t, other) for ours, their in zip(grads, theirs)
-                     for op, t in ((dist.isend, ours), (dist.irecv, their))]  # fmt: skip
+            moves = [
+                dist.P2POp(op, t, other)
+                for ours, their in zip(grads, theirs)
+                for op, t in ((dist.isend, ours), (dist.irecv, their))
+            ]
             for move in dist.batch_isend_irecv(moves):
                 move.wait()
             torch._foreach_add_(grads, theirs)
@@ -282,8 +292,10 @@ class Shards(Copies):
         self.model, self.ranks, self.data, self.module = model, ranks, ranks, model
         self._offload = cfg.cpu_offload
         pinned = fsdp.CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
-        where = {"mesh": init_device_mesh(ranks.device.type, (ranks.world,)),
-                 "offload_policy": pinned if cfg.cpu_offload else fsdp.OffloadPolicy()}  # fmt: skip
+        where = {
+            "mesh": init_device_mesh(ranks.device.type, (ranks.world,)),
+            "offload_policy": pinned if cfg.cpu_offload else fsdp.OffloadPolicy(),
+        }
         products = None if dtype == torch.float32 else dtype
         policy = fsdp.MixedPrecisionPolicy(products, reduce_dtype=torch.float32, cast_forward_inputs=False)
         if cfg.compile:
@@ -357,8 +369,10 @@ class Pipeline(Owned):
         if ranks.world == 1:
             raise UserError('parallel = "pipeline" needs a rank for each stage', "torchrun --nproc_per_node=2 ...")
         if model.config.tie_word_embeddings:
-            raise UserError("a pipeline's first rank has the embedding, its last the head: they cannot be tied",
-                            "--tie_word_embeddings false")  # fmt: skip
+            raise UserError(
+                "a pipeline's first rank has the embedding, its last the head: they cannot be tied",
+                "--tie_word_embeddings false",
+            )
         if model.config.num_hidden_layers < ranks.world:
             raise UserError(f"{model.config.num_hidden_layers} layers for {ranks.world} ranks of a pipeline")
         self.model, self.ranks, self.data = model, ranks, Ranks(0, 1, ranks.device)
@@ -385,8 +399,10 @@ class Pipeline(Owned):
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
         if number < self.ranks.world:
-            raise UserError(f"{number} micro-batches a step for {self.ranks.world} stages: some would only wait",
-                            "a smaller --micro_batch")  # fmt: skip
+            raise UserError(
+                f"{number} micro-batches a step for {self.ranks.world} stages: some would only wait",
+                "a smaller --micro_batch",
+            )
         stage = PipelineStage(self.module, self.ranks.rank, self.ranks.world, self.ranks.device)
         return Schedule1F1B(stage, number, loss_fn=lambda out, _: out.sum() * self._scale, scale_grads=False)
 

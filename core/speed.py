@@ -64,5 +64,7 @@ def _top(found, by: str) -> str:
     by = by.replace("cuda", "device")
     events = sorted(found.key_averages(), key=lambda e: -getattr(e, by))
     total = sum(getattr(e, by) for e in events) or 1
-    return "\n".join(f"  {getattr(e, by) / total:5.1%}  {getattr(e, by) / 1000:9.1f} ms  {e.count:6} x  {e.key[:60]}"
-                     for e in events[:10])  # fmt: skip
+    return "\n".join(
+        f"  {getattr(e, by) / total:5.1%}  {getattr(e, by) / 1000:9.1f} ms  {e.count:6} x  {e.key[:60]}"
+        for e in events[:10]
+    )

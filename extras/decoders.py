@@ -55,8 +55,9 @@ def theirs(folder: Path, options: list[str], threads: int) -> tuple[Callable, in
 
     def run(prompt: list[int], new: int):
         ids, told, began = torch.tensor([prompt]), First(), time.perf_counter()
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-                             pad_token_id=0, streamer=told)  # fmt: skip
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0, streamer=told
+        )
         return told.at[1] - began, time.perf_counter() - began, out[0, len(prompt) :].tolist()
 
     return run, 0
@@ -73,10 +74,17 @@ def llama_cpp(path: Path, options: list[str], threads: int) -> tuple[Callable, i
     server = xllamacpp.Server(params)
 
     def run(prompt: list[int], new: int):
-        body = {"prompt": prompt, "n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False,
-                "return_tokens": True}  # fmt: skip
-        request = urllib.request.Request(f"{server.listening_address}/completion", json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})  # fmt: skip
+        body = {
+            "prompt": prompt,
+            "n_predict": new,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
+        request = urllib.request.Request(
+            f"{server.listening_address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         began = time.perf_counter()
         with urllib.request.urlopen(request) as reply:
             answer = json.load(reply)
@@ -84,4 +92,3 @@ def llama_cpp(path: Path, options: list[str], threads: int) -> tuple[Callable, i
         return answer["timings"]["prompt_ms"] / 1000, time.perf_counter() - began, answer["tokens"]
 
     return run, path.stat().st_size
-

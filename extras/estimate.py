@@ -36,8 +36,10 @@ class EstimateConfig:
         if self.memory:
             gigabytes(self.memory)
         if self.tokens < 0 or self.cards < 1 or not 0 < self.mfu <= 1:
-            raise ValueError(f"tokens = {self.tokens}, cards = {self.cards}, mfu = {self.mfu}: tokens must not be "
-                             "negative, cards at least 1, mfu above 0 and at most 1")  # fmt: skip
+            raise ValueError(
+                f"tokens = {self.tokens}, cards = {self.cards}, mfu = {self.mfu}: tokens must not be "
+                "negative, cards at least 1, mfu above 0 and at most 1"
+            )
 
 
 def gigabytes(text: str) -> float:
@@ -85,27 +87,40 @@ def report(model: Llama, cfg, rows, seq_len: int, ranks: Ranks) -> str:
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     gradients = sum(p.numel() for p in trained) * 4 / 1e9
     moments = gradients * _moments(cfg.optim.optimizer, model)
-    lines = [describe(model), "",
-             f"memory of one device in GB at the peak of a step, {micro} rows of {seq_len} at once, "
-             f"x {memory.OVERHEAD[device]} for the allocator:",
-             f"{'':<23} weights  gradients  moments  activations  in all"]  # fmt: skip
+    lines = [
+        describe(model),
+        "",
+        f"memory of one device in GB at the peak of a step, {micro} rows of {seq_len} at once, "
+        f"x {memory.OVERHEAD[device]} for the allocator:",
+        f"{'':<23} weights  gradients  moments  activations  in all",
+    ]
     for name, number in {"fp32": torch.float32, "bf16 or fp16": torch.bfloat16}.items():
         for kind in KINDS:
             whole = peak(kind, number, micro)
             rest = max(0.0, whole - weights - gradients - moments)
             chosen = (kind, number.itemsize) == (cfg.train.gradient_checkpointing, dtype.itemsize)
-            lines.append(f"{name:<12} {kind:<10} {weights:>7.2f} {gradients:>10.2f} {moments:>8.2f} {rest:>12.2f} "
-                         f"{whole * memory.OVERHEAD[device]:>7.2f}" + "  <- as configured" * chosen)  # fmt: skip
+            lines.append(
+                f"{name:<12} {kind:<10} {weights:>7.2f} {gradients:>10.2f} {moments:>8.2f} {rest:>12.2f} "
+                f"{whole * memory.OVERHEAD[device]:>7.2f}" + "  <- as configured" * chosen
+            )
     if asked.memory:
         limit = gigabytes(asked.memory) / memory.OVERHEAD[device]
         fits = {kind: memory.fitting_rows(partial(peak, kind, dtype), limit, most=1024) for kind in KINDS}
-        lines += ["", f"largest micro_batch in {asked.memory}, {str(dtype).removeprefix('torch.')}: "
-                  + ", ".join(f"{n or 'none'} with gradient_checkpointing {kind}" for kind, n in fits.items())]
+        lines += [
+            "",
+            f"largest micro_batch in {asked.memory}, {str(dtype).removeprefix('torch.')}: "
+            + ", ".join(f"{n or 'none'} with gradient_checkpointing {kind}" for kind, n in fits.items()),
+        ]
     flops = model.flops_per_token(seq_len)
     again = flops + flops / 3  # the forward pass, a third, once more
-    lines += ["", *told, f"{positions:,.0f} positions x {flops:.3g} FLOPs = {positions * flops:.3g} FLOPs "
-              f"({positions * again:.3g} with gradient_checkpointing full)", "",
-              f"{f'at {asked.mfu:.0%} of the peak of matrix products':<50}{'':>10}  gradient_checkpointing full"]
+    lines += [
+        "",
+        *told,
+        f"{positions:,.0f} positions x {flops:.3g} FLOPs = {positions * flops:.3g} FLOPs "
+        f"({positions * again:.3g} with gradient_checkpointing full)",
+        "",
+        f"{f'at {asked.mfu:.0%} of the peak of matrix products':<50}{'':>10}  gradient_checkpointing full",
+    ]
     here = speed.matmul_peak(ranks.device, dtype) / 1e12
     machines = {f"this machine ({ranks.device.type}, {here:.3g} TFLOP/s measured)": (here, 1)}
     machines |= {f"{asked.cards} x {name} ({tflops} TFLOP/s)": (tflops, asked.cards) for name, tflops in CARDS.items()}
@@ -118,8 +133,9 @@ def report(model: Llama, cfg, rows, seq_len: int, ranks: Ranks) -> str:
 def _moments(optimizer: str, model: Llama) -> float:
     """Numbers that the optimizer keeps for each trained one: AdamW two, Muon one."""
     sizes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    once = sum(size for name, size in sizes.items()
-               if optimizer == "muon" and ".layers." in name and "norm" not in name)  # fmt: skip
+    once = sum(
+        size for name, size in sizes.items() if optimizer == "muon" and ".layers." in name and "norm" not in name
+    )
     return 2 - once / max(1, sum(sizes.values()))
 
 

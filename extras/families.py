@@ -272,13 +272,18 @@ def bloom(raw: dict, path: Path) -> dict:
     _only(raw, path, apply_residual_connection_post_layernorm=False)
     hidden = _first(raw, "hidden_size", "n_embed")
     return {
-        "vocab_size": raw.get("vocab_size"), "hidden_size": hidden, "intermediate_size": _four_times(hidden),
+        "vocab_size": raw.get("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": _four_times(hidden),
         "num_hidden_layers": _first(raw, "n_layer", "num_hidden_layers"),
         "num_attention_heads": _first(raw, "n_head", "num_attention_heads"),
-        "max_position_embeddings": raw.get("seq_length", 2048), "rms_norm_eps": raw.get("layer_norm_epsilon", 1e-5),
+        "max_position_embeddings": raw.get("seq_length", 2048),
+        "rms_norm_eps": raw.get("layer_norm_epsilon", 1e-5),
         "tie_word_embeddings": raw.get("tie_word_embeddings", True),
-        "alibi": True, "embedding_norm": True, "mlp": "gelu_tanh",
-    }  # fmt: skip
+        "alibi": True,
+        "embedding_norm": True,
+        "mlp": "gelu_tanh",
+    }
 
 
 def gpt_neox(raw: dict, path: Path) -> dict:
@@ -286,10 +291,14 @@ def gpt_neox(raw: dict, path: Path) -> dict:
     share = _first(raw.get("rope_parameters") or {}, "partial_rotary_factor") or raw.get("rotary_pct", 0.25)
     bias = _flag(raw, path, "attention_bias", True)
     return rope | {
-        "rms_norm_eps": raw.get("layer_norm_eps", 1e-5), "rotary_share": _share(raw, path, share),
-        "parallel": _flag(raw, path, "use_parallel_residual", True), "qkv_bias": bias, "out_bias": bias,
-        "attention_bias": False, "mlp": _gelu(raw, path, "hidden_act"),
-    }  # fmt: skip
+        "rms_norm_eps": raw.get("layer_norm_eps", 1e-5),
+        "rotary_share": _share(raw, path, share),
+        "parallel": _flag(raw, path, "use_parallel_residual", True),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "attention_bias": False,
+        "mlp": _gelu(raw, path, "hidden_act"),
+    }
 
 
 def falcon(raw: dict, path: Path) -> dict:
@@ -302,12 +311,20 @@ def falcon(raw: dict, path: Path) -> dict:
     norms = ("ln_attn", "ln_mlp") if two else ("input_layernorm",) + ("post_attention_layernorm",) * (not parallel)
     bias = _flag(raw, path, "bias", False)
     return checkpoint.read_rope(raw, path) | {
-        "num_attention_heads": heads, "num_hidden_layers": _first(raw, "num_hidden_layers", "n_layer"),
-        "hidden_size": hidden, "intermediate_size": _first(raw, "ffn_hidden_size") or _four_times(hidden),
-        "num_key_value_heads": groups, "rms_norm_eps": raw.get("layer_norm_epsilon", 1e-5), "norms": norms,
-        "tie_word_embeddings": raw.get("tie_word_embeddings", True), "parallel": parallel, "qkv_bias": bias,
-        "out_bias": bias, "mlp_bias": bias, "mlp": _gelu(raw, path, "activation"),
-    }  # fmt: skip
+        "num_attention_heads": heads,
+        "num_hidden_layers": _first(raw, "num_hidden_layers", "n_layer"),
+        "hidden_size": hidden,
+        "intermediate_size": _first(raw, "ffn_hidden_size") or _four_times(hidden),
+        "num_key_value_heads": groups,
+        "rms_norm_eps": raw.get("layer_norm_epsilon", 1e-5),
+        "norms": norms,
+        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+        "parallel": parallel,
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": bias,
+        "mlp": _gelu(raw, path, "activation"),
+    }
 
 
 def glm(raw: dict, path: Path) -> dict:
@@ -315,32 +332,57 @@ def glm(raw: dict, path: Path) -> dict:
     rope = checkpoint.read_rope(raw, path)
     share = _first(raw.get("rope_parameters") or {}, "partial_rotary_factor") or raw.get("partial_rotary_factor", 0.5)
     return rope | {
-        "qkv": "apart", "qkv_bias": _flag(raw, path, "attention_bias", True), "attention_bias": False,
-        "rms_norm_eps": raw.get("rms_norm_eps", 1.5625e-07), "mlp": "joined_swiglu",
-        "rotary_share": _share(raw, path, share), "out_bias": False, "mlp_bias": False,
-        "layer_norm": False, "interleaved": True,
-    }  # fmt: skip
+        "qkv": "apart",
+        "qkv_bias": _flag(raw, path, "attention_bias", True),
+        "attention_bias": False,
+        "rms_norm_eps": raw.get("rms_norm_eps", 1.5625e-07),
+        "mlp": "joined_swiglu",
+        "rotary_share": _share(raw, path, share),
+        "out_bias": False,
+        "mlp_bias": False,
+        "layer_norm": False,
+        "interleaved": True,
+    }
 
 
 def chatglm(raw: dict, path: Path) -> dict:
     """ChatGLM2 and 3, by their own files."""
-    _only(raw, path, rmsnorm=True, post_layer_norm=True, apply_residual_connection_post_layernorm=False,
-          add_bias_linear=False, multi_query_attention=True, original_rope=True)  # fmt: skip
+    _only(
+        raw,
+        path,
+        rmsnorm=True,
+        post_layer_norm=True,
+        apply_residual_connection_post_layernorm=False,
+        add_bias_linear=False,
+        multi_query_attention=True,
+        original_rope=True,
+    )
     ratio = raw.get("rope_ratio", 1)
     if "padded_vocab_size" not in raw:
         raise UserError(f"{path}: not ChatGLM2's or ChatGLM3's; the first ChatGLM is not supported")
     if type(ratio) not in (int, float) or not 0 < ratio < 1e9:
         raise UserError(f"{path}: rope_ratio = {str(ratio)[:60]!r}, must be a positive number")
     return {
-        "vocab_size": raw["padded_vocab_size"], "hidden_size": raw.get("hidden_size"),
-        "intermediate_size": raw.get("ffn_hidden_size"), "num_hidden_layers": raw.get("num_layers"),
-        "num_attention_heads": raw.get("num_attention_heads"), "head_dim": raw.get("kv_channels"),
-        "num_key_value_heads": raw.get("multi_query_group_num"), "rms_norm_eps": raw.get("layernorm_epsilon", 1e-5),
-        "max_position_embeddings": raw.get("seq_length", 2048), "rope_theta": 10000.0 * ratio,
+        "vocab_size": raw["padded_vocab_size"],
+        "hidden_size": raw.get("hidden_size"),
+        "intermediate_size": raw.get("ffn_hidden_size"),
+        "num_hidden_layers": raw.get("num_layers"),
+        "num_attention_heads": raw.get("num_attention_heads"),
+        "head_dim": raw.get("kv_channels"),
+        "num_key_value_heads": raw.get("multi_query_group_num"),
+        "rms_norm_eps": raw.get("layernorm_epsilon", 1e-5),
+        "max_position_embeddings": raw.get("seq_length", 2048),
+        "rope_theta": 10000.0 * ratio,
         "tie_word_embeddings": _flag(raw, path, "tie_word_embeddings", False),
-        "qkv": "row", "qkv_bias": _flag(raw, path, "add_qkv_bias", False), "out_bias": False, "mlp_bias": False,
-        "mlp": "joined_swiglu", "layer_norm": False, "rotary_share": 0.5, "interleaved": True,
-    }  # fmt: skip
+        "qkv": "row",
+        "qkv_bias": _flag(raw, path, "add_qkv_bias", False),
+        "out_bias": False,
+        "mlp_bias": False,
+        "mlp": "joined_swiglu",
+        "layer_norm": False,
+        "rotary_share": 0.5,
+        "interleaved": True,
+    }
 
 
 def baichuan(raw: dict, path: Path) -> dict:
@@ -350,23 +392,45 @@ def baichuan(raw: dict, path: Path) -> dict:
         raise UserError(f"{path}: Baichuan 2, whose head norms its weights, is not supported")
     alibi = "max_position_embeddings" not in raw
     return {
-        "max_position_embeddings": _first(raw, "max_position_embeddings", "model_max_length"), "alibi": alibi,
-        "qkv": "row", "qkv_bias": False, "out_bias": False, "mlp": "swiglu", "mlp_bias": False, "layer_norm": False,
-    }  # fmt: skip
+        "max_position_embeddings": _first(raw, "max_position_embeddings", "model_max_length"),
+        "alibi": alibi,
+        "qkv": "row",
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp": "swiglu",
+        "mlp_bias": False,
+        "layer_norm": False,
+    }
 
 
-_MEGATRON = [(".self_attention.dense.", ".self_attn.o_proj."), (".self_attention.", ".self_attn."),
-             (".mlp.dense_h_to_4h.", ".mlp.up_proj."), (".mlp.dense_4h_to_h.", ".mlp.down_proj.")]  # fmt: skip
-_BLOOM = [("transformer.word_embeddings_layernorm.", "model.embed_tokens.norm."),
-          ("transformer.word_embeddings.", "model.embed_tokens."), ("transformer.h.", "model.layers."),
-          ("transformer.ln_f.", "model.norm."), *_MEGATRON]  # fmt: skip
-_NEOX = [("gpt_neox.embed_in.", "model.embed_tokens."), ("gpt_neox.layers.", "model.layers."),
-         ("gpt_neox.final_layer_norm.", "model.norm."), ("embed_out.", "lm_head."),
-         *((theirs.replace("self_attention", "attention"), ours) for theirs, ours in _MEGATRON)]  # fmt: skip
-_CHATGLM = [("transformer.embedding.word_embeddings.", "model.embed_tokens."),
-            ("transformer.encoder.layers.", "model.layers."), ("transformer.encoder.final_layernorm.", "model.norm."),
-            ("transformer.output_layer.", "lm_head."), (".mlp.dense_h_to_4h.", ".mlp.gate_up_proj."),
-            *_MEGATRON]  # fmt: skip
+_MEGATRON = [
+    (".self_attention.dense.", ".self_attn.o_proj."),
+    (".self_attention.", ".self_attn."),
+    (".mlp.dense_h_to_4h.", ".mlp.up_proj."),
+    (".mlp.dense_4h_to_h.", ".mlp.down_proj."),
+]
+_BLOOM = [
+    ("transformer.word_embeddings_layernorm.", "model.embed_tokens.norm."),
+    ("transformer.word_embeddings.", "model.embed_tokens."),
+    ("transformer.h.", "model.layers."),
+    ("transformer.ln_f.", "model.norm."),
+    *_MEGATRON,
+]
+_NEOX = [
+    ("gpt_neox.embed_in.", "model.embed_tokens."),
+    ("gpt_neox.layers.", "model.layers."),
+    ("gpt_neox.final_layer_norm.", "model.norm."),
+    ("embed_out.", "lm_head."),
+    *((theirs.replace("self_attention", "attention"), ours) for theirs, ours in _MEGATRON),
+]
+_CHATGLM = [
+    ("transformer.embedding.word_embeddings.", "model.embed_tokens."),
+    ("transformer.encoder.layers.", "model.layers."),
+    ("transformer.encoder.final_layernorm.", "model.norm."),
+    ("transformer.output_layer.", "lm_head."),
+    (".mlp.dense_h_to_4h.", ".mlp.gate_up_proj."),
+    *_MEGATRON,
+]
 
 
 def register() -> None:
@@ -378,4 +442,4 @@ def register() -> None:
         "glm": FamilyFiles(glm, []),
         "chatglm": FamilyFiles(chatglm, _CHATGLM),
         "baichuan": FamilyFiles(baichuan, [(".W_pack.", ".query_key_value.")]),
-    }  # fmt: skip
+    }

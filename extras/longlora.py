@@ -46,14 +46,19 @@ def begin(model: Llama, cfg: LongConfig, identity: dict) -> dict:
     known, changes = model.config.max_position_embeddings, {}
     if cfg.context:
         if type(model.config) is not ModelConfig or model.config.rope_type != "default":
-            raise UserError(f"context = {cfg.context}: not for {model.config.model_type} with rope_type "
-                            f"{model.config.rope_type}", "a Llama or Qwen whose positions are not scaled")  # fmt: skip
+            raise UserError(
+                f"context = {cfg.context}: not for {model.config.model_type} with rope_type {model.config.rope_type}",
+                "a Llama or Qwen whose positions are not scaled",
+            )
         if cfg.context <= known:
             raise UserError(f"context = {cfg.context}: the base has {known} positions", f"--context {4 * known}")
         # transformers measures `dynamic` from max_position_embeddings; yarn alone wants to know what was trained on.
-        changes = {"rope_type": cfg.scaling, "rope_factor": cfg.context / known,
-                   "max_position_embeddings": known if cfg.scaling == "dynamic" else cfg.context,
-                   "original_max_position_embeddings": known if cfg.scaling == "yarn" else 0}  # fmt: skip
+        changes = {
+            "rope_type": cfg.scaling,
+            "rope_factor": cfg.context / known,
+            "max_position_embeddings": known if cfg.scaling == "dynamic" else cfg.context,
+            "original_max_position_embeddings": known if cfg.scaling == "yarn" else 0,
+        }
         model.config = replace(model.config, **changes)
     if cfg.shifted:
         if model.config.num_attention_heads % 2:

@@ -107,8 +107,9 @@ def apply(model: Llama, cfg: LoraConfig, packed: Callable[[Tensor, bool], nn.Mod
     for name in targets:
         least = min(linear[name].weight.shape)
         if not 0 < cfg.r <= least:
-            raise UserError(f"r = {cfg.r} for {name} of {' x '.join(map(str, linear[name].weight.shape))}",
-                            f"from 1 to {least}")  # fmt: skip
+            raise UserError(
+                f"r = {cfg.r} for {name} of {' x '.join(map(str, linear[name].weight.shape))}", f"from 1 to {least}"
+            )
         pack = partial(packed, double_quant=cfg.double_quant) if packed and ".layers." in name else None  # not the head
         _replace(model, name, LoraLinear(linear[name], cfg, pack))
     for name in whole:
@@ -150,8 +151,16 @@ def _replace(model: Llama, name: str, layer: nn.Module) -> None:
 # ---------------------------------------------------------------- training
 
 
-def tune(model: Llama, fill: Callable, cfg, base: Path | str, identity: dict, intro: list[str],
-         packed: Callable[[Tensor, bool], nn.Module], changes: dict) -> tuple[Callable, "Adapter | None"]:  # fmt: skip
+def tune(
+    model: Llama,
+    fill: Callable,
+    cfg,
+    base: Path | str,
+    identity: dict,
+    intro: list[str],
+    packed: Callable[[Tensor, bool], nn.Module],
+    changes: dict,
+) -> tuple[Callable, "Adapter | None"]:
     """What a command does to an opened model before it trains it: LoRA, QLoRA or nothing, as the options say.
 
     Args:
@@ -171,20 +180,28 @@ def tune(model: Llama, fill: Callable, cfg, base: Path | str, identity: dict, in
     if not base:
         raise UserError("LoRA stands beside a model that there is", "--init_from DIR")
     if cfg.optim.optimizer == "muon":  # its updates have full rank, a product's factors do not
-        raise UserError("optimizer = \"muon\" does not go with LoRA", "--optimizer adamw, or configs/lora.toml")
+        raise UserError('optimizer = "muon" does not go with LoRA', "--optimizer adamw, or configs/lora.toml")
     if cfg.lora.quantize and cfg.train.parallel == "fsdp":
-        raise UserError("parallel = \"fsdp\" does not go with quantize", "--parallel ddp: packed weights are small")
+        raise UserError('parallel = "fsdp" does not go with quantize', "--parallel ddp: packed weights are small")
     fill, saver = begin(model, fill, cfg.lora, cfg.train.seed, base, packed if cfg.lora.quantize else None, changes)
     identity["lora"] = saver.identity
     trained, frozen = ([p for p in model.parameters() if p.requires_grad is flag] for flag in (True, False))
-    intro.append(f"{'QLoRA' if cfg.lora.quantize else 'LoRA'}: {sum(p.numel() for p in trained):,} parameters are "
-                 f"trained, {sum(p.numel() * p.element_size() for p in frozen) / 1e6:,.0f} MB are frozen")  # fmt: skip
+    intro.append(
+        f"{'QLoRA' if cfg.lora.quantize else 'LoRA'}: {sum(p.numel() for p in trained):,} parameters are "
+        f"trained, {sum(p.numel() * p.element_size() for p in frozen) / 1e6:,.0f} MB are frozen"
+    )
     return fill, saver
 
 
-def begin(model: Llama, fill: Callable, cfg: LoraConfig, seed: int, base: Path,
-          packed: Callable[[Tensor, bool], nn.Module] | None = None,
-          changes: dict | None = None) -> tuple[Callable, "Adapter"]:  # fmt: skip
+def begin(
+    model: Llama,
+    fill: Callable,
+    cfg: LoraConfig,
+    seed: int,
+    base: Path,
+    packed: Callable[[Tensor, bool], nn.Module] | None = None,
+    changes: dict | None = None,
+) -> tuple[Callable, "Adapter"]:
     """Apply LoRA to what `checkpoint.open_model` returned, for training.
 
     Args:
@@ -197,8 +214,9 @@ def begin(model: Llama, fill: Callable, cfg: LoraConfig, seed: int, base: Path,
     return begun(model, fill, cfg, seed, packed), Adapter(cfg, base, model.config, changes or {})
 
 
-def begun(model: Llama, fill: Callable, cfg: LoraConfig, seed: int,
-          packed: Callable[[Tensor, bool], nn.Module] | None = None) -> Callable:  # fmt: skip
+def begun(
+    model: Llama, fill: Callable, cfg: LoraConfig, seed: int, packed: Callable[[Tensor, bool], nn.Module] | None = None
+) -> Callable:
     """Apply LoRA to a model on the meta device, and give all of it its first values.
 
     Args:
@@ -209,8 +227,11 @@ def begun(model: Llama, fill: Callable, cfg: LoraConfig, seed: int,
         `fill` for the whole.
     """
     apply(model, cfg, packed)
-    weights = {f"{name}.weight": layer.weight for name, layer in model.named_modules()
-               if isinstance(layer, LoraLinear) and layer.packed}  # fmt: skip
+    weights = {
+        f"{name}.weight": layer.weight
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLinear) and layer.packed
+    }
     shapes = {name: p.shape for name, p in model.named_parameters() if ".lora_" in name}  # a pipeline takes layers away
 
     def fill_both(write: Callable[[str, Tensor], None]) -> None:
@@ -242,7 +263,9 @@ class Adapter:
         # What a resumed run must share with the one it continues; QLoRA's only with it: runs from before it go on.
         skip = ("lora_config", *(QUANTIZING if not cfg.quantize else ()))
         self.identity = {k: v for k, v in asdict(cfg).items() if k not in skip} | {
-            "target_modules": list(cfg.target_modules), "modules_to_save": list(cfg.modules_to_save)}  # fmt: skip
+            "target_modules": list(cfg.target_modules),
+            "modules_to_save": list(cfg.modules_to_save),
+        }
 
     def save(self, folder: Path, model: Llama, tokenizer, about: dict, weights: dict[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,8 +274,11 @@ class Adapter:
             weights[f"{HEAD}.weight"] = weights[f"{EMBEDDING}.weight"].clone()  # PEFT has no tied ones: the same values
         weights = {checkpoint.family_of(self.config).theirs(name): t for name, t in weights.items()}
         checkpoint.save_tensors(folder / self.file, {PREFIX + n: t.detach().contiguous() for n, t in weights.items()})
-        checkpoint.save_about(folder, tokenizer, about | {"base_sha256": self.base_sha256} |
-                              ({"base_changes": self.changes} if self.changes else {}))  # fmt: skip
+        checkpoint.save_about(
+            folder,
+            tokenizer,
+            about | {"base_sha256": self.base_sha256} | ({"base_changes": self.changes} if self.changes else {}),
+        )
         targets = [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]
         if not self.cfg.target_modules:
             targets = sorted({name.rpartition(".")[2] for name in targets})
@@ -260,11 +286,21 @@ class Adapter:
             targets = list(self.cfg.target_modules)
         whole = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
         # Last: a folder that has it has all the rest.
-        files.write_json(folder / CONFIG, {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.base), "r": self.cfg.r,
-            "lora_alpha": self.cfg.alpha, "lora_dropout": self.cfg.dropout, "bias": "none", "inference_mode": True,
-            "target_modules": targets, "modules_to_save": whole or None,
-        })  # fmt: skip
+        files.write_json(
+            folder / CONFIG,
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": str(self.base),
+                "r": self.cfg.r,
+                "lora_alpha": self.cfg.alpha,
+                "lora_dropout": self.cfg.dropout,
+                "bias": "none",
+                "inference_mode": True,
+                "target_modules": targets,
+                "modules_to_save": whole or None,
+            },
+        )
 
     def load(self, folder: Path) -> dict[str, Tensor]:
         return _load(folder / self.file, self.config)
@@ -344,8 +380,17 @@ def _load(path: Path, config: ModelConfig) -> dict[str, Tensor]:
 # Names in the JSON files of other projects, besides our own.
 NAMES = {"lora_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_target_modules": "target_modules"}
 # What does not change the numbers; every other key of PEFT's must be off.
-HARMLESS = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-            "megatron_core", "qalora_group_size", "ensure_weight_tying"}  # fmt: skip
+HARMLESS = {
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "megatron_core",
+    "qalora_group_size",
+    "ensure_weight_tying",
+}
 # PEFT's other ways to begin change the base's weights as well.
 BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -361,9 +406,15 @@ def read_config(path: Path) -> dict:
     for key, value in checkpoint.read_json(path).items():
         name = NAMES.get(key, key)
         texts = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        fits = {"r": type(value) is int, "alpha": type(value) in (int, float), "dropout": type(value) in (int, float),
-                "target_modules": texts or isinstance(value, str | None), "modules_to_save": texts or value is None,
-                "peft_type": value == "LORA", "init_lora_weights": value in BEGINNINGS}  # fmt: skip
+        fits = {
+            "r": type(value) is int,
+            "alpha": type(value) in (int, float),
+            "dropout": type(value) in (int, float),
+            "target_modules": texts or isinstance(value, str | None),
+            "modules_to_save": texts or value is None,
+            "peft_type": value == "LORA",
+            "init_lora_weights": value in BEGINNINGS,
+        }
         if not fits.get(name, key in HARMLESS or value in (None, False, {}, [], "none")):
             raise UserError(f"{path}: {key} = {str(value)[:60]!r} is not supported")
         if name in ours:

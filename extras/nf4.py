@@ -70,8 +70,9 @@ def quantize(weight: Tensor, double_quant: bool = False) -> tuple[Tensor, ...]:
     return packed, codes.flatten()[: len(absmax)].clone(), scale, mean
 
 
-def dequantize(parts: tuple[Tensor | None, ...], shape: torch.Size, dtype: torch.dtype = torch.float32,
-               room: Tensor | None = None) -> Tensor:  # fmt: skip
+def dequantize(
+    parts: tuple[Tensor | None, ...], shape: torch.Size, dtype: torch.dtype = torch.float32, room: Tensor | None = None
+) -> Tensor:
     """The weight that `quantize` has packed, in the shape it had: computed in fp32, rounded once to dtype.
 
     Args:
@@ -120,8 +121,17 @@ class Product(torch.autograd.Function):
     """x W^T + b with a packed W. The backward pass gets W from its bytes again: nothing as large as W is kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, shape: torch.Size, dtype: torch.dtype, packed: Tensor,
-                absmax: Tensor, scale: Tensor | None, mean: Tensor | None) -> Tensor:  # fmt: skip
+    def forward(
+        ctx,
+        x: Tensor,
+        bias: Tensor | None,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        packed: Tensor,
+        absmax: Tensor,
+        scale: Tensor | None,
+        mean: Tensor | None,
+    ) -> Tensor:
         """x (..., in), bias (out,), shape (out, in), W's PARTS, for torch.compile one by one -> (..., out) of dtype."""
         ctx.shape, ctx.dtype, parts = shape, x.dtype, (packed, absmax, scale, mean)
         ctx.save_for_backward(*parts)

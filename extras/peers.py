@@ -29,8 +29,9 @@ from model import ModelConfig
 PEERS = ("ours", "transformers", "trainer", "litgpt", "classic")
 
 
-def serve(peer: str, sizes: dict, rows: int, seq_len: int, dtype: str, compiled: bool, checkpointing: str,
-          micro_batches: int) -> None:  # fmt: skip
+def serve(
+    peer: str, sizes: dict, rows: int, seq_len: int, dtype: str, compiled: bool, checkpointing: str, micro_batches: int
+) -> None:
     """For each line that comes, a line: seconds and loss of a step; then the highest memory of the process."""
     torch.manual_seed(0)
     ids = torch.randint(0, sizes["vocab_size"], (rows, seq_len + 1))
@@ -44,8 +45,16 @@ def serve(peer: str, sizes: dict, rows: int, seq_len: int, dtype: str, compiled:
     print(json.dumps(about), flush=True)
 
 
-def compete(peer: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
-            micro_batches: int, turns) -> None:  # fmt: skip
+def compete(
+    peer: str,
+    config: ModelConfig,
+    ids: Tensor,
+    dtype: torch.dtype,
+    compiled: bool,
+    checkpointing: str,
+    micro_batches: int,
+    turns,
+) -> None:
     """Steps on ids (B, T + 1), always the same ones (speed does not depend on them), for as long as turns.wait()."""
     if peer == "trainer":
         trainer(config, ids, dtype, compiled, checkpointing, micro_batches, turns)
@@ -107,8 +116,9 @@ def parts(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> dict[str, flo
     return found | {"optimizer": statistics.median(seconds)}
 
 
-def ours(config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
-         micro_batches: int) -> Callable[[], float]:  # fmt: skip
+def ours(
+    config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str, micro_batches: int
+) -> Callable[[], float]:
     """A step of core/engine.py, without the data and the log."""
     from core import engine, memory, optim, parallel
     from core.data import Batch
@@ -140,8 +150,9 @@ def ours(config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, c
     return step
 
 
-def trainer(config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
-            micro_batches: int, turns) -> None:  # fmt: skip
+def trainer(
+    config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str, micro_batches: int, turns
+) -> None:
     """transformers' Trainer, which waits before each step and tells after it. In the main thread: glibc's allocator
     keeps no large memory for others."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -164,18 +175,37 @@ def trainer(config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool
             return loss
 
     options = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(ids), gradient_accumulation_steps=micro_batches,
-        max_steps=1 << 20, learning_rate=3e-4, adam_beta2=0.95, weight_decay=0.1, lr_scheduler_type="constant",
-        bf16=dtype == torch.bfloat16, use_cpu=True, torch_compile=compiled, logging_strategy="no", save_strategy="no",
-        report_to="none", disable_tqdm=True)  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=len(ids),
+        gradient_accumulation_steps=micro_batches,
+        max_steps=1 << 20,
+        learning_rate=3e-4,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        lr_scheduler_type="constant",
+        bf16=dtype == torch.bfloat16,
+        use_cpu=True,
+        torch_compile=compiled,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
     rows = [{"input_ids": row, "labels": row} for row in ids[:, :-1]] * micro_batches * 1024
     work = Noting(model=model, args=options, train_dataset=rows, callbacks=[AsAsked()])
     work.remove_callback(PrinterCallback)  # standard output is ours
     work.train()
 
 
-def step_of(peer: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str,
-            micro_batches: int) -> Callable[[], float]:  # fmt: skip
+def step_of(
+    peer: str,
+    config: ModelConfig,
+    ids: Tensor,
+    dtype: torch.dtype,
+    compiled: bool,
+    checkpointing: str,
+    micro_batches: int,
+) -> Callable[[], float]:
     """The peer's step in the plainest loop."""
     make = {"transformers": transformers, "litgpt": litgpt, "classic": classic}[peer]
     model, loss_of = make(config, checkpointing != "none")
@@ -200,8 +230,16 @@ def step_of(peer: str, config: ModelConfig, ids: Tensor, dtype: torch.dtype, com
 def transformers(config: ModelConfig, checkpointing: bool):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")  # fmt: skip
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
     model = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names}, use_cache=False))
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -219,12 +257,24 @@ def litgpt(config: ModelConfig, checkpointing: bool):
     from litgpt.utils import chunked_cross_entropy
 
     assert not checkpointing, "litgpt's recipe has none on one device"
-    model = GPT(Config(
-        name="bench", block_size=config.max_position_embeddings, vocab_size=config.vocab_size,
-        padded_vocab_size=config.vocab_size, n_layer=config.num_hidden_layers, n_head=config.num_attention_heads,
-        n_query_groups=config.num_key_value_heads, n_embd=config.hidden_size, rotary_percentage=1.0, bias=False,
-        parallel_residual=False, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
-        intermediate_size=config.intermediate_size))  # fmt: skip
+    model = GPT(
+        Config(
+            name="bench",
+            block_size=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            padded_vocab_size=config.vocab_size,
+            n_layer=config.num_hidden_layers,
+            n_head=config.num_attention_heads,
+            n_query_groups=config.num_key_value_heads,
+            n_embd=config.hidden_size,
+            rotary_percentage=1.0,
+            bias=False,
+            parallel_residual=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+            intermediate_size=config.intermediate_size,
+        )
+    )
     if config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     return model, lambda model, ids, targets: chunked_cross_entropy(model(ids), targets)

@@ -76,8 +76,11 @@ class Int8Linear(nn.Module):
 
     def parts(self) -> dict[str, Tensor]:
         """The same with values."""
-        return {"weight_packed": pack(self.codes[:, : self.inputs], 8), "weight_scale": self.scale[:, None],
-                "weight_shape": torch.tensor([len(self.codes), self.inputs])}  # fmt: skip
+        return {
+            "weight_packed": pack(self.codes[:, : self.inputs], 8),
+            "weight_scale": self.scale[:, None],
+            "weight_shape": torch.tensor([len(self.codes), self.inputs]),
+        }
 
 
 class Int4Linear(nn.Module):
@@ -137,9 +140,11 @@ class Int4Linear(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         """The same with values."""
         ones = torch.stack([torch.ones_like(self.scale_and_shift[..., 0]), self.scale_and_shift[..., 1]], dim=-1)
-        return {"weight_packed": pack(self._unpacked(ones).to(torch.int8), 4),
-                "weight_scale": self.scale_and_shift[:, : self.outputs, 0].T,
-                "weight_shape": torch.tensor([self.outputs, self.inputs])}  # fmt: skip
+        return {
+            "weight_packed": pack(self._unpacked(ones).to(torch.int8), 4),
+            "weight_scale": self.scale_and_shift[:, : self.outputs, 0].T,
+            "weight_shape": torch.tensor([self.outputs, self.inputs]),
+        }
 
 
 BITS, LAYERS = {"int8": 8, "int4": 4}, {"int8": Int8Linear, "int4": Int4Linear}
@@ -277,8 +282,14 @@ def quantization_config(kind: str) -> dict:
     if kind == "int4":
         weights |= {"num_bits": 4, "strategy": "group", "group_size": GROUP}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": {"group_0": group}, "ignore": [], "kv_cache_scheme": None}  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [],
+        "kv_cache_scheme": None,
+    }
 
 
 def kind_of(folder: str | Path) -> str:
@@ -293,8 +304,10 @@ def kind_of(folder: str | Path) -> str:
         if found and _says(found, quantization_config(kind)):
             return kind
     if found is not None:
-        raise UserError(f"{path}: weights quantised in this way are not read here",
-                        f"pack-quantized int8, or int4 in groups of {GROUP}, of all linear layers is")  # fmt: skip
+        raise UserError(
+            f"{path}: weights quantised in this way are not read here",
+            f"pack-quantized int8, or int4 in groups of {GROUP}, of all linear layers is",
+        )
     return "none"
 
 
@@ -315,8 +328,11 @@ def save(folder: Path, model: Llama, kind: str, tokenizer, about: dict) -> list[
     path = folder / "config.json"
     own = {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "quantization_config": quantization_config(kind)}
     files.write_json(path, checkpoint.read_json(path) | own)
-    ragged = [f"{name} has {m.inputs} inputs, no multiple of {GROUP}" for name, m in model.named_modules()
-              if isinstance(m, Int4Linear) and m.inputs % GROUP]  # fmt: skip
+    ragged = [
+        f"{name} has {m.inputs} inputs, no multiple of {GROUP}"
+        for name, m in model.named_modules()
+        if isinstance(m, Int4Linear) and m.inputs % GROUP
+    ]
     # Its class FalconLinear has no place for packed weights (transformers 5).
     return ragged[:1] + ["transformers quantises no Falcon"] * (checkpoint.read_json(path)["model_type"] == "falcon")
 
@@ -349,16 +365,22 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Llama:
 def _check(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Refuse missing, unexpected, misshapen or non-finite tensors."""
     whole = {name for name, t in wanted.items() if not t.is_floating_point()}  # these are checked here
-    wrong = [name for name in whole & found.keys()
-             if (found[name].shape, found[name].dtype) != (wanted[name].shape, wanted[name].dtype)]  # fmt: skip
+    wrong = [
+        name
+        for name in whole & found.keys()
+        if (found[name].shape, found[name].dtype) != (wanted[name].shape, wanted[name].dtype)
+    ]
     if missing := sorted(whole - found.keys()):
         raise UserError(f"{path}: {missing[0]} is missing")
     if wrong:
         name = min(wrong)
-        raise UserError(f"{path}: {name} is {found[name].dtype} {tuple(found[name].shape)}, expected "
-                        f"{wanted[name].dtype} {tuple(wanted[name].shape)}")  # fmt: skip
-    checkpoint.check_tensors(path, {n: t for n, t in found.items() if n not in whole},
-                             {n: t for n, t in wanted.items() if n not in whole})  # fmt: skip
+        raise UserError(
+            f"{path}: {name} is {found[name].dtype} {tuple(found[name].shape)}, expected "
+            f"{wanted[name].dtype} {tuple(wanted[name].shape)}"
+        )
+    checkpoint.check_tensors(
+        path, {n: t for n, t in found.items() if n not in whole}, {n: t for n, t in wanted.items() if n not in whole}
+    )
 
 
 INTEL = Path("/proc/cpuinfo").exists() and "GenuineIntel" in Path("/proc/cpuinfo").read_text()

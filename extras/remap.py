@@ -25,8 +25,9 @@ from tokenizer.sentencepiece_model import BYTE
 BLOCK_TOKENS = 1 << 20  # read, decoded and encoded at a time
 
 
-def run(old: Tokenizer, new: Tokenizer, folder: Path, bins: Sequence[str], models: Sequence[str],
-        processes: int) -> None:  # fmt: skip
+def run(
+    old: Tokenizer, new: Tokenizer, folder: Path, bins: Sequence[str], models: Sequence[str], processes: int
+) -> None:
     """Rewrite bins and models under their own names into `folder`; nothing that is there is replaced."""
     paths = [Path(path) for path in (*bins, *models)]
     for path in paths:
@@ -57,8 +58,10 @@ def remap_bin(path: Path, output: Path, old: Tokenizer, new: Tokenizer, processe
     """
     model = old.model
     if not model.byte_fallback or model.charsmap or model.remove_extra_whitespaces:
-        raise UserError(f"{path}: {old.path} does not give texts back exactly (no byte fallback, or a normaliser)",
-                        "encode the texts again with data_process.py")  # fmt: skip
+        raise UserError(
+            f"{path}: {old.path} does not give texts back exactly (no byte fallback, or a normaliser)",
+            "encode the texts again with data_process.py",
+        )
     source = data.TokenBin(path, old.vocab_size, old.sha256)
     broken = 0
     with data.BinWriter(output, new.vocab_size, new.eos_id, new.sha256, f"{data.source_of(path)}, pruned") as out:
@@ -68,8 +71,10 @@ def remap_bin(path: Path, output: Path, old: Tokenizer, new: Tokenizer, processe
                 out.add(ids, text_bytes, documents)
                 broken += bad
                 bar.update(taken)
-    print(f"{output}: {source.tokens:,} -> {out.tokens:,} tokens, {out.documents:,} documents"
-          + f", {broken:,} texts with bytes that are no UTF-8, kept as they were" * bool(broken))  # fmt: skip
+    print(
+        f"{output}: {source.tokens:,} -> {out.tokens:,} tokens, {out.documents:,} documents"
+        + f", {broken:,} texts with bytes that are no UTF-8, kept as they were" * bool(broken)
+    )
 
 
 def whole_documents(source: data.TokenBin, eos_id: int) -> Iterator[np.ndarray]:

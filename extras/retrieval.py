@@ -135,8 +135,10 @@ def read(path: str, chars: int) -> tuple[list[str], str]:
     if not passages:
         raise UserError(f"{path}: no text in {len(fitting)} files")
     told = f"{path}: {len(passages):,} passages of {len(fitting)} files"
-    for count, what in ((len(found) - len(fitting), "files are neither .txt nor .jsonl"),
-                        (len(list(filter(None, cut))) - len(passages), "passages stood twice")):  # fmt: skip
+    for count, what in (
+        (len(found) - len(fitting), "files are neither .txt nor .jsonl"),
+        (len(list(filter(None, cut))) - len(passages), "passages stood twice"),
+    ):
         told += f"; {count:,} {what}" if count else ""
     return passages, told
 
@@ -275,8 +277,10 @@ def main() -> None:
         raise UserError(f"{', '.join(asked.input)}: no chats of at most {asked.max_tokens} tokens")
     output.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(output, "".join(lines))
-    print(f"{output}: {len(lines):,} chats, {counts['right']:,} with the right passage, {counts['wrong']:,} with wrong "
-          f"ones only, {counts['none']:,} with none")  # fmt: skip
+    print(
+        f"{output}: {len(lines):,} chats, {counts['right']:,} with the right passage, {counts['wrong']:,} with wrong "
+        f"ones only, {counts['none']:,} with none"
+    )
     print(f"in {counts['found']:,} of them a right passage is among the {cfg.retrieval.passages} best for the question")
     if long:
         print(f"{len(long):,} chats longer than {asked.max_tokens} tokens left out: {', '.join(long[:10])}")

@@ -65,13 +65,15 @@ class Tracker:
     the thread of the run, once, and ends the sending.
     """
 
-    def __init__(self, begin: Callable, package, cfg: TrackConfig, folder: Path, options: dict,
-                 warn: Callable[[str], None]):  # fmt: skip
+    def __init__(
+        self, begin: Callable, package, cfg: TrackConfig, folder: Path, options: dict, warn: Callable[[str], None]
+    ):
         self.what, self.warn, self.problem, self.told = cfg.tracker, warn, "", False
         self.records: queue.SimpleQueue = queue.SimpleQueue()
         name = cfg.run_name or folder.resolve().name
-        self.start = lambda first: begin(package, Start(folder, run_id(folder, first <= 1), cfg.project, name, first,
-                                                        options))  # fmt: skip
+        self.start = lambda first: begin(
+            package, Start(folder, run_id(folder, first <= 1), cfg.project, name, first, options)
+        )
         self.thread = threading.Thread(target=self._work, name=f"tracker {cfg.tracker}", daemon=True)
         self.thread.start()
 
@@ -93,8 +95,9 @@ class Tracker:
         if self.problem and not self.told:
             self.told = True
             with suppress(OSError, ValueError):  # nobody reads our warnings any more
-                self.warn(f"warning: tracker {self.what} {self.problem}; it is not used any more, "
-                          "metrics.jsonl has it all")  # fmt: skip
+                self.warn(
+                    f"warning: tracker {self.what} {self.problem}; it is not used any more, metrics.jsonl has it all"
+                )
 
     def _work(self) -> None:
         try:
@@ -198,8 +201,15 @@ def swanlab(package, run: Start) -> tuple[Callable, Callable]:
     home = Path(os.environ.get("SWANLAB_ROOT") or os.environ.get("SWANLAB_SAVE_DIR") or Path.home() / ".swanlab")
     kept = any((folder / ".netrc").is_file() for folder in (home, Path(".swanlab")))
     mode = {} if kept or asked("SWANLAB_MODE", "SWANLAB_API_KEY") else {"mode": "offline"}
-    started = package.init(project=run.project, name=run.name, id=run.id, resume="allow", config=run.options,
-                           log_dir=str(run.folder / "swanlab"), **mode)  # fmt: skip
+    started = package.init(
+        project=run.project,
+        name=run.name,
+        id=run.id,
+        resume="allow",
+        config=run.options,
+        log_dir=str(run.folder / "swanlab"),
+        **mode,
+    )
     return (lambda found, step: started.log(found, step=step)), started.finish
 
 
@@ -215,8 +225,16 @@ def wandb(package, run: Start) -> tuple[Callable, Callable]:
         with suppress(OSError, netrc.NetrcParseError):
             kept = kept or bool(path and hosts & netrc.netrc(path).hosts.keys())
     mode = {} if kept or asked("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE") else {"mode": "offline"}
-    started = package.init(project=run.project, name=run.name, id=run.id, resume="allow", config=run.options,
-                           dir=str(run.folder), settings=settings, **mode)  # fmt: skip
+    started = package.init(
+        project=run.project,
+        name=run.name,
+        id=run.id,
+        resume="allow",
+        config=run.options,
+        dir=str(run.folder),
+        settings=settings,
+        **mode,
+    )
     return (lambda found, step: started.log(found, step=step)), started.finish
 
 

@@ -208,14 +208,23 @@ def executors(cfg) -> list:
     slurm = {"time": run.time, "partition": run.partition, "mem_per_cpu_gb": run.memory_gb}
     slurm["qos"] = ""  # the cluster's own; not each has the one that datatrove asks for
     remote = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
-    make = {"local": LocalPipelineExecutor, "slurm": partial(SlurmPipelineExecutor, **slurm),
-            "ray": partial(RayPipelineExecutor, mem_per_cpu_gb=run.memory_gb, ray_remote_kwargs=remote)}  # fmt: skip
+    make = {
+        "local": LocalPipelineExecutor,
+        "slurm": partial(SlurmPipelineExecutor, **slurm),
+        "ray": partial(RayPipelineExecutor, mem_per_cpu_gb=run.memory_gb, ray_remote_kwargs=remote),
+    }
     chained = []
     for name, step in STEPS.items():
         tasks = 1 if name in IN_ONE_TASK else run.tasks
-        chained.append(make[run.executor](pipeline=[partial(step, cfg)], tasks=tasks, workers=min(tasks, run.workers),
-                                          depends=chained[-1] if chained else None,
-                                          logging_dir=str(steps_folder(cfg) / name)))  # fmt: skip
+        chained.append(
+            make[run.executor](
+                pipeline=[partial(step, cfg)],
+                tasks=tasks,
+                workers=min(tasks, run.workers),
+                depends=chained[-1] if chained else None,
+                logging_dir=str(steps_folder(cfg) / name),
+            )
+        )
     return chained
 
 

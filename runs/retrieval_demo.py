@@ -74,8 +74,10 @@ def note(item: dict) -> str:
 def with_wrong_ones(chats: list[dict], windows: list[str], without: float, rng: random.Random) -> list[dict]:
     """Chats of one novel with their passages, beside others of the same novel and pieces of the real one."""
     index = Index([*dict.fromkeys(chat["passage"] for chat in chats), *rng.sample(windows, 300)])
-    return [{"messages": augment(c["messages"], [c["passage"]], index, PASSAGES, without, rng)[0], "kind": c["kind"]}
-            for c in chats]  # fmt: skip
+    return [
+        {"messages": augment(c["messages"], [c["passage"]], index, PASSAGES, without, rng)[0], "kind": c["kind"]}
+        for c in chats
+    ]
 
 
 def novel(chapters, text: str, hidden: set, rng: random.Random):

@@ -39,7 +39,9 @@ def lively(config: ModelConfig, seed: int = 0) -> Llama:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--mutations", type=int, default=100_000, help="damaged inputs for each of six targets in tests/test_fuzz.py")
+    parser.addoption(
+        "--mutations", type=int, default=100_000, help="damaged inputs for each of six targets in tests/test_fuzz.py"
+    )
     parser.addoption("--kills", type=int, default=200, help="random kills of training in tests/test_survival.py")
     parser.addoption("--mutation-seed", type=int, default=0, help="another number, other inputs")
 
@@ -53,8 +55,15 @@ def make_model():
 @pytest.fixture
 def tiny_config() -> ModelConfig:
     """Grouped heads and tied weights; every size differs from the others, so that no two can be mixed up unseen."""
-    return ModelConfig(vocab_size=97, hidden_size=32, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    return ModelConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=52,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
 
 
 @pytest.fixture
@@ -98,8 +107,17 @@ def home(small, tmp_path_factory) -> Path:
     """For the servers: a chat model, the same as a base model, and one with much room, all random."""
     home = tmp_path_factory.mktemp("home")
     for name, context in (("chat", 128), ("long", 1 << 15)):
-        model = lively(ModelConfig(vocab_size=small.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context))  # fmt: skip
+        model = lively(
+            ModelConfig(
+                vocab_size=small.vocab_size,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=context,
+            )
+        )
         if name == "long":  # greedy, it goes on until the context is full
             model.model.embed_tokens.weight.data[[small.bos_id, small.eos_id]] = 0
         checkpoint.save_model(home / name, model, small, {"chat_format": "bos"})

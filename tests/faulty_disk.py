@@ -1,8 +1,8 @@
 """A disk that fails, or a kill, at a chosen one of the file operations of a save.
 
-    with FaultyDisk() as disk: ...              disk.done: what was done to files, in order
-    with FaultyDisk(at=7, error=28) as disk:    the seventh is refused with ENOSPC
-    with FaultyDisk(at=7) as disk:              the process is killed in the middle of it
+with FaultyDisk() as disk: ...              disk.done: what was done to files, in order
+with FaultyDisk(at=7, error=28) as disk:    the seventh is refused with ENOSPC
+with FaultyDisk(at=7) as disk:              the process is killed in the middle of it
 """
 
 import builtins
@@ -14,8 +14,12 @@ from safetensors import SafetensorError
 
 from core import checkpoint
 
-NAMES = [(builtins, "open"), (io, "open"), (checkpoint, "save_file"),
-         *((os, n) for n in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "sendfile"))]  # fmt: skip
+NAMES = [
+    (builtins, "open"),
+    (io, "open"),
+    (checkpoint, "save_file"),
+    *((os, n) for n in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "sendfile")),
+]
 
 
 class FaultyDisk:

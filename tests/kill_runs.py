@@ -42,8 +42,11 @@ def state_of(folder: Path, step: int) -> tuple[dict, dict, dict]:
     """Weights, moments, and scaler and counters of a checkpoint."""
     at = folder / f"checkpoint-{step}"
     state = json.loads((at / "state.json").read_text())
-    return (load_file(at / "model.safetensors"), load_file(at / "optimizer.safetensors"),
-            {k: state[k] for k in ("step", "rows_seen", "best", "overflows", "scaler")})  # fmt: skip
+    return (
+        load_file(at / "model.safetensors"),
+        load_file(at / "optimizer.safetensors"),
+        {k: state[k] for k in ("step", "rows_seen", "best", "overflows", "scaler")},
+    )
 
 
 def assert_equal(a: tuple, b: tuple) -> None:
@@ -142,7 +145,9 @@ def at_random(home: Path, number: int, kinds: list) -> dict:
             process = begin(folder, flags, options)
             process.join(rng.uniform(0, 0.6) if sum(ends.values()) < number else 60)
             if process.exitcode is None:
-                signals = [rng.choice(kinds) for _ in range(1 if kinds == [signal.SIGKILL] or rng.random() < 0.7 else 2)]
+                signals = [
+                    rng.choice(kinds) for _ in range(1 if kinds == [signal.SIGKILL] or rng.random() < 0.7 else 2)
+                ]
                 inside += end(folder, process, flags, signals, rng, seconds)
             if process.exitcode == 0:
                 break
@@ -153,8 +158,13 @@ def at_random(home: Path, number: int, kinds: list) -> dict:
         assert_equal(state_of(folder, 100), unbroken)
         assert not list(folder.glob(".t*"))
         runs += 1
-    return {"ended": sum(ends.values()), "in a save": inside, "runs": runs, "exit codes": ends,
-            "longest stop": round(max(seconds, default=0), 2)}  # fmt: skip
+    return {
+        "ended": sum(ends.values()),
+        "in a save": inside,
+        "runs": runs,
+        "exit codes": ends,
+        "longest stop": round(max(seconds, default=0), 2),
+    }
 
 
 def at_each_operation(home: Path) -> dict:

@@ -43,7 +43,9 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}"
         self.app = app.App(self.worker, folder.name, "127.0.0.1", key, names)
         self.server = wire.make(self.app, self.worker)
-        self.thread = threading.Thread(target=lambda: asyncio.run(wire.serve(self.server, sock, self.worker)), daemon=True)
+        self.thread = threading.Thread(
+            target=lambda: asyncio.run(wire.serve(self.server, sock, self.worker)), daemon=True
+        )
         self.thread.start()
         until(lambda: self.server.started)
 
@@ -70,7 +72,9 @@ class Served:
         return answer.status, dict(answer.headers), json.loads(text) if is_json else text
 
     def chat(self, question: str = "曹操", **fields) -> dict:
-        status, _, answer = self.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": question}]} | fields)
+        status, _, answer = self.ask(
+            "/v1/chat/completions", {"messages": [{"role": "user", "content": question}]} | fields
+        )
         assert status == 200, answer
         return answer
 

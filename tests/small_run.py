@@ -60,30 +60,75 @@ def chat_rows() -> ChatRows:
 
 
 def small_model(layers: int = 2, **changes) -> Llama:
-    model = Llama(ModelConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
-                              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=SEQ_LEN,
-                              **changes))  # fmt: skip
+    model = Llama(
+        ModelConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=SEQ_LEN,
+            **changes,
+        )
+    )
     model.init_weights(0)
     return model
 
 
-def run(out_dir, model=None, rows="bin", loss_fn=next_token_loss, val=True, optimizer="adamw", lr=3e-3, grad_clip=1.0,
-        min_lr=None, samples=None, fill=None, seq_len=SEQ_LEN, **options) -> Llama:  # fmt: skip
+def run(
+    out_dir,
+    model=None,
+    rows="bin",
+    loss_fn=next_token_loss,
+    val=True,
+    optimizer="adamw",
+    lr=3e-3,
+    grad_clip=1.0,
+    min_lr=None,
+    samples=None,
+    fill=None,
+    seq_len=SEQ_LEN,
+    **options,
+) -> Llama:
     """Train the small model; `options` are fields of TrainConfig. Returns the model."""
     out_dir, model = Path(out_dir), model or small_model()
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    defaults = {"max_steps": 10, "batch_tokens": 8 * SEQ_LEN, "micro_batch": 2, "save_every": 5, "eval_every": 5,
-                "log_every": 1, "device": "cpu", "dtype": "fp32", "timeout_s": 60}  # fmt: skip
+    defaults = {
+        "max_steps": 10,
+        "batch_tokens": 8 * SEQ_LEN,
+        "micro_batch": 2,
+        "save_every": 5,
+        "eval_every": 5,
+        "log_every": 1,
+        "device": "cpu",
+        "dtype": "fp32",
+        "timeout_s": 60,
+    }
     cfg = engine.TrainConfig(out_dir=str(out_dir), **defaults | options)
-    optim = OptimConfig(optimizer=optimizer, lr=lr, min_lr=lr / 10 if min_lr is None else min_lr, warmup_steps=2, grad_clip=grad_clip)
+    optim = OptimConfig(
+        optimizer=optimizer, lr=lr, min_lr=lr / 10 if min_lr is None else min_lr, warmup_steps=2, grad_clip=grad_clip
+    )
     ranks = distributed.start(cfg.device, cfg.timeout_s)
     if not next(model.parameters()).is_meta:
         model.to(ranks.device)
     train_rows = chat_rows() if rows == "chats" else bin_rows(out_dir.parent, seq_len=seq_len)
     val_rows = {"val": bin_rows(out_dir.parent, tail=True, seq_len=seq_len)} if val else {}
     about = {"options": {"train": dataclasses.asdict(cfg), "optim": dataclasses.asdict(optim)}}
-    engine.train(model, loss_fn, train_rows, val_rows, cfg, optim, ranks, NoTokenizer(),
-                 {"model": dataclasses.asdict(model.config)}, about, samples, fill)  # fmt: skip
+    engine.train(
+        model,
+        loss_fn,
+        train_rows,
+        val_rows,
+        cfg,
+        optim,
+        ranks,
+        NoTokenizer(),
+        {"model": dataclasses.asdict(model.config)},
+        about,
+        samples,
+        fill,
+    )
     ranks.close()
     return model
 

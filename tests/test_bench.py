@@ -28,9 +28,27 @@ tie_word_embeddings = false
 def test_training_is_timed_beside_others_and_ends_in_json(tmp_path, how):
     pytest.importorskip("transformers")
     (tmp_path / "small.toml").write_text(SIZES)
-    done = subprocess.run([sys.executable, "bench.py", "train", "--model", str(tmp_path / "small.toml"), "--rounds", "2",
-                           "--seq_len", "64", "--peers", "ours", "transformers", "classic", *how],
-                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "bench.py",
+            "train",
+            "--model",
+            str(tmp_path / "small.toml"),
+            "--rounds",
+            "2",
+            "--seq_len",
+            "64",
+            "--peers",
+            "ours",
+            "transformers",
+            "classic",
+            *how,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     for peer in ("ours", "transformers", "classic"):
@@ -43,14 +61,34 @@ def test_training_is_timed_beside_others_and_ends_in_json(tmp_path, how):
 @pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to ask")
 def test_finetuning_is_measured_in_each_way_and_needs_less_the_less_it_trains(tmp_path):
-    changes = (("vocab_size = 500", "vocab_size = 2000"), ("hidden_size = 64", "hidden_size = 512"), ("layers = 2", "layers = 16"),
-               ("intermediate_size = 128", "intermediate_size = 2048"))  # fmt: skip
+    changes = (
+        ("vocab_size = 500", "vocab_size = 2000"),
+        ("hidden_size = 64", "hidden_size = 512"),
+        ("layers = 2", "layers = 16"),
+        ("intermediate_size = 128", "intermediate_size = 2048"),
+    )
     sizes = SIZES
     for old, new in changes:
         sizes = sizes.replace(old, new)
     (tmp_path / "wide.toml").write_text(sizes)
-    done = subprocess.run([sys.executable, "bench.py", "finetune", "--model", str(tmp_path / "wide.toml"), "--rounds", "2", "--rows", "1",
-                           "--seq_len", "32"], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "bench.py",
+            "finetune",
+            "--model",
+            str(tmp_path / "wide.toml"),
+            "--rounds",
+            "2",
+            "--rows",
+            "1",
+            "--seq_len",
+            "32",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     weights_gb = 4 * 16 * (4 * 512**2 + 3 * 512 * 2048) / 1e9
@@ -62,8 +100,12 @@ def test_finetuning_is_measured_in_each_way_and_needs_less_the_less_it_trains(tm
 
 @pytest.mark.parametrize("bad", [["--peers", "ours", "nobody"], ["--dtype", "fp16"], ["--gradient_checkpointing", "x"]])
 def test_what_cannot_be_timed_is_refused_in_a_line(bad):
-    done = subprocess.run([sys.executable, "bench.py", "train", "--model", "configs/demo.toml", *bad], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "bench.py", "train", "--model", "configs/demo.toml", *bad],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: "), done.stderr
 
 
@@ -75,8 +117,15 @@ def test_every_contestant_learns_what_it_sees(peer, micro_batches):
     if peer in ("transformers", "litgpt", "trainer"):
         pytest.importorskip({"trainer": "accelerate"}.get(peer, peer))
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         max_position_embeddings=16, tie_word_embeddings=False)  # fmt: skip
+    config = ModelConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+    )
     ids = torch.randint(0, 50, (2, 17))
     turns = Sixty()
     peers.compete(peer, config, ids, torch.float32, False, "none", micro_batches, turns)
@@ -97,11 +146,36 @@ class Sixty:
 @pytest.mark.heavy
 def test_decoding_is_timed_beside_transformers_and_ends_in_json(tmp_path, small):
     pytest.importorskip("transformers")
-    wide = SIZES.replace("hidden_size = 64", "hidden_size = 512").replace("intermediate_size = 128", "intermediate_size = 2048")
+    wide = SIZES.replace("hidden_size = 64", "hidden_size = 512").replace(
+        "intermediate_size = 128", "intermediate_size = 2048"
+    )
     (tmp_path / "small.toml").write_text(wide)
-    done = subprocess.run([sys.executable, "bench.py", "decode", "--model", str(tmp_path / "small.toml"), "--tokenizer", str(small.path),
-                           "--rounds", "2", "--new_tokens", "20", "--prompt_tokens", "8", "--contestants", "ours", "transformers",
-                           "ours-batch3", "ours-int8", "ours-bf16-compiled"], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "bench.py",
+            "decode",
+            "--model",
+            str(tmp_path / "small.toml"),
+            "--tokenizer",
+            str(small.path),
+            "--rounds",
+            "2",
+            "--new_tokens",
+            "20",
+            "--prompt_tokens",
+            "8",
+            "--contestants",
+            "ours",
+            "transformers",
+            "ours-batch3",
+            "ours-int8",
+            "ours-bf16-compiled",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["ours"]["same_ids"] == result["transformers"]["same_ids"] == result["ours-batch3"]["same_ids"] == 20

@@ -154,12 +154,14 @@ def test_every_answer_ends_with_a_trained_end_id(tok, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_trained_on_is_the_answers_and_their_ends_in_ten_thousand_random_chats(small, name):
     """Off by one on either side would lose or add a character or an end."""
-    rng, inside = random.Random(name), "曹操字孟德刘备玄abz 1:。\n\"[]<>/"
+    rng, inside = random.Random(name), '曹操字孟德刘备玄abz 1:。\n"[]<>/'
     ends = end_ids(small, name)
     for _ in range(2000):
         texts = ["".join(rng.choices(inside, k=rng.randrange(1, 9))) for _ in range(2 * rng.randrange(1, 4))]
         texts = [text if text.strip() else "空" for text in texts]
-        ids, mask = render([{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)], small, name)
+        ids, mask = render(
+            [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)], small, name
+        )
         answers, run = [], []
         for i, trained in [*zip(ids, mask), (0, 0)]:
             if trained:
@@ -269,7 +271,6 @@ def test_the_last_answer_alone_is_trained_on_where_that_is_asked_for(tok, name):
     same, last = render(TALK, tok, name, train_on="last")
     second = every.index(0, every.index(1))  # behind the first answer
     assert same == ids and last == [0] * second + every[second:] and sum(every[:second]) and sum(last)
-
 
 
 def test_a_format_without_its_control_pieces_names_the_formats_that_work(small, tmp_path):

@@ -32,7 +32,9 @@ def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(tmp_path, dtype, opti
     assert_equal(state_of(tmp_path / "a/run", 9), state_of(tmp_path / "b/run", 9))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "config.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, name, damage):
     small_run.run(tmp_path / "run", max_steps=4, save_every=2, val=False)
@@ -172,7 +174,9 @@ def test_the_last_save_must_succeed(tmp_path, monkeypatch):
 def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
     small_run.run(tmp_path / "run", max_steps=6, save_every=2, keep=3, val=False)
     unbroken = state_of(tmp_path / "run", 6)
-    small_run.run(tmp_path / "run", max_steps=6, save_every=2, keep=3, val=False, resume=str(tmp_path / "run/checkpoint-2"))
+    small_run.run(
+        tmp_path / "run", max_steps=6, save_every=2, keep=3, val=False, resume=str(tmp_path / "run/checkpoint-2")
+    )
     assert len(list((tmp_path / "run").glob("set-aside-checkpoint-*"))) == 2
     assert checkpoint.checkpoint_steps(tmp_path / "run") == [2, 4, 6]
     assert_equal(unbroken, state_of(tmp_path / "run", 6))
@@ -201,8 +205,12 @@ def test_a_validation_that_a_stop_put_off_is_made_up_for(tmp_path, monkeypatch):
         small_run.run(tmp_path / "a/run", max_steps=10)
     small_run.run(tmp_path / "a/run", max_steps=10)
     small_run.run(tmp_path / "b/run", max_steps=10)
-    losses = [[json.loads(line) for line in (tmp_path / f"{r}/run/metrics.jsonl").read_text().splitlines()] for r in "ab"]
-    assert [m["val_loss"] for m in losses[0] if "val_loss" in m] == [m["val_loss"] for m in losses[1] if "val_loss" in m]
+    losses = [
+        [json.loads(line) for line in (tmp_path / f"{r}/run/metrics.jsonl").read_text().splitlines()] for r in "ab"
+    ]
+    assert [m["val_loss"] for m in losses[0] if "val_loss" in m] == [
+        m["val_loss"] for m in losses[1] if "val_loss" in m
+    ]
     assert_equal(state_of(tmp_path / "a/run", 10), state_of(tmp_path / "b/run", 10))
 
 
@@ -233,7 +241,10 @@ class Windows:
     name = "nt"
 
     def __getattr__(self, name):
-        if name in ("kill", "register_at_fork"):  # the first would end the process it asks after, the other is not there
+        if name in (
+            "kill",
+            "register_at_fork",
+        ):  # the first would end the process it asks after, the other is not there
             raise AttributeError(name)
         return getattr(os, name)
 
@@ -253,7 +264,11 @@ class Windows:
         self.move(path, new)
 
     def move(self, path, new):
-        used = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{n}")]
+        used = [
+            os.readlink(f"/proc/self/fd/{n}")
+            for n in os.listdir("/proc/self/fd")
+            if os.path.islink(f"/proc/self/fd/{n}")
+        ]
         used += [line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()]
         for end in (os.path.realpath(path), os.path.realpath(new)):
             held = [u for u in used if f"{u}/".startswith(f"{end}/")]
@@ -328,28 +343,31 @@ def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
             checkpoint.load_model(folder)
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"num_hidden_layers": 10**9}, "must be"),
-    ({"num_hidden_layers": 1000, "hidden_size": 1 << 14, "head_dim": 1 << 12}, "describes"),
-    ({"hidden_size": -4}, "must be"),
-    ({"hidden_size": "32"}, "not of type int"),
-    ({"hidden_size": True}, "not of type int"),
-    ({"hidden_size": "delete"}, "missing"),
-    ({"rms_norm_eps": 0}, "must be"),
-    ({"vocab_size": 0}, "vocab_size"),
-    ({"model_type": "gpt2"}, "not supported"),
-    ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "not of type float"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "long_factor": [1, 2]}}, "not supported"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "not supported"),
-    ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, "not of type str"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "from 1 to"),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 1e300}}, "from 1 to"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "above 1"),
-    ({"model_type": "qwen2", "use_sliding_window": True}, "sliding"),
-    ({"num_key_value_heads": 3}, "divisible"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, "must be"),
+        ({"num_hidden_layers": 1000, "hidden_size": 1 << 14, "head_dim": 1 << 12}, "describes"),
+        ({"hidden_size": -4}, "must be"),
+        ({"hidden_size": "32"}, "not of type int"),
+        ({"hidden_size": True}, "not of type int"),
+        ({"hidden_size": "delete"}, "missing"),
+        ({"rms_norm_eps": 0}, "must be"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"model_type": "gpt2"}, "not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "not of type float"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "long_factor": [1, 2]}}, "not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "not supported"),
+        ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, "not of type str"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "from 1 to"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 1e300}}, "from 1 to"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "above 1"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding"),
+        ({"num_key_value_heads": 3}, "divisible"),
+    ],
+)
 def test_a_config_that_cannot_be_is_refused_before_anything_is_allocated(tmp_path, changes, says):
     began = time.monotonic()
     with pytest.raises(UserError, match=says):
@@ -359,8 +377,20 @@ def test_a_config_that_cannot_be_is_refused_before_anything_is_allocated(tmp_pat
 
 def test_what_a_resumed_run_must_share_names_later_fields_only_where_they_are_used():
     """Runs that began before these fields were there go on."""
-    before = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "attention_bias", "tie_word_embeddings"}  # fmt: skip
+    before = {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "attention_bias",
+        "tie_word_embeddings",
+    }
     assert checkpoint.sizes(small_run.small_model().config).keys() == before
     qwen = dataclasses.replace(small_run.small_model().config, model_type="qwen3", rope_type="yarn", rope_factor=2.0)
     assert checkpoint.sizes(qwen).keys() - before == {"model_type", "rope_type", "rope_factor"}
@@ -375,7 +405,11 @@ def test_all_mismatches_of_weights_are_listed(tmp_path):
     save_file(state, folder / "model.safetensors")
     with pytest.raises(UserError) as caught:
         checkpoint.load_model(folder)
-    for part in ("model.norm.weight is missing", "extra is unexpected", "up_proj.weight has shape (3, 3), expected (48, 32)"):
+    for part in (
+        "model.norm.weight is missing",
+        "extra is unexpected",
+        "up_proj.weight has shape (3, 3), expected (48, 32)",
+    ):
         assert part in str(caught.value)
 
 
@@ -388,8 +422,18 @@ def test_nan_in_weights_is_refused_by_name(tmp_path):
         checkpoint.load_model(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 8, b"\x00" * 8 + b"{}", (100 << 20).to_bytes(8, "little") + b"{",
-                                     (2).to_bytes(8, "little") + b"[]", b"PK\x03\x04" + b"\0" * 100])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"x",
+        b"\xff" * 8,
+        b"\x00" * 8 + b"{}",
+        (100 << 20).to_bytes(8, "little") + b"{",
+        (2).to_bytes(8, "little") + b"[]",
+        b"PK\x03\x04" + b"\0" * 100,
+    ],
+)
 def test_a_file_that_is_not_safetensors_is_one_clear_error(tmp_path, content):
     folder = folder_with(tmp_path)
     (folder / "model.safetensors").write_bytes(content)

@@ -87,28 +87,51 @@ def test_the_default_file_is_read_only_where_no_other_is_named(monkeypatch, tmp_
 # Flags ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv, key, value", [
-    (["--train.lr=2e-4"], "lr", 2e-4), (["--train.lr", "2e-4"], "lr", 2e-4), (["--lr=2E-4"], "lr", 2e-4),
-    (["--lr", "-1"], "lr", -1.0), (["--max_steps", "5"], "max_steps", 5), (["--max-steps=5"], "max_steps", 5),
-    (["--max_steps", "1e3"], "max_steps", 1000), (["--train.seed", str(2**63 - 1)], "seed", 2**63 - 1),
-    (["--train.seed", str(10**30 + 1)], "seed", 10**30 + 1), (["--compile"], "compile", True),
-    (["--compile=false"], "compile", False), (["--compile=True"], "compile", True),
-    (["--out_dir", "路径 with space"], "out_dir", "路径 with space"), (["--out_dir="], "out_dir", ""),
-    (["--out_dir=a=b"], "out_dir", "a=b"), (["--out_dir", "--x"], "out_dir", "--x"),
-    (["--out_dir", "7"], "out_dir", "7"), (["--train.train", "c"], "train", ("c",)),
-    (["--train.train=c,d"], "train", ("c", "d")), (["--train.train="], "train", ()),
-    (["--sizes", "1,2"], "sizes", (1, 2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, key, value",
+    [
+        (["--train.lr=2e-4"], "lr", 2e-4),
+        (["--train.lr", "2e-4"], "lr", 2e-4),
+        (["--lr=2E-4"], "lr", 2e-4),
+        (["--lr", "-1"], "lr", -1.0),
+        (["--max_steps", "5"], "max_steps", 5),
+        (["--max-steps=5"], "max_steps", 5),
+        (["--max_steps", "1e3"], "max_steps", 1000),
+        (["--train.seed", str(2**63 - 1)], "seed", 2**63 - 1),
+        (["--train.seed", str(10**30 + 1)], "seed", 10**30 + 1),
+        (["--compile"], "compile", True),
+        (["--compile=false"], "compile", False),
+        (["--compile=True"], "compile", True),
+        (["--out_dir", "路径 with space"], "out_dir", "路径 with space"),
+        (["--out_dir="], "out_dir", ""),
+        (["--out_dir=a=b"], "out_dir", "a=b"),
+        (["--out_dir", "--x"], "out_dir", "--x"),
+        (["--out_dir", "7"], "out_dir", "7"),
+        (["--train.train", "c"], "train", ("c",)),
+        (["--train.train=c,d"], "train", ("c", "d")),
+        (["--train.train="], "train", ()),
+        (["--sizes", "1,2"], "sizes", (1, 2)),
+    ],
+)
 def test_a_flag_becomes_the_type_that_the_field_declares(argv, key, value):
     got = getattr(load(*argv).train, key)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("line, key, value", [
-    ("lr = 2e-4", "lr", 2e-4), ("lr = 2", "lr", 2.0), ("max_steps = 9_000", "max_steps", 9000),
-    (f"seed = {2**63 - 1}", "seed", 2**63 - 1), ("compile = true", "compile", True), ("train = []", "train", ()),
-    ("train = ['c', 'd']", "train", ("c", "d")), ("sizes = [1, 2]", "sizes", (1, 2)), ("out_dir = '7'", "out_dir", "7"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, key, value",
+    [
+        ("lr = 2e-4", "lr", 2e-4),
+        ("lr = 2", "lr", 2.0),
+        ("max_steps = 9_000", "max_steps", 9000),
+        (f"seed = {2**63 - 1}", "seed", 2**63 - 1),
+        ("compile = true", "compile", True),
+        ("train = []", "train", ()),
+        ("train = ['c', 'd']", "train", ("c", "d")),
+        ("sizes = [1, 2]", "sizes", (1, 2)),
+        ("out_dir = '7'", "out_dir", "7"),
+    ],
+)
 def test_a_toml_value_becomes_the_type_that_the_field_declares(toml, line, key, value):
     got = getattr(load(toml(f"[train]\n{line}\n")).train, key)
     assert got == value and type(got) is type(value)
@@ -123,41 +146,70 @@ def test_the_section_may_be_dropped_only_where_the_key_is_unique():
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv, parts", [
-    (["--lrr", "1"], ("--lrr", "did you mean lr?")), (["--train.max_step=1"], ("train.max_step", "mean max_steps?")),
-    (["--trian.lr=1"], ("trian", "did you mean train?")), (["--zzzzzz=1"], ("unknown", "known: ", "out_dir")),
-    (["--=1"], ("unknown",)), (["--"], ("unknown",)), (["--train.=1"], ("unknown",)),
-    (["--lr"], ("--lr needs a value",)), (["train"], ("'train'",)), (["-lr"], ("'-lr'",)),
-    (["--lr", "fast"], ("--lr", "train.lr = 'fast'", "float")), (["--lr", ""], ("train.lr", "float")),
-    (["--max_steps", "1.5"], ("train.max_steps = '1.5'", "int")), (["--max_steps", "5x"], ("int",)),
-    (["--compile=maybe"], ("train.compile = 'maybe'", "bool")), (["--sizes", "1,x"], ("sizes", "'x'", "int")),
-    *((["--lr", bad], ("train.lr", bad)) for bad in ("nan", "inf", "-inf", "1e999", "NaN", "infinity")),
-    *((["--max_steps", bad], ("train.max_steps", bad)) for bad in ("nan", "inf", "1e999", "9" * 400)),
-    (["--max_steps=-1"], ("[train] max_steps is negative", "set in --max_steps")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--lrr", "1"], ("--lrr", "did you mean lr?")),
+        (["--train.max_step=1"], ("train.max_step", "mean max_steps?")),
+        (["--trian.lr=1"], ("trian", "did you mean train?")),
+        (["--zzzzzz=1"], ("unknown", "known: ", "out_dir")),
+        (["--=1"], ("unknown",)),
+        (["--"], ("unknown",)),
+        (["--train.=1"], ("unknown",)),
+        (["--lr"], ("--lr needs a value",)),
+        (["train"], ("'train'",)),
+        (["-lr"], ("'-lr'",)),
+        (["--lr", "fast"], ("--lr", "train.lr = 'fast'", "float")),
+        (["--lr", ""], ("train.lr", "float")),
+        (["--max_steps", "1.5"], ("train.max_steps = '1.5'", "int")),
+        (["--max_steps", "5x"], ("int",)),
+        (["--compile=maybe"], ("train.compile = 'maybe'", "bool")),
+        (["--sizes", "1,x"], ("sizes", "'x'", "int")),
+        *((["--lr", bad], ("train.lr", bad)) for bad in ("nan", "inf", "-inf", "1e999", "NaN", "infinity")),
+        *((["--max_steps", bad], ("train.max_steps", bad)) for bad in ("nan", "inf", "1e999", "9" * 400)),
+        (["--max_steps=-1"], ("[train] max_steps is negative", "set in --max_steps")),
+    ],
+)
 def test_a_wrong_flag_is_refused_in_one_line_that_names_it(argv, parts):
     said = refusal(*argv)
     assert all(part in said for part in parts), said
 
 
-@pytest.mark.parametrize("text, parts", [
-    ("[train]\nlrr = 1\n", ("train.lrr", "did you mean lr?")), ("[trian]\nlr = 1\n", ("[trian]", "mean train?")),
-    ("train = 1\n", ("train",)), ("lr = 1\n", ("lr",)), ("[[train]]\nlr = 1\n", ("train",)),
-    ("[train.more]\nlr = 1\n", ("train.more",)), ("[train]\nlr = 'x'\n", ("train.lr", "float")),
-    ("[train]\nlr = true\n", ("train.lr", "float")), ("[train]\nlr = nan\n", ("train.lr",)),
-    ("[train]\nlr = -inf\n", ("train.lr",)), ("[train]\nlr = []\n", ("train.lr",)),
-    ("[train]\nlr = 2020-01-01\n", ("train.lr",)), ("[train]\nmax_steps = 1.5\n", ("train.max_steps", "int")),
-    ("[train]\nmax_steps = false\n", ("train.max_steps", "int")), ("[train]\nout_dir = 7\n", ("train.out_dir", "str")),
-    ("[train]\nout_dir = {a = 1}\n", ("train.out_dir",)), ("[train]\ncompile = 1\n", ("train.compile", "bool")),
-    ("[train]\ntrain = [1]\n", ("train.train", "str")), ("[train]\ntrain = 1\n", ("train.train", "list")),
-    ("[train]\ntrain = [['a']]\n", ("train.train",)), ("[train]\nsizes = ['x']\n", ("train.sizes",)),
-    ("[train]\nmax_steps = -3\n", ("[train] max_steps is negative", "set in ")),
-    ("[train]\nmax_steps = 1" + "0" * 400 + "\n", ("train.max_steps",)),
-    ("[train]\nlr = 1" + "0" * 400 + "\n", ("train.lr",)),
-    ("[train]\nseed = " + "9" * 5000 + "\n", ("not valid TOML",)),
-    ("[train\n", ("not valid TOML",)), ("[train]\nlr = 1\nlr = 2\n", ("not valid TOML",)),
-    (b"\xff\xfe", ("not valid TOML",)), ("x = " + "[" * 5000 + "]" * 5000, ("not valid TOML",)),
-], ids=lambda value: repr(value)[:30])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("[train]\nlrr = 1\n", ("train.lrr", "did you mean lr?")),
+        ("[trian]\nlr = 1\n", ("[trian]", "mean train?")),
+        ("train = 1\n", ("train",)),
+        ("lr = 1\n", ("lr",)),
+        ("[[train]]\nlr = 1\n", ("train",)),
+        ("[train.more]\nlr = 1\n", ("train.more",)),
+        ("[train]\nlr = 'x'\n", ("train.lr", "float")),
+        ("[train]\nlr = true\n", ("train.lr", "float")),
+        ("[train]\nlr = nan\n", ("train.lr",)),
+        ("[train]\nlr = -inf\n", ("train.lr",)),
+        ("[train]\nlr = []\n", ("train.lr",)),
+        ("[train]\nlr = 2020-01-01\n", ("train.lr",)),
+        ("[train]\nmax_steps = 1.5\n", ("train.max_steps", "int")),
+        ("[train]\nmax_steps = false\n", ("train.max_steps", "int")),
+        ("[train]\nout_dir = 7\n", ("train.out_dir", "str")),
+        ("[train]\nout_dir = {a = 1}\n", ("train.out_dir",)),
+        ("[train]\ncompile = 1\n", ("train.compile", "bool")),
+        ("[train]\ntrain = [1]\n", ("train.train", "str")),
+        ("[train]\ntrain = 1\n", ("train.train", "list")),
+        ("[train]\ntrain = [['a']]\n", ("train.train",)),
+        ("[train]\nsizes = ['x']\n", ("train.sizes",)),
+        ("[train]\nmax_steps = -3\n", ("[train] max_steps is negative", "set in ")),
+        ("[train]\nmax_steps = 1" + "0" * 400 + "\n", ("train.max_steps",)),
+        ("[train]\nlr = 1" + "0" * 400 + "\n", ("train.lr",)),
+        ("[train]\nseed = " + "9" * 5000 + "\n", ("not valid TOML",)),
+        ("[train\n", ("not valid TOML",)),
+        ("[train]\nlr = 1\nlr = 2\n", ("not valid TOML",)),
+        (b"\xff\xfe", ("not valid TOML",)),
+        ("x = " + "[" * 5000 + "]" * 5000, ("not valid TOML",)),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
 def test_a_wrong_file_is_refused_in_one_line_that_names_it(toml, text, parts):
     path = toml(text)
     said = refusal(path)

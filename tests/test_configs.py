@@ -43,7 +43,11 @@ def test_there_are_configs():
 @each_config
 def test_a_command_accepts_every_key_and_value(path, monkeypatch):
     written = tomllib.loads(path.read_text(encoding="utf-8"))
-    fitting = [s for s in (sections_of(c, monkeypatch) for c in (pretrain, sft, dpo, grpo, reward)) if written.keys() <= s.keys()]
+    fitting = [
+        s
+        for s in (sections_of(c, monkeypatch) for c in (pretrain, sft, dpo, grpo, reward))
+        if written.keys() <= s.keys()
+    ]
     assert fitting, f"no command has all of {list(written)}"
     resolved = config.as_dict(config.load("", fitting[0], [str(path)]))
     for section, keys in written.items():
@@ -57,8 +61,9 @@ def test_the_model_builds_and_has_as_many_parameters_as_its_numbers_say(path):
     m = tomllib.loads(path.read_text(encoding="utf-8")).get("model")
     if m is None:
         pytest.skip("this one sizes no model")
-    c, f, layers, heads = (m[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers",
-                                               "num_attention_heads"))  # fmt: skip
+    c, f, layers, heads = (
+        m[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    )
     vocabulary = m.get("vocab_size") or VOCABULARY
     d = m.get("head_dim") or c // heads
     kv_heads = m.get("num_key_value_heads") or heads

@@ -56,7 +56,9 @@ def load_config(argv):
 
 
 def command(*args):
-    return subprocess.run([sys.executable, "data_process.py", *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "data_process.py", *map(str, args)], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
@@ -90,7 +92,9 @@ def test_every_format_gives_the_texts_in_order(tmp_path, monkeypatch, name, bloc
     texts, places, account = read(tmp_path / name, **options)
     assert texts == TEXTS and account.seen == 60
     numbers = [int(place.rpartition(":")[2]) for place in places]
-    assert numbers == ([1] * 60 if name == "flat.json" else sorted(set(numbers))) and all(place.startswith(f"{tmp_path / name}:") for place in places)
+    assert numbers == ([1] * 60 if name == "flat.json" else sorted(set(numbers))) and all(
+        place.startswith(f"{tmp_path / name}:") for place in places
+    )
     if name == "blank.txt":
         assert numbers == list(range(1, 180, 3))
     if name.endswith(("sv", "a.jsonl")):
@@ -99,7 +103,9 @@ def test_every_format_gives_the_texts_in_order(tmp_path, monkeypatch, name, bloc
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst", "zip"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be-bom", "gb18030"])
-@pytest.mark.parametrize("name, crlf", [("a.jsonl", True), ("array.json", False), ("a.csv", True), ("spaced.txt", True)])
+@pytest.mark.parametrize(
+    "name, crlf", [("a.jsonl", True), ("array.json", False), ("a.csv", True), ("spaced.txt", True)]
+)
 def test_packed_files_in_other_encodings_and_line_ends_give_the_same_texts(tmp_path, suffix, encoding, name, crlf):
     content, options = FORMATS[name]
     content = content.replace("\n", "\r\n") if crlf else content
@@ -124,7 +130,9 @@ def test_packed_files_in_a_zip_are_unpacked_too(tmp_path):
     assert read(tmp_path / "a.zip")[0] == TEXTS
 
 
-@pytest.mark.parametrize("at, value, says", [(6, 200, "version"), (10, 97, "compression"), (8, 1, "encrypted"), (16, 1, "CRC")])
+@pytest.mark.parametrize(
+    "at, value, says", [(6, 200, "version"), (10, 97, "compression"), (8, 1, "encrypted"), (16, 1, "CRC")]
+)
 def test_a_zip_that_cannot_be_unpacked_is_named_with_the_reason(tmp_path, at, value, says):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.jsonl", jsonl(TEXTS))
@@ -152,32 +160,47 @@ def test_parquet_gives_the_same_texts(tmp_path):
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
 def test_files_of_several_members_are_read_to_the_end(tmp_path, suffix):
     zstandard = pytest.importorskip("zstandard") if suffix == "zst" else None
-    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard and zstandard.compress}[suffix]
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard and zstandard.compress}[
+        suffix
+    ]
     parts = [pack(jsonl(TEXTS[:30]).encode()), pack(b""), pack(jsonl(TEXTS[30:]).encode())]
     for padding in (b"", bytes(4 * 300)) if suffix in ("gz", "xz") else (b"",):
         (tmp_path / f"a.jsonl.{suffix}").write_bytes(padding.join([*parts, b""]))
         assert read(tmp_path / f"a.jsonl.{suffix}")[0] == TEXTS
 
 
-@pytest.mark.parametrize("adapter, item, wanted", [
-    ("wikipedia-cn-filtered", {"completion": "百科", "source": "x"}, "百科"),
-    ("wudao", {"title": "题", "content": "文", "id": 1}, "题\n文"),
-    ("baike-qa2019", {"title": "问", "desc": "", "answer": "答", "category": "c"}, "问\n答"),
-    ("zhihu-kol", {"INSTRUCTION": "问", "RESPONSE": "答"}, "问\n答"),
-    ("medical-finetune", {"instruction": "问", "input": "", "output": "答"}, "问\n答"),
-    ("baidubaike-563w", {"title": "题", "summary": None, "sections": [{"title": "节", "content": "文"}]}, "题\n节\n文"),
-    ("drcd", {"title": "t", "paragraphs": [{"context": "一"}, {"context": "二"}]}, "一\n二"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "adapter, item, wanted",
+    [
+        ("wikipedia-cn-filtered", {"completion": "百科", "source": "x"}, "百科"),
+        ("wudao", {"title": "题", "content": "文", "id": 1}, "题\n文"),
+        ("baike-qa2019", {"title": "问", "desc": "", "answer": "答", "category": "c"}, "问\n答"),
+        ("zhihu-kol", {"INSTRUCTION": "问", "RESPONSE": "答"}, "问\n答"),
+        ("medical-finetune", {"instruction": "问", "input": "", "output": "答"}, "问\n答"),
+        (
+            "baidubaike-563w",
+            {"title": "题", "summary": None, "sections": [{"title": "节", "content": "文"}]},
+            "题\n节\n文",
+        ),
+        ("drcd", {"title": "t", "paragraphs": [{"context": "一"}, {"context": "二"}]}, "一\n二"),
+    ],
+)
 def test_known_corpora_need_only_their_name(tmp_path, adapter, item, wanted):
     (tmp_path / "a.jsonl").write_text(json.dumps(item), encoding="utf-8")
     assert read(tmp_path / "a.jsonl", adapter=adapter)[0] == [wanted]
 
 
-@pytest.mark.parametrize("pattern, options, wanted", [
-    ("pretrain/cmrc2018_dev.json", {"adapter": "cmrc2018"}, 848), ("pretrain/DRCD_dev.json", {"adapter": "drcd"}, 383),
-    ("pretrain/poetry_*.jsonl", {}, 325 + 6000), ("derived/cmrc2019_stories.jsonl", {}, 439),
-    ("medical/tcm_*.txt", {}, 5), ("medical/tcm_*.txt", {"split": "line"}, 82_354),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern, options, wanted",
+    [
+        ("pretrain/cmrc2018_dev.json", {"adapter": "cmrc2018"}, 848),
+        ("pretrain/DRCD_dev.json", {"adapter": "drcd"}, 383),
+        ("pretrain/poetry_*.jsonl", {}, 325 + 6000),
+        ("derived/cmrc2019_stories.jsonl", {}, 439),
+        ("medical/tcm_*.txt", {}, 5),
+        ("medical/tcm_*.txt", {"split": "line"}, 82_354),
+    ],
+)
 def test_real_corpora_give_all_their_documents(shared_data, pattern, options, wanted):
     texts, _, account = read(*sorted(shared_data.glob(pattern)), **options)
     assert len(texts) == wanted and not account.rejected and not any("\ufffd" in t for t in texts[:1000])
@@ -186,13 +209,21 @@ def test_real_corpora_give_all_their_documents(shared_data, pattern, options, wa
 # Damage ---------------------------------------------------------------------------------------------------------------
 
 BAD_LINES = {
-    b'{"text": "a"': "not a JSON object", b'{"text": NaN}': "NaN is not JSON", b"[" * 100_000: "nested too deeply",
-    b'{"text": ' + b"9" * 5000 + b"}": "not a JSON object", b'"text"': "a str, not an object",
-    b'["text"]': "a list, not an object", b'{"text": "x", "text": "y"}': "a key stands twice",
-    b'{"text": "\\ud800"}': "a lone surrogate", b'{"text": "\xd6\xd0"}': "no text in this encoding",
-    b'{"txet": "x"}': "no field text; there is txet", b'{"text": null}': "empty", b'{"text": "  "}': "empty",
-    b'{"text": 5}': "of type int, not text", b'{"text": ["x"]}': "of type list, not text",
-}  # fmt: skip
+    b'{"text": "a"': "not a JSON object",
+    b'{"text": NaN}': "NaN is not JSON",
+    b"[" * 100_000: "nested too deeply",
+    b'{"text": ' + b"9" * 5000 + b"}": "not a JSON object",
+    b'"text"': "a str, not an object",
+    b'["text"]': "a list, not an object",
+    b'{"text": "x", "text": "y"}': "a key stands twice",
+    b'{"text": "\\ud800"}': "a lone surrogate",
+    b'{"text": "\xd6\xd0"}': "no text in this encoding",
+    b'{"txet": "x"}': "no field text; there is txet",
+    b'{"text": null}': "empty",
+    b'{"text": "  "}': "empty",
+    b'{"text": 5}': "of type int, not text",
+    b'{"text": ["x"]}': "of type list, not text",
+}
 
 
 @pytest.mark.parametrize("bad", BAD_LINES, ids=lambda b: b[:20].decode("latin-1"))
@@ -205,10 +236,15 @@ def test_a_bad_line_is_rejected_by_its_number_and_the_others_stay(tmp_path, bad)
     assert reject.where == f"{tmp_path / 'a.jsonl'}:4" and BAD_LINES[bad] in reject.reason
 
 
-@pytest.mark.parametrize("text, encoding", [
-    ("Zürich ist schön und größer als Düsseldorf", "latin-1"), ("El niño comió piñas mañana", "latin-1"),
-    ("Привет, как дела сегодня?", "cp1251"), ("中文。", "utf-16-le"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, encoding",
+    [
+        ("Zürich ist schön und größer als Düsseldorf", "latin-1"),
+        ("El niño comió piñas mañana", "latin-1"),
+        ("Привет, как дела сегодня?", "cp1251"),
+        ("中文。", "utf-16-le"),
+    ],
+)
 def test_a_file_in_an_encoding_that_we_cannot_tell_gives_rejects_and_no_wrong_text(tmp_path, text, encoding):
     (tmp_path / "a.txt").write_bytes(((text + "\n") * 5).encode(encoding))
     assert read(tmp_path / "a.txt", split="line")[0] == []
@@ -219,15 +255,22 @@ def test_a_guessed_encoding_is_told(tmp_path):
     for n, text in enumerate(("话说天下大势，分久必合", "臺灣國語，漢字轉換", "中文 mixed with English 文字")):
         (tmp_path / f"{n}.txt").write_text(f"{text}\nASCII only\n", encoding="gb18030")
     texts, _, account = read(*sorted(tmp_path.iterdir()))
-    assert [t.split("\n")[0] for t in texts] == ["话说天下大势，分久必合", "臺灣國語，漢字轉換", "中文 mixed with English 文字"]
+    assert [t.split("\n")[0] for t in texts] == [
+        "话说天下大势，分久必合",
+        "臺灣國語，漢字轉換",
+        "中文 mixed with English 文字",
+    ]
     assert account.changed == {"files taken to be GB18030": 3}
 
 
-@pytest.mark.parametrize("encoding, raw", [
-    ("utf-16", b"\xff\xfe" + "一\n二".encode("utf-16-le") + b"\x00\xd8" + "\n三".encode("utf-16-le")),
-    ("auto", b"\xff\xfe" + "一\n二".encode("utf-16-le") + b"\x22\xdc" + "\n三".encode("utf-16-le")),
-    ("gb18030", "一\n二".encode("gb18030") + b"\x81\x30\n" + "三".encode("gb18030")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "encoding, raw",
+    [
+        ("utf-16", b"\xff\xfe" + "一\n二".encode("utf-16-le") + b"\x00\xd8" + "\n三".encode("utf-16-le")),
+        ("auto", b"\xff\xfe" + "一\n二".encode("utf-16-le") + b"\x22\xdc" + "\n三".encode("utf-16-le")),
+        ("gb18030", "一\n二".encode("gb18030") + b"\x81\x30\n" + "三".encode("gb18030")),
+    ],
+)
 def test_bytes_that_are_no_text_cost_only_their_line_in_other_encodings_too(tmp_path, encoding, raw):
     (tmp_path / "a.txt").write_bytes(raw)
     texts, _, account = read(tmp_path / "a.txt", split="line", encoding=encoding)
@@ -270,13 +313,24 @@ def test_control_characters_are_taken_out_and_counted(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_marks_and_line_ends_of_an_operating_system_change_no_document(tmp_path, end, mark):
-    for name, options in (("a.txt", {}), ("a.txt", {"split": "line"}), ("a.txt", {"split": "blank"}), ("a.jsonl", {}), ("a.csv", {})):
-        lines = {"a.txt": ["一\u2028二", "", "三\x85四"], "a.csv": ["text,x", '"一\u2028二",1', '"三\x85四",2'],
-                 "a.jsonl": ['{"text": "一\u2028二"}', '{"text": "三\x85四"}']}[name]  # fmt: skip
+    for name, options in (
+        ("a.txt", {}),
+        ("a.txt", {"split": "line"}),
+        ("a.txt", {"split": "blank"}),
+        ("a.jsonl", {}),
+        ("a.csv", {}),
+    ):
+        lines = {
+            "a.txt": ["一\u2028二", "", "三\x85四"],
+            "a.csv": ["text,x", '"一\u2028二",1', '"三\x85四",2'],
+            "a.jsonl": ['{"text": "一\u2028二"}', '{"text": "三\x85四"}'],
+        }[name]
         (tmp_path / name).write_bytes(mark + end.join([*lines, ""]).encode())
         texts, places, account = read(tmp_path / name, **options)
         assert texts == (["一\u2028二\n\n三\x85四"] if not options and name == "a.txt" else ["一\u2028二", "三\x85四"])
-        assert not account.rejected and places[-1].endswith({"a.txt": ":3" if options else ":1", "a.csv": ":3", "a.jsonl": ":2"}[name])
+        assert not account.rejected and places[-1].endswith(
+            {"a.txt": ":3" if options else ":1", "a.csv": ":3", "a.jsonl": ":2"}[name]
+        )
     (tmp_path / "old.txt").write_bytes("一\r二".encode())
     assert read(tmp_path / "old.txt")[0] == ["一\n二"]
 
@@ -303,11 +357,17 @@ def test_what_is_too_long_is_rejected_by_its_line_and_the_others_stay(tmp_path, 
     monkeypatch.setattr(readers, "BLOCK_BYTES", 1000)
     long = "长" * 20_000
     texts = ["前文", long, "后文", long, "末文"]
-    content = {"a.jsonl": jsonl(texts), "array.json": json.dumps([{"text": t} for t in texts], ensure_ascii=False, indent=0),
-               "blank.txt": "\n\n".join(texts), "line.txt": "\n".join(texts),
-               "a.csv": "text,b\n" + "".join(f"{t},1\n" for t in texts)}[name]  # fmt: skip
+    content = {
+        "a.jsonl": jsonl(texts),
+        "array.json": json.dumps([{"text": t} for t in texts], ensure_ascii=False, indent=0),
+        "blank.txt": "\n\n".join(texts),
+        "line.txt": "\n".join(texts),
+        "a.csv": "text,b\n" + "".join(f"{t},1\n" for t in texts),
+    }[name]
     (tmp_path / name).write_text(content, encoding="utf-8")
-    found, _, account = read(tmp_path / name, max_doc_bytes=5000, split={"blank.txt": "blank", "line.txt": "line"}.get(name, "file"))
+    found, _, account = read(
+        tmp_path / name, max_doc_bytes=5000, split={"blank.txt": "blank", "line.txt": "line"}.get(name, "file")
+    )
     assert found == ["前文", "后文", "末文"]
     if name != "a.csv":  # there a field that is too long ends the line for the csv module, and its rest is a row
         assert account.rejected == {"longer than 5000 bytes": 2}
@@ -318,7 +378,12 @@ def test_a_file_cut_anywhere_is_named_and_with_keep_going_its_beginning_is_kept(
     zstandard = pytest.importorskip("zstandard") if suffix == "zst" else None
     rng = random.Random(0)
     texts = [f"{t}{rng.random()}" for t in TEXTS * 20]  # several blocks of each packer
-    pack = {"gz": gzip.compress, "bz2": lambda raw: bz2.compress(raw, 1), "xz": lzma.compress, "zst": zstandard and zstandard.compress}[suffix]
+    pack = {
+        "gz": gzip.compress,
+        "bz2": lambda raw: bz2.compress(raw, 1),
+        "xz": lzma.compress,
+        "zst": zstandard and zstandard.compress,
+    }[suffix]
     path, whole, kept = tmp_path / f"a.jsonl.{suffix}", pack(jsonl(texts).encode()), []
     for _ in range(50):
         path.write_bytes(whole[: rng.randrange(1, len(whole))])
@@ -335,8 +400,12 @@ def test_a_file_cut_anywhere_is_named_and_with_keep_going_its_beginning_is_kept(
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
 def test_a_damaged_file_is_named_wherever_the_damage_is(tmp_path, suffix, damage):
     zstandard = pytest.importorskip("zstandard") if suffix == "zst" else None
-    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress,
-            "zst": zstandard and zstandard.ZstdCompressor(write_checksum=True).compress}[suffix]  # fmt: skip
+    pack = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": zstandard and zstandard.ZstdCompressor(write_checksum=True).compress,
+    }[suffix]
     path, whole, rng = tmp_path / f"a.jsonl.{suffix}", pack(jsonl(TEXTS).encode()), random.Random(0)
     for _ in range(20):
         bad = bytearray(whole)
@@ -381,13 +450,56 @@ def test_what_is_no_readable_file_is_named_and_the_others_can_go_on(tmp_path, ma
 
 
 @settings(max_examples=400)
-@given(content=st.binary(max_size=300) | st.lists(st.sampled_from(
-    [b'{"text": "', b'"}', b"[", b"]", b"{", b"}", b",", b'"', b"\\", b"\n", b"\r\n", b"x", "文".encode(), b"\xff", b"\xd6",
-     b"text", b"\0", b"1", b"null", b"\xef\xbb\xbf", b";", b"\t"]), max_size=60).map(b"".join),
-    name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.jsonl.gz", "a.zip", "a.xml", "a.wikitext",
-                          "a.parquet", "a.parquet.gz"]),
-    split=st.sampled_from(["file", "line", "blank"]), errors=st.sampled_from(["reject", "replace"]),
-    block=st.sampled_from([7, 100, 1 << 20]))  # fmt: skip
+@given(
+    content=st.binary(max_size=300)
+    | st.lists(
+        st.sampled_from(
+            [
+                b'{"text": "',
+                b'"}',
+                b"[",
+                b"]",
+                b"{",
+                b"}",
+                b",",
+                b'"',
+                b"\\",
+                b"\n",
+                b"\r\n",
+                b"x",
+                "文".encode(),
+                b"\xff",
+                b"\xd6",
+                b"text",
+                b"\0",
+                b"1",
+                b"null",
+                b"\xef\xbb\xbf",
+                b";",
+                b"\t",
+            ]
+        ),
+        max_size=60,
+    ).map(b"".join),
+    name=st.sampled_from(
+        [
+            "a.jsonl",
+            "a.json",
+            "a.csv",
+            "a.tsv",
+            "a.txt",
+            "a.jsonl.gz",
+            "a.zip",
+            "a.xml",
+            "a.wikitext",
+            "a.parquet",
+            "a.parquet.gz",
+        ]
+    ),
+    split=st.sampled_from(["file", "line", "blank"]),
+    errors=st.sampled_from(["reject", "replace"]),
+    block=st.sampled_from([7, 100, 1 << 20]),
+)
 def test_any_bytes_are_documents_rejects_or_one_line_of_error(tmp_path_factory, content, name, split, errors, block):
     path = tmp_path_factory.mktemp("fuzz") / name
     path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
@@ -434,21 +546,24 @@ def test_concat_joins_neighbours_and_loses_nothing(lengths, limit):
 # Cleaning -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before, after", [
-    ("看这里https://a.com/x?y=1&z=（广告）吧", "看这里（广告）吧"),
-    ("写信到 some.one+x@mail.example.com 吧", "写信到   吧"),
-    ("<p class='x'>正文</p><br/>下一句<!-- 注 -->", "正文下一句"),
-    ("电话13812345678，固话010-12345678。", "电话，固话。"),
-    ("书号9787301138123456和圆周率3.13812345678不是电话", "书号9787301138123456和圆周率3.13812345678不是电话"),
-    ("加QQ：123456789 或微信号: abc_123456 联系", "  或  联系"),
-    ("好！！！！！！！……………… 真的。。。", "好！！！……… 真的。。。"),
-    ("ＡＢＣ１２３，５０％", "ABC123，50%"),
-    ("a &lt;b&gt; &amp; c &nbsp;好", "a <b> & c \xa0好"),
-    ("a < b 且 c > d，1<2", "a < b 且 c > d，1<2"),
-    ("零\u200b宽\ufeff字 👨\u200d👩", "零宽字 👨\u200d👩"),
-    ("行尾 \u3000\n\n\n\n\n下一段", "行尾\n\n下一段"),
-    ("e\u0301", "é"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("看这里https://a.com/x?y=1&z=（广告）吧", "看这里（广告）吧"),
+        ("写信到 some.one+x@mail.example.com 吧", "写信到   吧"),
+        ("<p class='x'>正文</p><br/>下一句<!-- 注 -->", "正文下一句"),
+        ("电话13812345678，固话010-12345678。", "电话，固话。"),
+        ("书号9787301138123456和圆周率3.13812345678不是电话", "书号9787301138123456和圆周率3.13812345678不是电话"),
+        ("加QQ：123456789 或微信号: abc_123456 联系", "  或  联系"),
+        ("好！！！！！！！……………… 真的。。。", "好！！！……… 真的。。。"),
+        ("ＡＢＣ１２３，５０％", "ABC123，50%"),
+        ("a &lt;b&gt; &amp; c &nbsp;好", "a <b> & c \xa0好"),
+        ("a < b 且 c > d，1<2", "a < b 且 c > d，1<2"),
+        ("零\u200b宽\ufeff字 👨\u200d👩", "零宽字 👨\u200d👩"),
+        ("行尾 \u3000\n\n\n\n\n下一段", "行尾\n\n下一段"),
+        ("e\u0301", "é"),
+    ],
+)
 def test_rules_take_out_what_they_name_and_leave_the_rest(before, after):
     account = Account("clean", keep_texts=True)
     found = clean.rewrite(Doc(before, "f:1"), account, clean.CleanConfig())
@@ -456,12 +571,19 @@ def test_rules_take_out_what_they_name_and_leave_the_rest(before, after):
     assert (before == found) == (not account.changed)
 
 
-@pytest.mark.parametrize("text, options, reason", [
-    ("太短", {}, "shorter than 10"), ("abcdefghijklmnop" * 3, {"min_han": 0.3}, "Han"),
-    ("★☆★☆♪♫♬♩★☆★☆甲", {}, "symbols"), ("买买买买" * 50, {}, "repeated"), ("　" * 30, {}, "shorter"),
-    ("一句普通的话，没有什么特别的地方。", {"min_han": 0.5}, ""), ("Plain English text, long enough.", {}, ""),
-    ("def f(x):\n    return {'a': [1, 2]}", {}, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, options, reason",
+    [
+        ("太短", {}, "shorter than 10"),
+        ("abcdefghijklmnop" * 3, {"min_han": 0.3}, "Han"),
+        ("★☆★☆♪♫♬♩★☆★☆甲", {}, "symbols"),
+        ("买买买买" * 50, {}, "repeated"),
+        ("　" * 30, {}, "shorter"),
+        ("一句普通的话，没有什么特别的地方。", {"min_han": 0.5}, ""),
+        ("Plain English text, long enough.", {}, ""),
+        ("def f(x):\n    return {'a': [1, 2]}", {}, ""),
+    ],
+)
 def test_thresholds_say_why(text, options, reason):
     account = Account("clean")
     docs = list(clean.clean([Doc(text, "f:1")], account, clean.CleanConfig(**options)))
@@ -473,7 +595,10 @@ def test_simplification_and_word_counts_come_from_optional_packages():
     pytest.importorskip("opencc")
     pytest.importorskip("jieba")
     account = Account("clean")
-    docs = [Doc("臺灣國語，漢字轉換成為簡體字，這裡有很多很多的詞語。", "f:1"), Doc("只有四个词，啊啊啊啊啊啊。", "f:2")]
+    docs = [
+        Doc("臺灣國語，漢字轉換成為簡體字，這裡有很多很多的詞語。", "f:1"),
+        Doc("只有四个词，啊啊啊啊啊啊。", "f:2"),
+    ]
     found = list(clean.clean(docs, account, clean.CleanConfig(simplify=True, min_words=8)))
     assert [d.text[:4] for d in found] == ["台湾国语"] and account.rejected == {"fewer than 8 words": 1}
 
@@ -489,7 +614,10 @@ def test_what_rules_took_can_be_read_again(tmp_path):
     (tmp_path / "a.txt").write_text("有链接 https://example.com/x 的一行文字，后面还有字。\n短\n", encoding="utf-8")
     run(tmp_path / "out", "clean", input=tmp_path / "a.txt", split="line", keep_rejected=True, processes=1)
     rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
-    assert {(r["reason"], r["text"]) for r in rejects} == {("removed by url", "https://example.com/x"), ("shorter than 10 characters", "短")}
+    assert {(r["reason"], r["text"]) for r in rejects} == {
+        ("removed by url", "https://example.com/x"),
+        ("shorter than 10 characters", "短"),
+    }
 
 
 # The chain ------------------------------------------------------------------------------------------------------------
@@ -499,15 +627,28 @@ def test_what_rules_took_can_be_read_again(tmp_path):
 def corpus(tmp_path):
     """Three files with good and bad records, and what a reader can know of them."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS).encode() + b"{bad\n" + jsonl(TEXTS[:5]).encode())
-    (tmp_path / "b.txt").write_text("\n".join(f"这是第{n}行，文字足够长了，可以留下来。" for n in range(300)), encoding="gb18030")
+    (tmp_path / "b.txt").write_text(
+        "\n".join(f"这是第{n}行，文字足够长了，可以留下来。" for n in range(300)), encoding="gb18030"
+    )
     (tmp_path / "c.csv").write_text("text,x\n太短,1\n够长的一行文字，可以留下来了。,2\n坏\n", encoding="utf-8")
     return [tmp_path / name for name in ("a.jsonl", "b.txt", "c.csv")]
 
 
 def test_totals_add_up_in_every_stage_and_rejects_name_their_lines(tmp_path, corpus):
     out = tmp_path / "out"
-    accounts = run(out, "clean", "window", "concat", "tokenize", input=tuple(corpus), split="line", window_chars=20,
-                   window_step=15, vocab_size=320, processes=1)  # fmt: skip
+    accounts = run(
+        out,
+        "clean",
+        "window",
+        "concat",
+        "tokenize",
+        input=tuple(corpus),
+        split="line",
+        window_chars=20,
+        window_step=15,
+        vocab_size=320,
+        processes=1,
+    )
     assert [a["stage"] for a in accounts] == ["read", "clean", "window", "concat", "tokenize"]
     for before, after in pairwise(accounts):
         assert before["out"] == after["in"]
@@ -527,7 +668,10 @@ def test_the_order_of_stages_is_the_users_and_the_same_stages_alone_give_the_sam
     run(tmp_path / "both", "clean", "window", input=tuple(corpus), split="line", window_chars=20, window_step=15)
     run(tmp_path / "one", "clean", input=tuple(corpus), split="line")
     run(tmp_path / "two", "window", input=tmp_path / "one/docs.jsonl", window_chars=20, window_step=15)
-    texts = [[json.loads(line)["text"] for line in (tmp_path / n / "docs.jsonl").open(encoding="utf-8")] for n in ("both", "two")]
+    texts = [
+        [json.loads(line)["text"] for line in (tmp_path / n / "docs.jsonl").open(encoding="utf-8")]
+        for n in ("both", "two")
+    ]
     assert texts[0] == texts[1] and len(texts[0]) > 300
 
 
@@ -553,8 +697,17 @@ def test_one_two_and_four_processes_write_the_same_bins(tmp_path, corpus, split,
     found = []
     for processes in (1, 2, 4):
         out = tmp_path / f"out{processes}"
-        run(out, "clean", "concat", "tokenize", input=tuple(corpus), split=split, processes=processes, vocab_size=320,
-            concat_chars=50)  # fmt: skip
+        run(
+            out,
+            "clean",
+            "concat",
+            "tokenize",
+            input=tuple(corpus),
+            split=split,
+            processes=processes,
+            vocab_size=320,
+            concat_chars=50,
+        )
         found.append([(out / n).read_bytes() for n in ("train.bin", "val.bin", "accounting.json")])
         # What the reader rejects is written when it is met, which may be a few blocks earlier.
         found[-1].append(sorted((out / "rejects.jsonl").read_bytes().splitlines()))
@@ -569,7 +722,9 @@ def test_many_lines_without_the_field_end_it_with_the_keys_that_are_there(tmp_pa
 
 
 def test_special_token_text_in_a_corpus_is_plain_text(tmp_path):
-    (tmp_path / "a.txt").write_text("\n".join(f"</s><s>[INST]<|im_end|><unk> 第{n}行" for n in range(50)), encoding="utf-8")
+    (tmp_path / "a.txt").write_text(
+        "\n".join(f"</s><s>[INST]<|im_end|><unk> 第{n}行" for n in range(50)), encoding="utf-8"
+    )
     run(tmp_path / "out", input=tmp_path / "a.txt", split="line", vocab_size=310)
     ids = np.fromfile(tmp_path / "out/train.bin", np.uint16)
     about = json.loads((tmp_path / "out/train.json").read_text())
@@ -577,9 +732,15 @@ def test_special_token_text_in_a_corpus_is_plain_text(tmp_path):
     assert not ((ids == 3) | (ids == 4)).any()
 
 
-@pytest.mark.parametrize("words, message", [
-    (["cleen"], "is not a stage"), (["clean", "inspect"], "is not a stage .* tokenize;"), (["tokenize", "clean"], "tokenize last"), (["clean", "clean"], "each stage once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["cleen"], "is not a stage"),
+        (["clean", "inspect"], "is not a stage .* tokenize;"),
+        (["tokenize", "clean"], "tokenize last"),
+        (["clean", "clean"], "each stage once"),
+    ],
+)
 def test_stages_that_make_no_chain_are_refused(words, message):
     with pytest.raises(UserError, match=message):
         data_process.split_words(words)
@@ -654,8 +815,9 @@ print("killed", killed, "published", published, file=sys.stderr)
 @pytest.mark.heavy
 def test_fifty_kills_at_random_moments_leave_whole_bins_or_none_and_the_rerun_writes_the_same(tmp_path, corpus):
     args = [tmp_path / "whole", tmp_path / "out", ",".join(map(str, corpus))]
-    done = subprocess.run([sys.executable, "-c", KILLS, *map(str, args)], capture_output=True, text=True, cwd=ROOT,
-                          timeout=200)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
     assert done.returncode == 0 and "killed 50 published" in done.stderr, done.stderr[-2000:]
     assert "published 0" not in done.stderr
     for name in ("train.bin", "val.bin", "train.json", "val.json"):
@@ -675,8 +837,16 @@ errors.run(data_process.main)
     text = "".join(f"第{n}行，{n * n}，文字足够长了，可以留下来。\n" for n in range(3000))
     (tmp_path / "big.txt").write_text(text, encoding="utf-8")
     run(tmp_path / "first", input=tmp_path / "big.txt", split="line", vocab_size=320)
-    args = ["--input", tmp_path / "big.txt", "--split", "line", "--tokenizer", tmp_path / "first/tokenizer", "--out_dir",
-            tmp_path / "out"]  # fmt: skip
+    args = [
+        "--input",
+        tmp_path / "big.txt",
+        "--split",
+        "line",
+        "--tokenizer",
+        tmp_path / "first/tokenizer",
+        "--out_dir",
+        tmp_path / "out",
+    ]
     done = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 4 and len(done.stderr.splitlines()) == 1, done.stderr
     assert not list((tmp_path / "out").glob("*.bin"))
@@ -699,8 +869,16 @@ def test_a_killed_worker_ends_the_command_with_one_line(tmp_path, corpus, monkey
 def test_the_filter_drops_what_a_trained_model_finds_too_surprising(tmp_path, make_model):
     """Oracle: bits per byte from the plain logits."""
     text = data_process.tokenizer.load(train(["天地玄黄，宇宙洪荒。"] * 50, tmp_path / "t/tokenizer.model", 280))
-    model = make_model(ModelConfig(vocab_size=280, hidden_size=32, intermediate_size=52, num_hidden_layers=2,
-                                   num_attention_heads=4, max_position_embeddings=16))  # fmt: skip
+    model = make_model(
+        ModelConfig(
+            vocab_size=280,
+            hidden_size=32,
+            intermediate_size=52,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+        )
+    )
     checkpoint.save_model(tmp_path / "model", model, text, {})
     docs = ["天地玄黄，宇宙洪荒。" * n for n in (1, 2, 9)] + ["kwx@#%&zq", "天"]
     bits = []
@@ -713,8 +891,14 @@ def test_the_filter_drops_what_a_trained_model_finds_too_surprising(tmp_path, ma
         bits.append(nats / math.log(2) / len(doc.encode()))
     border = sorted(bits)[2]
     (tmp_path / "a.jsonl").write_text(jsonl(docs), encoding="utf-8")
-    run(tmp_path / "out", "filter", input=tmp_path / "a.jsonl", perplexity=tmp_path / "model", min_bits=0,
-        max_bits=border * 1.0001)  # fmt: skip
+    run(
+        tmp_path / "out",
+        "filter",
+        input=tmp_path / "a.jsonl",
+        perplexity=tmp_path / "model",
+        min_bits=0,
+        max_bits=border * 1.0001,
+    )
     kept = [json.loads(line)["text"] for line in (tmp_path / "out/docs.jsonl").open(encoding="utf-8")]
     assert kept == [doc for doc, b in zip(docs, bits) if b <= border] and len(kept) == 3
 
@@ -773,11 +957,25 @@ data_process.main()
 own = int(re.search("VmHWM:\\s*([0-9]+)", open("/proc/self/status").read())[1])
 print("peak", max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) >> 10)
 """
-    args = [sys.executable, "-c", script, "--input", tmp_path / "a.jsonl", tmp_path / "b.txt", "--split", "line",
-            "--vocab_size", "320", "--out_dir", tmp_path / "out"]  # fmt: skip
+    args = [
+        sys.executable,
+        "-c",
+        script,
+        "--input",
+        tmp_path / "a.jsonl",
+        tmp_path / "b.txt",
+        "--split",
+        "line",
+        "--vocab_size",
+        "320",
+        "--out_dir",
+        tmp_path / "out",
+    ]
     done = subprocess.run(list(map(str, args)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "2 rejected: longer than 16777216 bytes (first:" in done.stdout and f"{tmp_path / 'a.jsonl'}:61)" in done.stdout
+    assert (
+        "2 rejected: longer than 16777216 bytes (first:" in done.stdout and f"{tmp_path / 'a.jsonl'}:61)" in done.stdout
+    )
     assert int(done.stdout.split("peak ")[1]) < 512
 
 

@@ -124,9 +124,20 @@ def test_the_sidecar_says_what_the_bin_is(tmp_path, monkeypatch):
     path = write_bin(tmp_path / "x.bin")
     about, raw = json.loads((tmp_path / "x.json").read_text()), path.read_bytes()
     blocks = [hashlib.sha256(raw[i : i + 8]).hexdigest() for i in range(0, len(raw), 8)]
-    assert about == {"format": 1, "dtype": "uint16", "vocab_size": VOCAB, "eos_id": EOS, "tokenizer_sha256": SHA, "source": "",
-                     "tokens": 18, "documents": 5, "text_bytes": 54, "sources": {}, "block_bytes": 8,
-                     "blocks_sha256": blocks}  # fmt: skip
+    assert about == {
+        "format": 1,
+        "dtype": "uint16",
+        "vocab_size": VOCAB,
+        "eos_id": EOS,
+        "tokenizer_sha256": SHA,
+        "source": "",
+        "tokens": 18,
+        "documents": 5,
+        "text_bytes": 54,
+        "sources": {},
+        "block_bytes": 8,
+        "blocks_sha256": blocks,
+    }
 
 
 def test_the_digest_tells_bins_apart(tmp_path):
@@ -340,22 +351,44 @@ def test_what_is_not_a_file_is_refused(tmp_path, name):
     assert str(tmp_path / name) in refusal(lambda: open_bin(tmp_path / name))
 
 
-GOOD = {"format": 1, "dtype": "uint16", "tokens": 18, "vocab_size": VOCAB, "eos_id": EOS, "text_bytes": 54,
-        "tokenizer_sha256": SHA, "blocks_sha256": ["0" * 64]}  # fmt: skip
+GOOD = {
+    "format": 1,
+    "dtype": "uint16",
+    "tokens": 18,
+    "vocab_size": VOCAB,
+    "eos_id": EOS,
+    "text_bytes": 54,
+    "tokenizer_sha256": SHA,
+    "blocks_sha256": ["0" * 64],
+}
 BROKEN = [
     *(({k: v for k, v in GOOD.items() if k != key}, key) for key in GOOD),
-    *((GOOD | {key: bad}, key) for key in GOOD for bad in (None, True, 1.5, {}, "7" if GOOD[key] != "7" else 7)
-      if type(bad) is not type(GOOD[key])),
-    (GOOD | {"format": 2}, "format"), (GOOD | {"format": 0}, "format"), (GOOD | {"dtype": "int16"}, "dtype"),
-    (GOOD | {"dtype": "float64"}, "dtype"), (GOOD | {"dtype": "object"}, "dtype"), (GOOD | {"tokens": -18}, "tokens"),
-    (GOOD | {"blocks_sha256": [1]}, "blocks_sha256"), (GOOD | {"blocks_sha256": ["\ud800"]}, "blocks_sha256"),
-    (GOOD | {"text_bytes": -1}, "text_bytes"), (GOOD | {"vocab_size": 0}, "vocab_size"),
-    (GOOD | {"eos_id": -1}, "eos_id"), (GOOD | {"eos_id": VOCAB}, "eos_id"), (GOOD | {"tokens": 10**4000}, "tokens"),
-    (GOOD | {"vocab_size": 65_537}, "vocab_size"), (GOOD | {"blocks_sha256": ["0" * 64] * 2}, "blocks_sha256"),
+    *(
+        (GOOD | {key: bad}, key)
+        for key in GOOD
+        for bad in (None, True, 1.5, {}, "7" if GOOD[key] != "7" else 7)
+        if type(bad) is not type(GOOD[key])
+    ),
+    (GOOD | {"format": 2}, "format"),
+    (GOOD | {"format": 0}, "format"),
+    (GOOD | {"dtype": "int16"}, "dtype"),
+    (GOOD | {"dtype": "float64"}, "dtype"),
+    (GOOD | {"dtype": "object"}, "dtype"),
+    (GOOD | {"tokens": -18}, "tokens"),
+    (GOOD | {"blocks_sha256": [1]}, "blocks_sha256"),
+    (GOOD | {"blocks_sha256": ["\ud800"]}, "blocks_sha256"),
+    (GOOD | {"text_bytes": -1}, "text_bytes"),
+    (GOOD | {"vocab_size": 0}, "vocab_size"),
+    (GOOD | {"eos_id": -1}, "eos_id"),
+    (GOOD | {"eos_id": VOCAB}, "eos_id"),
+    (GOOD | {"tokens": 10**4000}, "tokens"),
+    (GOOD | {"vocab_size": 65_537}, "vocab_size"),
+    (GOOD | {"blocks_sha256": ["0" * 64] * 2}, "blocks_sha256"),
     *((GOOD | {"block_bytes": bad}, "block_bytes") for bad in (0, -1, "8", True, None, 10**18, 10**4000)),
     *((GOOD | {"sources": bad}, "sources") for bad in ([], "x", {"a": 1}, {"a": {}}, {"a": {"documents": "1"}})),
-    ([GOOD], "JSON"), (None, "JSON"),
-]  # fmt: skip
+    ([GOOD], "JSON"),
+    (None, "JSON"),
+]
 
 
 @pytest.mark.parametrize("about, key", BROKEN, ids=[f"{i}-{key}" for i, (_, key) in enumerate(BROKEN)])
@@ -460,8 +493,10 @@ def test_a_batch_is_its_rows_and_counts_its_targets(tmp_path):
     rows = BinRows(open_bin(write_bin(tmp_path / "x.bin")), 5, True, EOS, tail=True)
     made = data.batch(rows, [2, 0, 3])
     for at, i in enumerate([2, 0, 3]):
-        assert all(torch.equal(t[at].long(), torch.from_numpy(part)) for t, part in
-                   zip((made.ids, made.targets, made.docs), rows.row(i)))  # fmt: skip
+        assert all(
+            torch.equal(t[at].long(), torch.from_numpy(part))
+            for t, part in zip((made.ids, made.targets, made.docs), rows.row(i))
+        )
     assert made.ids.dtype == made.targets.dtype == torch.int64 and made.docs.dtype == torch.int32
     assert made.rows == [2, 0, 3]
     assert made.count == sum(t != IGNORE for row in made.targets.tolist() for t in row)
@@ -564,10 +599,25 @@ def test_lines_come_with_their_file_and_number(tmp_path):
     assert list(read_jsonl(jsonl(tmp_path, ""))) == []
 
 
-@pytest.mark.parametrize("line", [
-    b"{", b"{'a': 1}", b"[1]", b"3", b'"x"', b"null", b'{"a": 1} {"b": 2}', b'{"a": "\xff"}', b'{"a": 1, "a": 2}',
-    b'{"a": {"b": 1, "b": 1}}', b'{"a": ' + b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", "{“a”: 1}".encode(),
-], ids=lambda line: repr(line[:12]))  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"{'a': 1}",
+        b"[1]",
+        b"3",
+        b'"x"',
+        b"null",
+        b'{"a": 1} {"b": 2}',
+        b'{"a": "\xff"}',
+        b'{"a": 1, "a": 2}',
+        b'{"a": {"b": 1, "b": 1}}',
+        b'{"a": ' + b"[" * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+        "{“a”: 1}".encode(),
+    ],
+    ids=lambda line: repr(line[:12]),
+)
 def test_a_bad_line_is_refused_with_its_file_and_number(tmp_path, line):
     path = jsonl(tmp_path, b'{"a": 1}\n\n' + line + b"\n")
     assert refusal(lambda: list(read_jsonl(path))).startswith(f"{path}:3: not a JSON ")
@@ -589,10 +639,16 @@ def mixture(tmp_path, sizes, shares):
     return parts, MixedRows(parts, shares)
 
 
-@pytest.mark.parametrize("sizes, shares, counts", [
-    ([6, 3], None, [6, 3]), ([6, 3], [1, 1], [6, 6]), ([6, 3], [1, 3], [6, 18]), ([2, 9], [0.7, 0.3], [21, 9]),
-    ([5, 5, 5], [2, 1, 1], [10, 5, 5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes, shares, counts",
+    [
+        ([6, 3], None, [6, 3]),
+        ([6, 3], [1, 1], [6, 6]),
+        ([6, 3], [1, 3], [6, 18]),
+        ([2, 9], [0.7, 0.3], [21, 9]),
+        ([5, 5, 5], [2, 1, 1], [10, 5, 5]),
+    ],
+)
 def test_a_mixture_shows_every_row_and_each_bin_in_its_share(tmp_path, sizes, shares, counts):
     parts, mixed = mixture(tmp_path, sizes, shares)
     assert len(mixed) == sum(counts)
@@ -600,7 +656,11 @@ def test_a_mixture_shows_every_row_and_each_bin_in_its_share(tmp_path, sizes, sh
     for i in range(len(mixed)):
         ids, targets, _ = mixed.row(i)
         part = int(ids[0]) // 10 - 1
-        (at,) = [k for k in range(sizes[part]) if (parts[part].row(k)[0] == ids).all() and f"tokens {k * 4} to" in mixed.where(i)]
+        (at,) = [
+            k
+            for k in range(sizes[part])
+            if (parts[part].row(k)[0] == ids).all() and f"tokens {k * 4} to" in mixed.where(i)
+        ]
         assert (parts[part].row(at)[1] == targets).all()
         seen[part].append(at)
     assert [len(rows) for rows in seen] == counts
@@ -613,18 +673,28 @@ def test_a_mixture_with_other_shares_is_another_run(tmp_path):
     assert len(digests) == 3
 
 
-@pytest.mark.parametrize("entries, wanted", [
-    (["a.bin"], (["a.bin"], None)), (["a.bin:0.7", "b.bin:.3"], (["a.bin", "b.bin"], [0.7, 0.3])),
-    (["C:\\x.bin:2", "C:\\y.bin:1"], (["C:\\x.bin", "C:\\y.bin"], [2, 1])), (["C:\\x.bin"], (["C:\\x.bin"], None)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entries, wanted",
+    [
+        (["a.bin"], (["a.bin"], None)),
+        (["a.bin:0.7", "b.bin:.3"], (["a.bin", "b.bin"], [0.7, 0.3])),
+        (["C:\\x.bin:2", "C:\\y.bin:1"], (["C:\\x.bin", "C:\\y.bin"], [2, 1])),
+        (["C:\\x.bin"], (["C:\\x.bin"], None)),
+    ],
+)
 def test_shares_stand_behind_the_path(entries, wanted):
     assert parse_mix(entries) == wanted
 
 
-@pytest.mark.parametrize("entries, message", [
-    (["a.bin:1", "b.bin"], "all or none"), (["a.bin:0", "b.bin:1"], "none is 0"), (["a.bin", "./a.bin"], "named twice"),
-    ([], "empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        (["a.bin:1", "b.bin"], "all or none"),
+        (["a.bin:0", "b.bin:1"], "none is 0"),
+        (["a.bin", "./a.bin"], "named twice"),
+        ([], "empty"),
+    ],
+)
 def test_mixtures_that_make_no_sense_are_refused(entries, message):
     with pytest.raises(UserError, match=message):
         parse_mix(entries)

@@ -68,8 +68,14 @@ def test_one_and_two_processes_write_the_same_bins(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     process(tmp_path, input=(str(tmp_path / "a.txt"),), split="line")
     one = (tmp_path / "data/train.bin").read_bytes()
-    run(tmp_path, input=(str(tmp_path / "a.txt"),), tokenizer=tmp_path / "data/tokenizer", split="line", processes=2,
-        overwrite=True)  # fmt: skip
+    run(
+        tmp_path,
+        input=(str(tmp_path / "a.txt"),),
+        tokenizer=tmp_path / "data/tokenizer",
+        split="line",
+        processes=2,
+        overwrite=True,
+    )
     assert (tmp_path / "data/train.bin").read_bytes() == one
 
 
@@ -84,4 +90,3 @@ def test_existing_bins_and_empty_input_are_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"content": "x"}\n{"content": "y"}\n')
     with pytest.raises(UserError, match=r"no field text; there is content \(first: .*bad\.jsonl:1\)"):
         process(tmp_path, input=(str(tmp_path / "bad.jsonl"),), overwrite=True)
-

@@ -26,8 +26,10 @@ OPTIONS = ["--keep_going", "--split", "blank", "--val_share", "0.1", "--keep_rej
 
 def texts(seed: int, count: int) -> list[str]:
     rng = random.Random(seed)
-    return ["".join(rng.choice("天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏。，") for _ in range(rng.randint(80, 200)))
-            for _ in range(count)]  # fmt: skip
+    return [
+        "".join(rng.choice("天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏。，") for _ in range(rng.randint(80, 200)))
+        for _ in range(count)
+    ]
 
 
 def edited(text: str) -> str:
@@ -80,7 +82,8 @@ def assert_equal(found: Path, expected: Path) -> None:
     lines = [(folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines() for folder in (found, expected)]
     assert sorted(lines[0]) == sorted(lines[1])
     assert sorted(p.name for p in (found / "tokenizer").iterdir()) == sorted(
-        p.name for p in (expected / "tokenizer").iterdir())  # fmt: skip
+        p.name for p in (expected / "tokenizer").iterdir()
+    )
 
 
 def test_the_corpus_meets_every_case(expected):
@@ -104,8 +107,9 @@ def test_so_do_the_few_documents_of_which_none_would_be_held_out(many, small, tm
 
 
 @pytest.mark.heavy
-def test_the_bare_command_runs_tasks_in_processes_and_says_nothing_but_the_accounts(corpus, small, tmp_path, expected,
-                                                                                   root):  # fmt: skip
+def test_the_bare_command_runs_tasks_in_processes_and_says_nothing_but_the_accounts(
+    corpus, small, tmp_path, expected, root
+):
     command = [sys.executable, "-m", "runs.datatrove_corpus", "--tasks", "3", "--out_dir", str(tmp_path / "out")]
     command += ["--input", *corpus, "--tokenizer", str(small.path), *OPTIONS]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
@@ -119,12 +123,15 @@ def written(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (out / "steps/data").iterdir()}
 
 
-@pytest.mark.parametrize("step, redone", [
-    ("1-clean", {"00000.docs", "00000.signed", "00003.docs", "00003.signed"}),
-    ("2-dedup", {f"0000{number}.reasons" for number in range(4)}),
-    ("3-tokenize", {"00000.ids", "00003.ids"}),
-    ("4-bins", set()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "step, redone",
+    [
+        ("1-clean", {"00000.docs", "00000.signed", "00003.docs", "00003.signed"}),
+        ("2-dedup", {f"0000{number}.reasons" for number in range(4)}),
+        ("3-tokenize", {"00000.ids", "00003.ids"}),
+        ("4-bins", set()),
+    ],
+)
 def test_a_task_whose_mark_is_gone_is_done_again_alone_and_gives_the_same(many, expected, step, redone):
     out = many("--tasks", "3")
     before = written(out)
@@ -248,7 +255,9 @@ def test_slurm_gets_jobs_that_find_these_modules(corpus, small, tmp_path, expect
     command = [sys.executable, "-m", "runs.datatrove_corpus", "--executor", "slurm", "--partition", "cpu"]
     command += ["--input", *corpus, "--tokenizer", str(small.path), "--out_dir", str(tmp_path / "out"), *OPTIONS]
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(command, cwd=root, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr + (tmp_path / "sbatch.log").read_text()
     steps = [line for line in (tmp_path / "sbatch.calls").read_text().splitlines() if "RUN_OFFSET" in line]
     assert ["afterok:17" in line for line in steps] == [False, True, True, True]

@@ -165,7 +165,13 @@ def test_the_exact_hash_is_of_the_whole_text():
 
 
 def test_bands_have_the_smallest_weighted_area():
-    for threshold, permutations in ((0.5, 128), (0.8, 128), (0.9, 128), (0.8, 64), *((t / 20, 30) for t in range(1, 21))):
+    for threshold, permutations in (
+        (0.5, 128),
+        (0.8, 128),
+        (0.9, 128),
+        (0.8, 64),
+        *((t / 20, 30) for t in range(1, 21)),
+    ):
         areas = {}
         for r in range(1, permutations + 1):
             b, below, above = permutations // r, 0.0, 0.0
@@ -232,8 +238,12 @@ def test_removal_is_that_of_exact_jaccard_where_no_pair_is_near_the_threshold():
     assert len(kept) == 400
 
 
-@given(st.integers(0, 10**6), st.lists(st.integers(1, 90), min_size=1, max_size=20), st.sampled_from([1, 5, 256]),
-       st.sampled_from([0, 64]))  # fmt: skip
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(1, 90), min_size=1, max_size=20),
+    st.sampled_from([1, 5, 256]),
+    st.sampled_from([0, 64]),
+)
 @settings(max_examples=20)
 def test_removal_does_not_depend_on_chunks_or_the_disk(seed, sizes, block, memory_mb):
     texts, options = corpus(150, seed), DedupConfig(memory_mb=memory_mb)
@@ -294,12 +304,29 @@ def test_the_first_is_kept_and_removed_ones_remove_nothing():
 def test_identical_texts_and_texts_that_differ_in_whitespace():
     text = "天下大势，分久必合，合久必分。😀👩‍👧"
     assert run([text, text, text[:7] + " \n　" + text[7:], text, text[::-1]]) == [
-        "", "exact duplicate", "near duplicate", "exact duplicate", ""]  # fmt: skip
+        "",
+        "exact duplicate",
+        "near duplicate",
+        "exact duplicate",
+        "",
+    ]
 
 
 def test_short_and_empty_texts():
     assert run(["", "", " ", "的", "的", "了", "ab", "ba", "ab\0\0\0", "abcd", "abcde", "😀"]) == [
-        "", "exact duplicate", "near duplicate", "", "exact duplicate", "", "", "", "", "", "", ""]  # fmt: skip
+        "",
+        "exact duplicate",
+        "near duplicate",
+        "",
+        "exact duplicate",
+        "",
+        "",
+        "",
+        "",
+        "",
+        "",
+        "",
+    ]
     assert Index(DedupConfig()).add(sign(DedupConfig(), [])) == []
 
 
@@ -351,8 +378,14 @@ for _ in range(160):
     index.add(Signed(rng.integers(0, 1 << 63, (500, 2)).astype(np.uint64), rng.integers(0, 1 << 32, (500, 128), np.uint32)))
 print(peak() - before)
 """
-    used = [int(subprocess.run([sys.executable, "-c", code, limit], cwd=root, capture_output=True, text=True, check=True).stdout)
-            for limit in ("8", "4096")]  # fmt: skip
+    used = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, limit], cwd=root, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for limit in ("8", "4096")
+    ]
     assert used[0] < 70 < used[1]  # measured: 52 and 95; 130 where pages are not given back
 
 
@@ -367,7 +400,8 @@ def test_every_document_is_kept_or_rejected_with_its_reason():
     expected = naive_removal(texts, DedupConfig())
     assert kept == [doc for doc, reason in zip(docs, expected) if not reason]
     assert [(r.where, r.reason, r.text) for r in account.take_rejects()] == [
-        (doc.where, reason, doc.text) for doc, reason in zip(docs, expected) if reason]  # fmt: skip
+        (doc.where, reason, doc.text) for doc, reason in zip(docs, expected) if reason
+    ]
     assert account.seen == len(texts) == account.kept + sum(account.rejected.values())
     assert account.out == account.kept == len(kept) and account.missing == 0
     assert set(account.rejected) == {"exact duplicate", "near duplicate"}
@@ -393,7 +427,14 @@ def test_a_full_disk_is_an_error_and_not_a_signal(monkeypatch):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"threshold": 0}, {"threshold": 1.01}, {"threshold": float("nan")}, {"permutations": 0}, {"memory_mb": -1}, {"temp_dir": "/no/such/folder"}],
+    [
+        {"threshold": 0},
+        {"threshold": 1.01},
+        {"threshold": float("nan")},
+        {"permutations": 0},
+        {"memory_mb": -1},
+        {"temp_dir": "/no/such/folder"},
+    ],
 )
 def test_nonsense_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

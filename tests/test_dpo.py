@@ -24,26 +24,79 @@ from tokenizer import chat
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = ("曹操字什么？", "刘备是谁？", "何为忠义？", "下一句呢？", "他去了哪里？", "谁来了？")
 BEFORE = [{"role": "user", "content": "好？"}, {"role": "assistant", "content": "好。"}]  # an answer that is not judged
-OPTIONS = ["--max_steps", "6", "--batch_tokens", "512", "--micro_batch", "2", "--save_every", "3", "--eval_every", "3", "--log_every", "1",
-           "--lr", "1e-3", "--min_lr", "1e-4", "--warmup_steps", "1", "--device", "cpu", "--dtype", "fp32"]  # fmt: skip
+OPTIONS = [
+    "--max_steps",
+    "6",
+    "--batch_tokens",
+    "512",
+    "--micro_batch",
+    "2",
+    "--save_every",
+    "3",
+    "--eval_every",
+    "3",
+    "--log_every",
+    "1",
+    "--lr",
+    "1e-3",
+    "--min_lr",
+    "1e-4",
+    "--warmup_steps",
+    "1",
+    "--device",
+    "cpu",
+    "--dtype",
+    "fp32",
+]
 
 
 @pytest.fixture(scope="module")
 def place(small, tmp_path_factory) -> Path:
     """A folder with a chat model and pairs: the better answer is short, the other long."""
     place = tmp_path_factory.mktemp("place")
-    model = lively(ModelConfig(vocab_size=small.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64))  # fmt: skip
+    model = lively(
+        ModelConfig(
+            vocab_size=small.vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    )
     checkpoint.save_model(place / "base", model, small, {"chat_format": "bos"})
-    lines = [{"messages": [*BEFORE * (n == 2), {"role": "user", "content": q}, {"role": "assistant", "content": f"是{q[:n]}。"}], "rejected": "不知道" * n}
-             for q in QUESTIONS for n in (1, 2, 3, 4)]  # fmt: skip
-    (place / "pairs.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    lines = [
+        {
+            "messages": [
+                *BEFORE * (n == 2),
+                {"role": "user", "content": q},
+                {"role": "assistant", "content": f"是{q[:n]}。"},
+            ],
+            "rejected": "不知道" * n,
+        }
+        for q in QUESTIONS
+        for n in (1, 2, 3, 4)
+    ]
+    (place / "pairs.jsonl").write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+    )
     return place
 
 
 def train(place: Path, out: Path, *words: str) -> None:
     """dpo.py in this process."""
-    argv = ["dpo.py", "--init_from", str(place / "base"), "--pairs.train", str(place / "pairs.jsonl"), "--out_dir", str(out), *OPTIONS, *words]
+    argv = [
+        "dpo.py",
+        "--init_from",
+        str(place / "base"),
+        "--pairs.train",
+        str(place / "pairs.jsonl"),
+        "--out_dir",
+        str(out),
+        *OPTIONS,
+        *words,
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)
         dpo.main()
@@ -61,7 +114,9 @@ def naive_log_probability(model, ids, mask) -> torch.Tensor:
 
 
 def naive_loss(model, reference, pair, beta: float, smoothing: float) -> torch.Tensor:
-    gained = [naive_log_probability(model, *text) - naive_log_probability(reference, *text).detach() for text in pair[:2]]
+    gained = [
+        naive_log_probability(model, *text) - naive_log_probability(reference, *text).detach() for text in pair[:2]
+    ]
     p = torch.sigmoid(beta * (gained[0] - gained[1]))
     return -(1 - smoothing) * p.log() - smoothing * (1 - p).log()
 
@@ -73,7 +128,9 @@ def test_loss_and_gradient_are_those_of_the_formula(place, small, smoothing):
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
     rows, numbers = rows_of(place, small), [0, 5, 9]
-    rows.reference = pairs.over_pairs(rows, 4, torch.device("cpu"), lambda b: pairs.log_probabilities(reference, b), range(len(rows)))
+    rows.reference = pairs.over_pairs(
+        rows, 4, torch.device("cpu"), lambda b: pairs.log_probabilities(reference, b), range(len(rows))
+    )
     batch = data.batch(rows, numbers)
     pairs.dpo_loss(0.3, smoothing)(model, batch).backward()
     ours = [p.grad.clone() for p in model.parameters()]
@@ -95,7 +152,7 @@ def test_it_begins_at_ln_2_and_learns_which_answers_are_preferred(place, small, 
     assert (tmp_path / "out" / ("adapter_model.safetensors" if words else "model.safetensors")).exists()
     if not words:  # against what it was: the preferred became likelier beside the other
         before, after = checkpoint.load_model(place / "base"), checkpoint.load_model(tmp_path / "out")
-        for (good, bad, _) in rows_of(place, small).pairs[::5]:
+        for good, bad, _ in rows_of(place, small).pairs[::5]:
             gains = [naive_log_probability(after, *t) - naive_log_probability(before, *t) for t in (good, bad)]
             assert gains[0] > gains[1] and gains[1] < 0
 
@@ -131,9 +188,24 @@ def test_a_stopped_run_goes_on_to_the_same_bits(place, tmp_path):
 @pytest.mark.heavy
 def test_two_ranks_reach_the_losses_of_one_process(place, tmp_path):
     train(place, tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "dpo.py"),
-               "--init_from", str(place / "base"), "--pairs.train", str(place / "pairs.jsonl"), "--out_dir", str(tmp_path / "two"), *OPTIONS]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "dpo.py"),
+        "--init_from",
+        str(place / "base"),
+        "--pairs.train",
+        str(place / "pairs.jsonl"),
+        "--out_dir",
+        str(tmp_path / "two"),
+        *OPTIONS,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     for key in ("loss", "val_loss", "grad_norm"):
         assert metrics(tmp_path / "two", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5)
@@ -145,18 +217,31 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small, capsy
         return str(tmp_path / "bad.jsonl")
 
     chat_of = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    for lines, words in (([chat_of], r"bad.jsonl:1: no messages with a rejected answer"), ([chat_of | {"rejected": "b"}], "both answers are the same"),
-                         ([chat_of | {"rejected": " "}], "no messages with a rejected"), ([{"rejected": "c"}], "no messages")):  # fmt: skip
+    for lines, words in (
+        ([chat_of], r"bad.jsonl:1: no messages with a rejected answer"),
+        ([chat_of | {"rejected": "b"}], "both answers are the same"),
+        ([chat_of | {"rejected": " "}], "no messages with a rejected"),
+        ([{"rejected": "c"}], "no messages"),
+    ):
         with pytest.raises(UserError, match=words):
             train(place, tmp_path / "out", "--pairs.train", written(*lines))
     with pytest.raises(UserError, match="too few pairs to hold some out"):
         train(place, tmp_path / "out", "--pairs.train", written(chat_of | {"rejected": "c"}))
-    for (good, bad, _), (_, line) in zip(rows_of(place, small).pairs, data.read_jsonl(place / "pairs.jsonl"), strict=True):
+    for (good, bad, _), (_, line) in zip(
+        rows_of(place, small).pairs, data.read_jsonl(place / "pairs.jsonl"), strict=True
+    ):
         judged = [small.decode([i for i, m in zip(*text) if m]) for text in (good, bad)]
         assert judged == [line["messages"][-1]["content"], line["rejected"]]
-    sizes = [max(len(chat.render([*m[:-1], {"role": "assistant", "content": a}], small, "bos")[0]) for a in (m[-1]["content"], other))
-             for m, other in ((d["messages"], d["rejected"]) for _, d in data.read_jsonl(place / "pairs.jsonl"))]  # fmt: skip
+    sizes = [
+        max(
+            len(chat.render([*m[:-1], {"role": "assistant", "content": a}], small, "bos")[0])
+            for a in (m[-1]["content"], other)
+        )
+        for m, other in ((d["messages"], d["rejected"]) for _, d in data.read_jsonl(place / "pairs.jsonl"))
+    ]
     length, intro = sorted(set(sizes))[2] - 2, []  # some are longer by one than what fits
     found = pairs.read_pairs([str(place / "pairs.jsonl")], small, "bos", length, intro)
     assert len(found) == sum(size <= length + 1 for size in sizes) and length + 2 in sizes
-    assert 0 < len(found) < 24 and intro[0].startswith(f"{24 - len(found)} pairs longer than {length} tokens left out: ")
+    assert 0 < len(found) < 24 and intro[0].startswith(
+        f"{24 - len(found)} pairs longer than {length} tokens left out: "
+    )

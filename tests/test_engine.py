@@ -47,7 +47,9 @@ def launch(ranks: int, out_dir: Path, **options) -> None:
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [str(HERE / "small_run.py"), str(out_dir), json.dumps(options)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -151,8 +153,13 @@ def test_fp16_overflow_leaves_the_weights_alone_and_halves_the_scale(tmp_path):
 
 def test_fp16_gives_up_after_twenty_overflows_in_a_row(tmp_path):
     with pytest.raises(Diverged, match="scale"):
-        small_run.run(tmp_path / "run", dtype="fp16", max_steps=40, val=False,
-                      loss_fn=lambda m, b: next_token_loss(m, b) * math.inf)  # fmt: skip
+        small_run.run(
+            tmp_path / "run",
+            dtype="fp16",
+            max_steps=40,
+            val=False,
+            loss_fn=lambda m, b: next_token_loss(m, b) * math.inf,
+        )
     assert len(metrics(tmp_path / "run", "scale")) <= 20
 
 
@@ -168,7 +175,9 @@ def test_a_non_finite_loss_stops_with_the_rows_named_and_the_weights_untouched(t
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_with_one_that_can(tmp_path):
-    with pytest.raises(UserError, match="batch_tokens 100 is not a multiple of ranks 1 x seq_len 32 = 32 -- --batch_tokens 96"):
+    with pytest.raises(
+        UserError, match="batch_tokens 100 is not a multiple of ranks 1 x seq_len 32 = 32 -- --batch_tokens 96"
+    ):
         small_run.run(tmp_path / "run", batch_tokens=100)
 
 
@@ -181,10 +190,17 @@ class Rows:
         return 100
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch", "expected"), [
-    (1, 5, (10, 5, 2, 20)), (2, 5, (10, 5, 1, 20)), (1, 8, (10, 5, 2, 20)), (1, 4, (10, 2, 5, 20)),
-    (5, 8, (10, 2, 1, 20)), (10, 8, (10, 1, 1, 20)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "expected"),
+    [
+        (1, 5, (10, 5, 2, 20)),
+        (2, 5, (10, 5, 1, 20)),
+        (1, 8, (10, 5, 2, 20)),
+        (1, 4, (10, 2, 5, 20)),
+        (5, 8, (10, 2, 1, 20)),
+        (10, 8, (10, 1, 1, 20)),
+    ],
+)
 def test_epochs_become_steps_and_micro_batches_divide_them(ranks, micro_batch, expected):
     cfg = engine.TrainConfig(epochs=2, batch_tokens=320, micro_batch=micro_batch)
     assert engine.plan(cfg, Rows(), Ranks(0, ranks, torch.device("cpu"))) == expected
@@ -220,14 +236,20 @@ def test_bits_per_byte_is_the_cost_of_the_whole_validation_text(tmp_path):
             logp = model(ids, docs=docs).log_softmax(-1)[0]
             nats -= sum(float(logp[t, y]) for t, y in enumerate(targets[0].tolist()) if y != -100)
     text_bytes = json.loads((tmp_path / "small.json").read_text())["text_bytes"]
-    assert metrics(tmp_path / "run", "val_bits_per_byte")[-1] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-3)
+    assert metrics(tmp_path / "run", "val_bits_per_byte")[-1] == pytest.approx(
+        nats / math.log(2) / text_bytes, rel=1e-3
+    )
 
 
 def start_long_run(out_dir: Path) -> subprocess.Popen:
     options = json.dumps({"max_steps": 100000, "save_every": 100000, "eval_every": 100000})
-    process = subprocess.Popen([sys.executable, str(HERE / "small_run.py"), str(out_dir), options],
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "small_run.py"), str(out_dir), options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (out_dir / "metrics.jsonl").exists() and len((out_dir / "metrics.jsonl").read_text().splitlines()) > 3:
@@ -250,7 +272,9 @@ def test_a_signal_saves_within_one_step_and_exits_75(tmp_path, number):
 
 def test_ranks_stop_together_when_one_is_asked(tmp_path, monkeypatch):
     # One process stands in for two: the other rank's flag arrives in the sum.
-    monkeypatch.setattr(Ranks, "sum", lambda self, t: t + torch.tensor([0, 0, 1.0], dtype=t.dtype) if t.numel() == 3 else t)
+    monkeypatch.setattr(
+        Ranks, "sum", lambda self, t: t + torch.tensor([0, 0, 1.0], dtype=t.dtype) if t.numel() == 3 else t
+    )
     with pytest.raises(Interrupted):
         small_run.run(tmp_path / "run")
     assert (tmp_path / "run/checkpoint-1").is_dir()
@@ -318,7 +342,9 @@ def test_traced_steps_leave_files_and_change_nothing(tmp_path, capsys):
     events = json.loads((tmp_path / "traced/profile/trace.json").read_text())["traceEvents"]
     steps = {e["name"] for e in events if str(e.get("name", "")).startswith("ProfilerStep#")}
     assert steps == {"ProfilerStep#3", "ProfilerStep#4"}
-    assert "aten::mm" in (tmp_path / "traced/profile/operations.txt").read_text() and "aten::" in capsys.readouterr().out
+    assert (
+        "aten::mm" in (tmp_path / "traced/profile/operations.txt").read_text() and "aten::" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="profile = 2 needs 5 steps, 4 are left"):
         small_run.run(tmp_path / "short", max_steps=4, val=False, profile=2)
 
@@ -326,10 +352,14 @@ def test_traced_steps_leave_files_and_change_nothing(tmp_path, capsys):
 def test_a_log_line_says_loss_validation_rate_norm_speed_share_memory_and_time_left(tmp_path, monkeypatch):
     """The share is of a measured product; here the product is said to be twice as fast as the steps are."""
     flops = small_run.small_model().flops_per_token(small_run.SEQ_LEN)
-    monkeypatch.setattr(engine.time, "monotonic", partial(next, itertools.count(step=0.5)))  # each look half a second later
+    monkeypatch.setattr(
+        engine.time, "monotonic", partial(next, itertools.count(step=0.5))
+    )  # each look half a second later
     monkeypatch.setattr(engine.speed, "matmul_peak", lambda device, dtype: 2 * flops * 8 * small_run.SEQ_LEN / 0.5)
     small_run.run(tmp_path / "run", max_steps=40)
     lines = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if line.startswith("step 6/40 loss")]
     value = metrics(tmp_path / "run", "val_loss")[0]
-    assert re.fullmatch(rf"step 6/40 loss \d\.\d{{4}} val {value:.4f} lr \S+ norm \d\.\d\d 512 tokens/s MFU 50\.0% \d\.\d GB left 0:00:17",
-                        lines[0]), lines  # fmt: skip
+    assert re.fullmatch(
+        rf"step 6/40 loss \d\.\d{{4}} val {value:.4f} lr \S+ norm \d\.\d\d 512 tokens/s MFU 50\.0% \d\.\d GB left 0:00:17",
+        lines[0],
+    ), lines

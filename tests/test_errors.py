@@ -17,20 +17,23 @@ def run(root, body, *argv, **kw):
     return subprocess.run([sys.executable, "-c", script, *argv], cwd=root, capture_output=True, text=True, **kw)
 
 
-@pytest.mark.parametrize("body, code, line", [
-    ("print('fine')", 0, ""),
-    ("return 3", 3, ""),
-    ("raise errors.UserError('a.txt:3: bad', 'mend it')", 2, "error: a.txt:3: bad -- mend it"),
-    ("raise errors.UserError('two\\nlines', 'and\\nmore')", 2, "error: two lines -- and more"),
-    ("raise TokenizerError('t.model: damaged')", 2, "error: t.model: damaged"),
-    ("open('/no/such/file')", 2, "error: /no/such/file: No such file or directory"),
-    ("raise errors.Diverged('step 7: loss nan')", 3, "error: step 7: loss nan"),
-    ("raise errors.StorageError('out: full')", 4, "error: out: full"),
-    ("raise OSError(errno.ENOSPC, 'No space left on device', 'out/x')", 4, "error: out/x: No space left on device"),
-    ("raise OSError(errno.EROFS, 'Read-only file system')", 4, "error: Read-only file system"),
-    ("raise errors.Interrupted('saved out/checkpoint-3')", 75, "stopped: saved out/checkpoint-3"),
-    ("raise KeyboardInterrupt", 130, "stopped: interrupted"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body, code, line",
+    [
+        ("print('fine')", 0, ""),
+        ("return 3", 3, ""),
+        ("raise errors.UserError('a.txt:3: bad', 'mend it')", 2, "error: a.txt:3: bad -- mend it"),
+        ("raise errors.UserError('two\\nlines', 'and\\nmore')", 2, "error: two lines -- and more"),
+        ("raise TokenizerError('t.model: damaged')", 2, "error: t.model: damaged"),
+        ("open('/no/such/file')", 2, "error: /no/such/file: No such file or directory"),
+        ("raise errors.Diverged('step 7: loss nan')", 3, "error: step 7: loss nan"),
+        ("raise errors.StorageError('out: full')", 4, "error: out: full"),
+        ("raise OSError(errno.ENOSPC, 'No space left on device', 'out/x')", 4, "error: out/x: No space left on device"),
+        ("raise OSError(errno.EROFS, 'Read-only file system')", 4, "error: Read-only file system"),
+        ("raise errors.Interrupted('saved out/checkpoint-3')", 75, "stopped: saved out/checkpoint-3"),
+        ("raise KeyboardInterrupt", 130, "stopped: interrupted"),
+    ],
+)
 def test_each_ending_has_its_exit_code_and_one_line(root, body, code, line):
     done = run(root, body)
     assert (done.returncode, done.stderr) == (code, line + "\n" if line else "")
@@ -54,14 +57,21 @@ def test_a_full_disk_is_told_as_such(root):
 
 
 # The pipe is closed before anything is printed: each print, or the flush at the end, meets a reader that is gone.
-@pytest.mark.parametrize("body", [
-    "for i in range(20000): print(i)", "print('short')", "config.load('Help.', {}, ['--help'])"
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body", ["for i in range(20000): print(i)", "print('short')", "config.load('Help.', {}, ['--help'])"]
+)
 def test_a_reader_that_goes_away_is_not_an_error(root, body):
     script = START + f"def main():\n    sys.stdin.read()\n    {body}\nerrors.run(main)"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=root, text=True, env=buffered,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=root,
+        text=True,
+        env=buffered,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdout.close()
     process.stdin.close()
     assert (process.stderr.read(), process.wait()) == ("", 0)
@@ -85,7 +95,13 @@ errors.run(lambda: small_run.run(sys.argv[1], Llama(ModelConfig(vocab_size=1 << 
 
 @pytest.mark.heavy
 def test_memory_that_is_not_there_is_one_line_with_what_needs_less(root, tmp_path):
-    done = subprocess.run([sys.executable, "-c", LARGE, tmp_path / "run"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"})  # fmt: skip
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: out of memory -- when training"), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}"},
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: out of memory -- when training"), (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr

@@ -42,8 +42,15 @@ QUIET = {"tell": lambda line: None}
 @pytest.fixture(scope="module")
 def folder(small, tmp_path_factory):
     """A run folder of a lively model with 256 positions."""
-    config = ModelConfig(vocab_size=small.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
+    config = ModelConfig(
+        vocab_size=small.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
     path = tmp_path_factory.mktemp("evaluate") / "model"
     checkpoint.save_model(path, lively(config), small, {})
     return path
@@ -120,7 +127,9 @@ def test_a_model_in_fewer_bits_is_measured_as_it_is(folder, small, tmp_path):
     with BinWriter(tmp_path / "val.bin", small.vocab_size, small.eos_id, small.sha256) as out:
         out.add([1, 5, 6, 7, 8, 9, small.eos_id], 20)
     found = bits.run(speaker, config(tmp_path / "val.bin"), SamplingConfig(), quiet())
-    assert found.scores["nats"] == pytest.approx(-naive(speaker.model, Request([1], [5, 6, 7, 8, 9, small.eos_id])), abs=0.1)
+    assert found.scores["nats"] == pytest.approx(
+        -naive(speaker.model, Request([1], [5, 6, 7, 8, 9, small.eos_id])), abs=0.1
+    )
 
 
 def test_a_model_with_broken_weights_is_refused(folder):
@@ -151,8 +160,12 @@ def test_bits_per_byte_of_a_bin_is_what_training_calls_bits_per_byte(speaker, sm
             out.add(small.encode(text, bos=True, eos=True), len(text.encode()))
     rows = BinRows(TokenBin(tmp_path / "val.bin", small.vocab_size), 256, docs=True, eos_id=small.eos_id, tail=True)
     ranks = distributed.start("cpu")
-    spread = SimpleNamespace(model=speaker.model, ranks=ranks, data=SimpleNamespace(world=1, rank=0),
-                             losses=lambda batch, loss: torch.stack([loss(speaker.model, batch), batch.count]))  # fmt: skip
+    spread = SimpleNamespace(
+        model=speaker.model,
+        ranks=ranks,
+        data=SimpleNamespace(world=1, rank=0),
+        losses=lambda batch, loss: torch.stack([loss(speaker.model, batch), batch.count]),
+    )
     cfg = engine.TrainConfig(micro_batch=2, eval_tokens=1 << 30)
     nats, targets, per_byte = engine.evaluate(spread, next_token_loss, rows, cfg, nullcontext())
     speaker.model.eval()
@@ -162,14 +175,20 @@ def test_bits_per_byte_of_a_bin_is_what_training_calls_bits_per_byte(speaker, sm
     assert found.scores["bytes"] == sum(len(text.encode()) for text in BOOK[:40]) and found.scores["documents"] == 40
     (tmp_path / "val.json").unlink()
     found = bits.run(speaker, config(tmp_path / "val.bin"), SamplingConfig(), quiet())
-    assert "bits_per_byte" not in found.scores and "no bits per byte" in found.notes[-1] and found.notes[0].startswith("nats per token")
+    assert (
+        "bits_per_byte" not in found.scores
+        and "no bits per byte" in found.notes[-1]
+        and found.notes[0].startswith("nats per token")
+    )
 
 
 def test_bits_per_byte_of_a_text_counts_every_byte_once(speaker, small, tmp_path, monkeypatch):
     monkeypatch.setattr(bits, "PART_TOKENS", 300)  # several parts
     long = "\n".join(BOOK[:30])
     texts = [long, "短", "", "曹操字孟德。", "曹操字孟德。"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), "utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), "utf-8"
+    )
     found = bits.run(speaker, config(tmp_path / "a.jsonl", batch=2), SamplingConfig(), quiet())
     nats = tokens = 0
     for text in texts:
@@ -202,8 +221,11 @@ def test_a_vocabulary_that_cannot_write_the_text_is_told(speaker, tmp_path, monk
 
 # Examinations ---------------------------------------------------------------------------------------------------------
 
-CHOSEN = {"ceval": ["law", "physician", "college_physics"], "cmmlu": ["agronomy", "logical", "ethnology"],
-          "mmlu": ["virology", "anatomy", "college_physics"]}  # fmt: skip
+CHOSEN = {
+    "ceval": ["law", "physician", "college_physics"],
+    "cmmlu": ["agronomy", "logical", "ethnology"],
+    "mmlu": ["virology", "anatomy", "college_physics"],
+}
 
 
 def exam_zip(path: Path, kind: str, count: int, seed: int = 0, change=None) -> dict[str, str]:
@@ -229,8 +251,11 @@ def exam_zip(path: Path, kind: str, count: int, seed: int = 0, change=None) -> d
                     rows = [head, *([k, *row, *["因为"] * (split == "dev")] for k, row in enumerate(rows))]
                 elif kind == "cmmlu":
                     rows = [["", "Question", "A", "B", "C", "D", "Answer"], *([k, *row] for k, row in enumerate(rows))]
-                stem = {"ceval": f"{split}/{subject}_{split}.csv", "cmmlu": f"{split}/{subject}.csv",
-                        "mmlu": f"data/{split}/{subject}_{split}.csv"}[kind]  # fmt: skip
+                stem = {
+                    "ceval": f"{split}/{subject}_{split}.csv",
+                    "cmmlu": f"{split}/{subject}.csv",
+                    "mmlu": f"data/{split}/{subject}_{split}.csv",
+                }[kind]
                 out = io.StringIO(newline="")
                 csv.writer(out).writerows(change(stem, rows) if change else rows)
                 archive.writestr(stem, out.getvalue())
@@ -284,7 +309,9 @@ def test_a_model_that_knows_the_answers_scores_everything(small, tmp_path, kind,
 def test_a_model_that_guesses_scores_chance_and_is_not_told_apart_from_it(small, tmp_path):
     exam_zip(tmp_path / "exam.zip", "cmmlu", 60)
     guess = lambda question: random.Random(question).choice("ABCD")  # noqa: E731
-    found = choices.run("cmmlu", rigged(small, guess), config(tmp_path / "exam.zip", shots=0), SamplingConfig(), quiet())
+    found = choices.run(
+        "cmmlu", rigged(small, guess), config(tmp_path / "exam.zip", shots=0), SamplingConfig(), quiet()
+    )
     scores = found.scores
     assert scores["mean_low"] < 0.25 < scores["mean_high"] and scores["accuracy_low"] < 0.25 < scores["accuracy_high"]
     assert abs(scores["mean_of_subjects"] - 0.25) < 0.08 and "not told apart from the 25 %" in found.notes[0]
@@ -300,10 +327,15 @@ def test_a_model_that_always_says_a_scores_the_share_of_as(small, tmp_path):
     share = list(right.values()).count("A") / len(right)
     always = choices.run("mmlu", rigged(small, lambda q: "A"), config(tmp_path / "exam.zip"), SamplingConfig(), quiet())
     assert always.scores["accuracy_of_questions"] == pytest.approx(share)
-    assert any(f"A was chosen in 60 of 60 questions, and is the right one in {round(60 * share)}." in note for note in always.notes)
+    assert any(
+        f"A was chosen in 60 of 60 questions, and is the right one in {round(60 * share)}." in note
+        for note in always.notes
+    )
     letters = next(table for table in always.tables if table.title == "Letters")
     assert letters.rows == [[a, 60 * (a == "A"), list(right.values()).count(a)] for a in "ABCD"]
-    nothing = choices.run("mmlu", rigged(small, lambda q: None), config(tmp_path / "exam.zip"), SamplingConfig(), quiet())
+    nothing = choices.run(
+        "mmlu", rigged(small, lambda q: None), config(tmp_path / "exam.zip"), SamplingConfig(), quiet()
+    )
     assert nothing.scores["accuracy_of_questions"] == pytest.approx(share)
     assert any("In 60 questions several letters" in note for note in nothing.notes)
 
@@ -314,11 +346,17 @@ def test_subjects_categories_and_all_are_means_of_what_was_right(small, tmp_path
     found = choices.run("ceval", rigged(small, known), config(tmp_path / "exam.zip"), SamplingConfig(), quiet())
     table = {t.title: {row[0]: row for row in t.rows} for t in found.tables}
     assert {name: row[:5] for name, row in table["Subjects"].items()} == {
-        "law": ["law", "Humanities", 10, 10, 1.0], "physician": ["physician", "Other", 10, 1, 0.1],
-        "college_physics": ["college_physics", "STEM", 10, 0, 0.0]}  # fmt: skip
+        "law": ["law", "Humanities", 10, 10, 1.0],
+        "physician": ["physician", "Other", 10, 1, 0.1],
+        "college_physics": ["college_physics", "STEM", 10, 0, 0.0],
+    }
     assert {name: row[:4] for name, row in table["Categories"].items()} == {
-        "STEM": ["STEM", 1, 10, 0.0], "Humanities": ["Humanities", 1, 10, 1.0], "Other": ["Other", 1, 10, 0.1],
-        "Hard": ["Hard", 1, 10, 0.0], "all": ["all", 3, 30, pytest.approx(1.1 / 3)]}  # fmt: skip
+        "STEM": ["STEM", 1, 10, 0.0],
+        "Humanities": ["Humanities", 1, 10, 1.0],
+        "Other": ["Other", 1, 10, 0.1],
+        "Hard": ["Hard", 1, 10, 0.0],
+        "all": ["all", 3, 30, pytest.approx(1.1 / 3)],
+    }
     assert any("49 of C-Eval's subjects are not in exam.zip" in note for note in found.notes)
     two = choices.run("ceval", rigged(small, known), config(tmp_path / "exam.zip", limit=2), SamplingConfig(), quiet())
     assert two.scores["questions"] == 6 and two.scores["right"] == 3
@@ -330,13 +368,16 @@ def test_prompts_are_those_of_the_benchmarks():
     of = lambda kind, name, examples: choices.prompt(choices.EXAMS[kind], name, examples, asked)  # noqa: E731
     assert of("ceval", "法学", [example]) == (
         "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
-        "一加一是？\nA. 1\nB. 2\nC. 3\nD. 4\n答案：B\n\n2+2?\nA. 1\nB. 2\nC. 3\nD. 4\n答案：")  # fmt: skip
+        "一加一是？\nA. 1\nB. 2\nC. 3\nD. 4\n答案：B\n\n2+2?\nA. 1\nB. 2\nC. 3\nD. 4\n答案："
+    )
     assert of("cmmlu", "农学", [example]) == (
         "以下是关于农学的单项选择题，请直接给出正确答案的选项。\n\n"
-        "题目：一加一是？\nA. 1\nB. 2\nC. 3\nD. 4\n答案是：B\n\n题目：2+2?\nA. 1\nB. 2\nC. 3\nD. 4\n答案是：")  # fmt: skip
+        "题目：一加一是？\nA. 1\nB. 2\nC. 3\nD. 4\n答案是：B\n\n题目：2+2?\nA. 1\nB. 2\nC. 3\nD. 4\n答案是："
+    )
     assert of("mmlu", "college physics", [example]) == (
         "The following are multiple choice questions (with answers) about college physics.\n\n"
-        "一加一是？\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\n2+2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:")  # fmt: skip
+        "一加一是？\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\n2+2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    )
 
 
 def test_examples_are_dropped_from_the_front_and_what_does_not_fit_at_all_is_not_asked(small, tmp_path):
@@ -427,14 +468,30 @@ def test_the_mapping_of_c_evals_subjects_is_the_official_one(shared_data):
 
 
 def test_a_report_is_json_and_markdown(tmp_path):
-    report = Report("T", {"model": "a|b", "options": {"x": 1}}, {"score": 0.12345678, "count": 1234},
-                    [Table("Rows", ["a", "b"], [["x|y\nz", 0.5]])], ["A note."])  # fmt: skip
+    report = Report(
+        "T",
+        {"model": "a|b", "options": {"x": 1}},
+        {"score": 0.12345678, "count": 1234},
+        [Table("Rows", ["a", "b"], [["x|y\nz", 0.5]])],
+        ["A note."],
+    )
     report.save(tmp_path / "deep/report.json")
     assert json.loads((tmp_path / "deep/report.json").read_text("utf-8")) == {
-        "task": "T", "about": report.about, "scores": report.scores, "notes": ["A note."],
-        "tables": [{"title": "Rows", "columns": ["a", "b"], "rows": [["x|y\nz", 0.5]]}]}  # fmt: skip
+        "task": "T",
+        "about": report.about,
+        "scores": report.scores,
+        "notes": ["A note."],
+        "tables": [{"title": "Rows", "columns": ["a", "b"], "rows": [["x|y\nz", 0.5]]}],
+    }
     text = (tmp_path / "deep/report.md").read_text("utf-8")
-    for line in ("# T", "- A note.", "| score | 0.1235 |", "| count | 1,234 |", "| x\\|y z | 0.5000 |", "| model | a\\|b |"):
+    for line in (
+        "# T",
+        "- A note.",
+        "| score | 0.1235 |",
+        "| count | 1,234 |",
+        "| x\\|y z | 0.5000 |",
+        "| model | a\\|b |",
+    ):
         assert line in text.split("\n")
 
 
@@ -485,7 +542,8 @@ def test_a_journal_of_another_evaluation_is_not_used(folder, tmp_path, change):
         (model / path.name).write_bytes(path.read_bytes())
     exam_zip(zipped, "mmlu", 2)
     section = lambda shots, **more: SimpleNamespace(  # noqa: E731
-        evaluate=config(zipped, shots=shots, **more), speaker=SpeakerConfig(model=str(model)), sampling=SamplingConfig())  # fmt: skip
+        evaluate=config(zipped, shots=shots, **more), speaker=SpeakerConfig(model=str(model)), sampling=SamplingConfig()
+    )
     named = lambda shots, **more: evaluate.identity("mmlu", [section(shots).speaker], section(shots, **more))  # noqa: E731
     before = named(1)
     assert before == named(1, batch=3)  # how many rows at once changes no result
@@ -510,7 +568,17 @@ def test_without_output_the_report_is_printed_and_progress_goes_to_stderr(folder
 
 def test_compare_takes_folders_in_front_and_writes_a_page(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("曹操字什么？\n<b>玄德</b>", "utf-8")
-    words = ("compare", folder, folder, "--prompts", tmp_path / "prompts.txt", "--max_new_tokens", "4", "--device", "cpu")
+    words = (
+        "compare",
+        folder,
+        folder,
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--max_new_tokens",
+        "4",
+        "--device",
+        "cpu",
+    )
     assert command(*words, "--output", tmp_path / "r.json") == 0
     report = json.loads((tmp_path / "r.json").read_text("utf-8"))
     assert report["about"]["model 1"] == report["about"]["model 2"] == str(folder) and report["about"]["limit"] == 0
@@ -523,17 +591,32 @@ def test_a_folder_with_an_adapter_is_its_base_with_it(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/adapter_config.json").write_text("{}")
     cfg = SpeakerConfig(dtype="bf16", adapter="x")
-    assert evaluate.of_folder(cfg, str(tmp_path / "lora")) == SpeakerConfig(dtype="bf16", adapter=str(tmp_path / "lora"))
+    assert evaluate.of_folder(cfg, str(tmp_path / "lora")) == SpeakerConfig(
+        dtype="bf16", adapter=str(tmp_path / "lora")
+    )
     assert evaluate.of_folder(cfg, str(tmp_path)) == SpeakerConfig(dtype="bf16", model=str(tmp_path))
 
 
-@pytest.mark.parametrize("words, temperature", [((), 0.0), (("--temperature", "0.5"), 0.5), (("s.toml",), 0.3), (("t.toml",), 0.0)])
+@pytest.mark.parametrize(
+    "words, temperature", [((), 0.0), (("--temperature", "0.5"), 0.5), (("s.toml",), 0.3), (("t.toml",), 0.0)]
+)
 def test_answers_are_greedy_unless_a_flag_or_a_file_says_otherwise(folder, tmp_path, monkeypatch, words, temperature):
     (tmp_path / "s.toml").write_text("[sampling]\ntemperature = 0.3\n")
     (tmp_path / "t.toml").write_text("[sampling]\ntop_k = 5\n")
     (tmp_path / "chats.jsonl").write_text('{"prompt": "曹操", "target": "孟德"}\n', "utf-8")
     monkeypatch.chdir(tmp_path)
-    asked = ("generation", *words, "--model", folder, "--data", "chats.jsonl", "--max_new_tokens", "3", "--device", "cpu")
+    asked = (
+        "generation",
+        *words,
+        "--model",
+        folder,
+        "--data",
+        "chats.jsonl",
+        "--max_new_tokens",
+        "3",
+        "--device",
+        "cpu",
+    )
     assert command(*asked, "--output", "r.json") == 0
     assert json.loads((tmp_path / "r.json").read_text("utf-8"))["about"]["temperature"] == temperature
 
@@ -556,20 +639,49 @@ BAD = {
     "output of another kind": (lambda d, m: ["bpb", "--data", d / "a.txt", "--output", "r.md"], "must end in .json"),
     "not UTF-8": (lambda d, m: ["bpb", "--model", m, "--data", d / "gbk.txt"], "gbk.txt: not UTF-8 at byte 0"),
     "an empty text": (lambda d, m: ["bpb", "--model", m, "--data", d / "empty.txt"], "no text in it"),
-    "no key text": (lambda d, m: ["bpb", "--model", m, "--data", d / "b.jsonl"], "b.jsonl:1: no text under the key text"),
+    "no key text": (
+        lambda d, m: ["bpb", "--model", m, "--data", d / "b.jsonl"],
+        "b.jsonl:1: no text under the key text",
+    ),
     "not a zip": (lambda d, m: ["ceval", "--model", m, "--data", d / "a.txt"], "a.txt: not a whole zip"),
     "another zip": (lambda d, m: ["ceval", "--model", m, "--data", d / "other.zip"], "no folder val with .csv files"),
-    "another exam": (lambda d, m: ["ceval", "--model", m, "--data", d / "mmlu.zip"], "anatomy_dev.csv is no subject of C-Eval"),
-    "no column": (lambda d, m: ["ceval", "--model", m, "--data", spoiled(d / "x.zip", lambda n, rows: [
-        [c for k, c in enumerate(row) if k != 3] for row in rows])], "college_physics_dev.csv:1: no column 'b'"),
-    "no letter": (lambda d, m: ["ceval", "--model", m, "--data", spoiled(d / "x.zip", lambda n, rows: [
-        *rows[:2], [*rows[2][:6], "E", *rows[2][7:]]])], "college_physics_dev.csv:3: the answer is 'E'"),
-    "a short row": (lambda d, m: ["ceval", "--model", m, "--data", spoiled(d / "x.zip", lambda n, rows: [
-        *rows[:2], rows[2][:4]])], "3: 4 columns instead of 8"),
-    "an empty file": (lambda d, m: ["ceval", "--model", m, "--data", spoiled(d / "x.zip", lambda n, rows: rows[:1])],
-                      "college_physics_dev.csv: no questions in it"),
-    "too many shots": (lambda d, m: ["mmlu", "--model", m, "--data", d / "mmlu.zip", "--shots", "6"], "MMLU has 5 examples"),
-}  # fmt: skip
+    "another exam": (
+        lambda d, m: ["ceval", "--model", m, "--data", d / "mmlu.zip"],
+        "anatomy_dev.csv is no subject of C-Eval",
+    ),
+    "no column": (
+        lambda d, m: [
+            "ceval",
+            "--model",
+            m,
+            "--data",
+            spoiled(d / "x.zip", lambda n, rows: [[c for k, c in enumerate(row) if k != 3] for row in rows]),
+        ],
+        "college_physics_dev.csv:1: no column 'b'",
+    ),
+    "no letter": (
+        lambda d, m: [
+            "ceval",
+            "--model",
+            m,
+            "--data",
+            spoiled(d / "x.zip", lambda n, rows: [*rows[:2], [*rows[2][:6], "E", *rows[2][7:]]]),
+        ],
+        "college_physics_dev.csv:3: the answer is 'E'",
+    ),
+    "a short row": (
+        lambda d, m: ["ceval", "--model", m, "--data", spoiled(d / "x.zip", lambda n, rows: [*rows[:2], rows[2][:4]])],
+        "3: 4 columns instead of 8",
+    ),
+    "an empty file": (
+        lambda d, m: ["ceval", "--model", m, "--data", spoiled(d / "x.zip", lambda n, rows: rows[:1])],
+        "college_physics_dev.csv: no questions in it",
+    ),
+    "too many shots": (
+        lambda d, m: ["mmlu", "--model", m, "--data", d / "mmlu.zip", "--shots", "6"],
+        "MMLU has 5 examples",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -626,8 +738,13 @@ def test_likelihoods_are_lm_evals_on_a_local_task(speaker, folder, tmp_path):
     (tmp_path / "questions.jsonl").write_text("".join(lines))
     (tmp_path / "text.txt").write_text("\n".join(BOOK[:30]), "utf-8")
     home = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", LM_EVAL, folder, tmp_path / "questions.jsonl", tmp_path / "text.txt"],
-                          cwd=tmp_path, env=os.environ | home, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LM_EVAL, folder, tmp_path / "questions.jsonl", tmp_path / "text.txt"],
+        cwd=tmp_path,
+        env=os.environ | home,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(done.stdout.splitlines()[-1])
     ours = [likelihood.log_likelihoods(speaker.model, requests, 8) for requests in asked]

@@ -28,8 +28,15 @@ from tokenizer import chat
 from tokenizer.sentencepiece_model import CONTROL, SPACE, TokenizerError, write_model
 
 GREEDY = SamplingConfig(max_new_tokens=48, temperature=0)
-SHAPE = ModelConfig(vocab_size=600, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, max_position_embeddings=128)  # fmt: skip
+SHAPE = ModelConfig(
+    vocab_size=600,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
 SHAPES = {
     "grouped": SHAPE,
     "plain, untied": dataclasses.replace(SHAPE, num_key_value_heads=4, tie_word_embeddings=False),
@@ -73,8 +80,16 @@ def stories(shared_data, tmp_path, monkeypatch):
     weights = shared_data / "weights"
     if not (weights / "stories260K.bin").exists():
         pytest.skip(f"{weights}/stories260K.bin is not here")
-    run(monkeypatch, "from-llama2c", "--model", weights / "stories260K.bin", "--tokenizer", weights / "tok512.bin",
-        "--output", tmp_path / "stories")  # fmt: skip
+    run(
+        monkeypatch,
+        "from-llama2c",
+        "--model",
+        weights / "stories260K.bin",
+        "--tokenizer",
+        weights / "tok512.bin",
+        "--output",
+        tmp_path / "stories",
+    )
     return tmp_path / "stories"
 
 
@@ -94,8 +109,9 @@ def llama_cpp(path):
     address = server.listening_address
 
     def ask(endpoint: str, **body):
-        request = urllib.request.Request(f"{address}/{endpoint}", json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})  # fmt: skip
+        request = urllib.request.Request(
+            f"{address}/{endpoint}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request) as reply:
             return json.load(reply)
 
@@ -110,8 +126,9 @@ def ids_of(ask, text: str, special: bool = False) -> list[int]:
 def probabilities(ask, ids: list[int], size: int) -> np.ndarray:
     """(size,) logarithms of what llama.cpp gives the next id."""
     # It says nothing of an end or half a character: it is made to choose the byte of a letter, which changes no logits.
-    reply = ask("completion", prompt=ids, n_predict=1, temperature=0, n_probs=size, cache_prompt=False,
-                logit_bias=[[101, 1e4]])  # fmt: skip
+    reply = ask(
+        "completion", prompt=ids, n_predict=1, temperature=0, n_probs=size, cache_prompt=False, logit_bias=[[101, 1e4]]
+    )
     row = np.full(size, -np.inf)
     for entry in reply["completion_probabilities"][0]["top_logprobs"]:
         row[entry["id"]] = entry["logprob"]
@@ -141,8 +158,14 @@ def test_llama_cpp_writes_the_same_greedy_text(stories, monkeypatch):
         for prompt in ("", "Once upon a time", "Tim had a red car", "中 was the"):
             ids = text.encode(prompt, bos=True)
             ours = complete(model, [ids], dataclasses.replace(GREEDY, max_new_tokens=200), {text.eos_id})[0]
-            theirs = ask("completion", prompt=prompt or [text.bos_id], n_predict=200, temperature=0, return_tokens=True,
-                         repeat_penalty=1.0)  # fmt: skip
+            theirs = ask(
+                "completion",
+                prompt=prompt or [text.bos_id],
+                n_predict=200,
+                temperature=0,
+                return_tokens=True,
+                repeat_penalty=1.0,
+            )
             assert theirs["tokens"] == ours
             assert theirs["content"].lstrip() == text.decode([*ids, *ours]).removeprefix(prompt).lstrip()
 
@@ -160,8 +183,11 @@ def test_llama_cpp_reads_every_type_and_stays_close(kind, least, stories, monkey
 
 @pytest.mark.parametrize("chat_format", chat.FORMATS)
 def test_llama_cpp_gives_the_ids_of_our_chats(chat_format, folder, small, small_with_prefix, monkeypatch):
-    talk = [{"role": "user", "content": "天下大势，如何？"}, {"role": "assistant", "content": "分久必合。"},
-            {"role": "user", "content": "The fox\nlaughs:  haha"}]  # fmt: skip
+    talk = [
+        {"role": "user", "content": "天下大势，如何？"},
+        {"role": "assistant", "content": "分久必合。"},
+        {"role": "user", "content": "The fox\nlaughs:  haha"},
+    ]
     for number, text in enumerate((small, small_with_prefix)):
         path = folder(SHAPE, chat_format, text, name=f"run{number}")
         run(monkeypatch, "gguf", "--model", path, "--type", "f32")
@@ -240,7 +266,9 @@ def test_gguf_reads_names_sizes_and_weights(kind, folder, small, monkeypatch):
         assert got == ("f32" if weight.ndim == 1 else "q8_0" if (kind, name) == ("q4_0", "lm_head.weight") else kind)
         if "q_proj" in name or "k_proj" in name:  # row 2i of a head was row i, row 2i + 1 was row i + 8
             d = config.head_dim
-            rows = [h * d + i + half * d // 2 for h in range(len(weight) // d) for i in range(d // 2) for half in (0, 1)]
+            rows = [
+                h * d + i + half * d // 2 for h in range(len(weight) // d) for i in range(d // 2) for half in (0, 1)
+            ]
             weight = weight[rows]
         blocks = np.abs(weight.numpy()).reshape(-1, 32).max(1, keepdims=True)
         assert (np.abs(values - weight.numpy()).reshape(-1, 32) <= share[got] * blocks).all()
@@ -269,7 +297,9 @@ def test_a_weight_too_large_for_the_type_is_refused(folder, small, make_model, m
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
     checkpoint.save_model(tmp_path / "large", model, small, {})
-    assert "up_proj.weight holds 1e+05, too large for f16" in refusal(monkeypatch, "gguf", "--model", tmp_path / "large")
+    assert "up_proj.weight holds 1e+05, too large for f16" in refusal(
+        monkeypatch, "gguf", "--model", tmp_path / "large"
+    )
     assert not list(tmp_path.rglob("*.gguf")) and not list(tmp_path.rglob("Modelfile"))
     run(monkeypatch, "gguf", "--model", tmp_path / "large", "--type", "bf16")
 
@@ -331,10 +361,30 @@ def test_ollamas_template_writes_our_chats(chat_format, folder, small, monkeypat
     path = folder(SHAPE, chat_format)
     run(monkeypatch, "gguf", "--model", path)
     written = gguf_of(path, "f16").with_name("Modelfile").read_text(encoding="utf-8")
-    assert written.startswith("FROM ./run-f16.gguf\nTEMPLATE \"\"\"")
+    assert written.startswith('FROM ./run-f16.gguf\nTEMPLATE """')
     template = written.split('"""')[1]
-    assert written.split('"""')[2].split() == ["PARAMETER", "num_ctx", "128", "PARAMETER", "temperature", "0.8", "PARAMETER", "top_k", "0", "PARAMETER", "top_p", "0.9", "PARAMETER", "repeat_penalty", "1.0"]
-    talk = [{"role": "user", "content": "问？"}, {"role": "assistant", "content": "答。"}, {"role": "user", "content": "再问"}]
+    assert written.split('"""')[2].split() == [
+        "PARAMETER",
+        "num_ctx",
+        "128",
+        "PARAMETER",
+        "temperature",
+        "0.8",
+        "PARAMETER",
+        "top_k",
+        "0",
+        "PARAMETER",
+        "top_p",
+        "0.9",
+        "PARAMETER",
+        "repeat_penalty",
+        "1.0",
+    ]
+    talk = [
+        {"role": "user", "content": "问？"},
+        {"role": "assistant", "content": "答。"},
+        {"role": "user", "content": "再问"},
+    ]
     for system in ("", "一二"):
         for turns in (talk[:1], talk):
             messages = [{"role": "system", "content": system}] * bool(system) + turns
@@ -385,7 +435,10 @@ def run_c(path, ids: list[int]) -> np.ndarray:
                 angle = pos / 10000 ** (i % size / size)
                 for vector in (q, k) if i < len(k) else (q,):
                     a, b = vector[i], vector[i + 1]
-                    vector[i], vector[i + 1] = a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)
+                    vector[i], vector[i + 1] = (
+                        a * math.cos(angle) - b * math.sin(angle),
+                        a * math.sin(angle) + b * math.cos(angle),
+                    )
             keys[n].append(k)
             values[n].append(v)
             mixed = np.zeros(dim)
@@ -458,8 +511,11 @@ def test_stories260k_tells_its_story(stories, shared_data, monkeypatch, capsys):
     expected = (shared_data / "weights/stories260K.expected.md").read_text(encoding="utf-8")
     expected = expected.split("tok512.bin -t 0.0\n")[1].split("```")[0]
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(stories), "--prompt", "", "--temperature", "0",
-                                      "--max_new_tokens", "256"])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["sample.py", "--model", str(stories), "--prompt", "", "--temperature", "0", "--max_new_tokens", "256"],
+    )
     sample.main()
     assert capsys.readouterr().out == expected
 
@@ -543,8 +599,16 @@ def test_damaged_and_hostile_weights_are_refused_before_anything_is_allocated(fo
     for bad, said in damaged(good, config.num_hidden_layers):
         (tmp_path / "bad.bin").write_bytes(bad)
         read.clear()
-        assert said in refusal(monkeypatch, "from-llama2c", "--model", tmp_path / "bad.bin", "--tokenizer",
-                               tmp_path / "c/tokenizer.bin", "--output", tmp_path / "new")  # fmt: skip
+        assert said in refusal(
+            monkeypatch,
+            "from-llama2c",
+            "--model",
+            tmp_path / "bad.bin",
+            "--tokenizer",
+            tmp_path / "c/tokenizer.bin",
+            "--output",
+            tmp_path / "new",
+        )
         assert not read or said == "NaN"
         assert not (tmp_path / "new").exists()
 
@@ -563,8 +627,12 @@ def test_damaged_tokenizers_are_refused(folder, monkeypatch, tmp_path):
         return struct.pack("<fi", score, len(text) if length is None else length) + text
 
     for bad, said in (
-        (b"", "0 of the model's 600"), (good[:3], "0 of"), (good[:-1], "599 of"), (good + b"\0", "600 of"),
-        (good[:4] + b"".join(rows[:-1]), "599 of"), (good + row(b"new"), "600 of"),
+        (b"", "0 of the model's 600"),
+        (good[:3], "0 of"),
+        (good[:-1], "599 of"),
+        (good + b"\0", "600 of"),
+        (good[:4] + b"".join(rows[:-1]), "599 of"),
+        (good + row(b"new"), "600 of"),
         (good[:4] + b"".join(rows[:-1]) + row(b"a", length=-5), "599 of"),
         (good[:4] + b"".join(rows[:-1]) + row(b"a", length=2**31 - 1), "599 of"),
         (good[:4] + b"".join(rows[:-1]) + row(b"\xff\xfe"), "not UTF-8"),
@@ -572,19 +640,30 @@ def test_damaged_tokenizers_are_refused(folder, monkeypatch, tmp_path):
         (good[:4] + b"".join(rows[:-1]) + row(b"newest", math.nan), "damaged"),
         (good[:4] + b"".join(rows[:-1]) + rows[300], "same text"),
         (good[:4] + b"".join([*rows[:9], row(b"no byte"), *rows[10:]]), "256 pieces"),
-    ):  # fmt: skip
+    ):
         path.write_bytes(bad)
-        assert said in refusal(monkeypatch, "from-llama2c", "--model", tmp_path / "c/model.bin", "--tokenizer", path,
-                               "--output", tmp_path / "new"), said  # fmt: skip
+        assert said in refusal(
+            monkeypatch,
+            "from-llama2c",
+            "--model",
+            tmp_path / "c/model.bin",
+            "--tokenizer",
+            path,
+            "--output",
+            tmp_path / "new",
+        ), said
         assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"attention_bias": True}, "attention_bias is true"),
-    ({"head_dim": 24}, "head_dim is 24"),
-    ({"rope_theta": 500.0}, "rope_theta is 500"),
-    ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"head_dim": 24}, "head_dim is 24"),
+        ({"rope_theta": 500.0}, "rope_theta is 500"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06"),
+    ],
+)
 def test_what_run_c_cannot_compute_is_refused(changes, said, folder, monkeypatch):
     path = folder(dataclasses.replace(SHAPE, **changes))
     assert said in refusal(monkeypatch, "llama2c", "--model", path, "--output", path.with_name("c") / "model.bin")
@@ -608,13 +687,20 @@ def test_vocabularies_that_other_programs_read_otherwise_are_refused(word, folde
         "no BPE": changed("unigram", trainer=(*(f for f in model.trainer if f[0] != 3), (3, 0, 1))),
         "normaliser": changed("spaces", normalizer=(*(f for f in model.normalizer if f[0] != 4), (4, 0, 1))),
         "user-defined": changed("user", pieces=[*pieces[:-1], pieces[-1]._replace(type=4)]),
-        "piece for the space": changed("space", pieces=[p._replace(text="Ω") if p.text == SPACE else p for p in pieces]),
+        "piece for the space": changed(
+            "space", pieces=[p._replace(text="Ω") if p.text == SPACE else p for p in pieces]
+        ),
     }
     if word == "llama2c":
-        cases["(0, 2, 1)"] = changed("bos", pieces=[pieces[0], pieces[2], pieces[1], *pieces[3:]],
-                                     trainer=(*(f for f in model.trainer if f[0] not in (41, 42)), (41, 0, 2), (42, 0, 1)))  # fmt: skip
+        cases["(0, 2, 1)"] = changed(
+            "bos",
+            pieces=[pieces[0], pieces[2], pieces[1], *pieces[3:]],
+            trainer=(*(f for f in model.trainer if f[0] not in (41, 42)), (41, 0, 2), (42, 0, 1)),
+        )
     no_bytes = [p for p in pieces if p.type != 6]
-    cases["byte fallback"] = changed("bytes", pieces=no_bytes, trainer=(*(f for f in model.trainer if f[0] != 35), (35, 0, 0)))
+    cases["byte fallback"] = changed(
+        "bytes", pieces=no_bytes, trainer=(*(f for f in model.trainer if f[0] != 35), (35, 0, 0))
+    )
     for said, path in cases.items():
         assert said in refusal(monkeypatch, word, "--model", path, "--output", tmp_path / "out/model.bin"), said
         assert not (tmp_path / "out").exists()

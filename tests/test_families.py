@@ -21,8 +21,14 @@ from model import Cache
 
 transformers = pytest.importorskip("transformers")
 families.register()
-SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 64}  # fmt: skip
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 FALCON = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
 
 
@@ -33,28 +39,65 @@ def bloom(heads):
 KINDS = {
     "llama": ("Llama", SIZES | {"num_key_value_heads": 2}),
     "llama, linear": ("Llama", SIZES | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
-    "llama, dynamic": ("Llama", SIZES | {"max_position_embeddings": 16, "rope_parameters": {
-        "rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
-    "llama, yarn": ("Llama", SIZES | {"head_dim": 64, "rope_parameters": {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
-    "llama, llama3": ("Llama", SIZES | {"head_dim": 64, "rope_parameters": {
-        "rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 32, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "rope_theta": 1e4}}),
+    "llama, dynamic": (
+        "Llama",
+        SIZES
+        | {
+            "max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+        },
+    ),
+    "llama, yarn": (
+        "Llama",
+        SIZES
+        | {
+            "head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 1e4,
+            },
+        },
+    ),
+    "llama, llama3": (
+        "Llama",
+        SIZES
+        | {
+            "head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "rope_theta": 1e4,
+            },
+        },
+    ),
     "qwen2": ("Qwen2", SIZES | {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3", SIZES | {"num_key_value_heads": 2, "head_dim": 32}),
     "glm": ("Glm", SIZES | {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}),
     "gpt_neox": ("GPTNeoX", SIZES),
     "gpt_neox, one after the other": ("GPTNeoX", SIZES | {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
-    "gpt_neox, all turned": ("GPTNeoX", SIZES | {"rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 1.0,
-                                                                   "rope_type": "default"}, "attention_bias": False}),
+    "gpt_neox, all turned": (
+        "GPTNeoX",
+        SIZES
+        | {
+            "rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 1.0, "rope_type": "default"},
+            "attention_bias": False,
+        },
+    ),
     "bloom, 4 heads": bloom(4),
     "bloom, 6 heads": bloom(6),
     "falcon, one key": ("Falcon", FALCON),
     "falcon, a key for each head": ("Falcon", FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
     "falcon, new": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon, new with one norm": ("Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2,
-                                                      "num_ln_in_parallel_attn": 1}),
-}  # fmt: skip
+    "falcon, new with one norm": (
+        "Falcon",
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+}
 
 
 def theirs(kind, folder, **changes):
@@ -136,20 +179,39 @@ def chatglm2_folder(folder):
         for i in range(2):
             block = [state.pop(f"model.layers.{i}.self_attn.{w}_proj.{part}") for w in "qkv"]
             renamed[f"transformer.encoder.layers.{i}.self_attention.query_key_value.{part}"] = torch.cat(block)
-    names = {"model.embed_tokens": "transformer.embedding.word_embeddings", "lm_head": "transformer.output_layer",
-             "model.layers": "transformer.encoder.layers", "model.norm": "transformer.encoder.final_layernorm",
-             "self_attn.o_proj": "self_attention.dense", "mlp.gate_up_proj": "mlp.dense_h_to_4h",
-             "mlp.down_proj": "mlp.dense_4h_to_h"}  # fmt: skip
+    names = {
+        "model.embed_tokens": "transformer.embedding.word_embeddings",
+        "lm_head": "transformer.output_layer",
+        "model.layers": "transformer.encoder.layers",
+        "model.norm": "transformer.encoder.final_layernorm",
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    }
     for name, t in state.items():
         for ours, their in names.items():
             name = name.replace(ours, their)
         renamed[name] = t
     save_file(renamed | {"transformer.rotary_pos_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
-    config = {"model_type": "chatglm", "padded_vocab_size": 96, "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2,
-              "num_attention_heads": 4, "kv_channels": 16, "multi_query_group_num": 2, "multi_query_attention": True,
-              "add_qkv_bias": True, "add_bias_linear": False, "rmsnorm": True, "post_layer_norm": True, "seq_length": 64,
-              "apply_residual_connection_post_layernorm": False, "layernorm_epsilon": model.config.rms_norm_eps,
-              "original_rope": True}  # fmt: skip
+    config = {
+        "model_type": "chatglm",
+        "padded_vocab_size": 96,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "kv_channels": 16,
+        "multi_query_group_num": 2,
+        "multi_query_attention": True,
+        "add_qkv_bias": True,
+        "add_bias_linear": False,
+        "rmsnorm": True,
+        "post_layer_norm": True,
+        "seq_length": 64,
+        "apply_residual_connection_post_layernorm": False,
+        "layernorm_epsilon": model.config.rms_norm_eps,
+        "original_rope": True,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return model, renamed, config
 
@@ -226,7 +288,10 @@ def test_names_of_old_exports_are_read(tmp_path):
         model, ids = theirs(kind, folder), ids_of(2, 40)
         state, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
         if kind == "gpt_neox":
-            state |= {f"gpt_neox.layers.0.attention.{n}": torch.ones(1) for n in ("bias", "masked_bias", "rotary_emb.inv_freq")}
+            state |= {
+                f"gpt_neox.layers.0.attention.{n}": torch.ones(1)
+                for n in ("bias", "masked_bias", "rotary_emb.inv_freq")
+            }
             del config["rope_parameters"]
             config |= {"rotary_pct": 0.25, "rotary_emb_base": 10000}
         else:
@@ -238,24 +303,27 @@ def test_names_of_old_exports_are_read(tmp_path):
             close(checkpoint.load_model(folder)(ids), model(ids).logits)
 
 
-@pytest.mark.parametrize(("kind", "changes", "says"), [
-    ("bloom, 4 heads", {"apply_residual_connection_post_layernorm": True}, "not supported"),
-    ("bloom, 4 heads", {"hidden_size": None}, "missing"),
-    ("bloom, 4 heads", {"hidden_size": "64"}, "not of type int"),
-    ("bloom, 4 heads", {"qkv": "row", "layer_norm": False}, ""),  # words of ours mean nothing in their files
-    ("gpt_neox", {"hidden_act": "relu"}, "hidden_act"),
-    ("gpt_neox", {"hidden_act": ["gelu"]}, "hidden_act"),
-    ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.01}}, "turned"),
-    ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": -1}}, "turned"),
-    ("gpt_neox", {"rope_parameters": ["partial_rotary_factor"]}, "not an object"),
-    ("gpt_neox", {"use_parallel_residual": "yes"}, "not true or false"),
-    ("falcon, one key", {"alibi": True}, "not supported"),
-    ("falcon, new", {"num_kv_heads": 3}, "divisible"),
-    ("glm", {"hidden_act": "gelu"}, "not supported"),
-    ("glm", {"model_type": "chatglm"}, "first ChatGLM"),
-    ("llama", {"model_type": "baichuan", "vocab_size": 125696}, "Baichuan 2"),
-    ("qwen2", {"use_sliding_window": True}, "sliding"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("bloom, 4 heads", {"apply_residual_connection_post_layernorm": True}, "not supported"),
+        ("bloom, 4 heads", {"hidden_size": None}, "missing"),
+        ("bloom, 4 heads", {"hidden_size": "64"}, "not of type int"),
+        ("bloom, 4 heads", {"qkv": "row", "layer_norm": False}, ""),  # words of ours mean nothing in their files
+        ("gpt_neox", {"hidden_act": "relu"}, "hidden_act"),
+        ("gpt_neox", {"hidden_act": ["gelu"]}, "hidden_act"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.01}}, "turned"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": -1}}, "turned"),
+        ("gpt_neox", {"rope_parameters": ["partial_rotary_factor"]}, "not an object"),
+        ("gpt_neox", {"use_parallel_residual": "yes"}, "not true or false"),
+        ("falcon, one key", {"alibi": True}, "not supported"),
+        ("falcon, new", {"num_kv_heads": 3}, "divisible"),
+        ("glm", {"hidden_act": "gelu"}, "not supported"),
+        ("glm", {"model_type": "chatglm"}, "first ChatGLM"),
+        ("llama", {"model_type": "baichuan", "vocab_size": 125696}, "Baichuan 2"),
+        ("qwen2", {"use_sliding_window": True}, "sliding"),
+    ],
+)
 def test_what_a_config_asks_for_and_is_not_here_is_refused_by_name(tmp_path, kind, changes, says):
     theirs(kind, tmp_path)
     path = tmp_path / "config.json"
@@ -279,9 +347,34 @@ def test_no_value_in_a_config_is_more_than_a_refusal(tmp_path, kind):
         baichuan_folder(tmp_path, "llama, as many keys")
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    keys = [*config, "rope_scaling", "rope_parameters", "rope_ratio", "num_kv_heads", "rotary_pct", "rotary_emb_base", "layernorm_epsilon"]
-    odd = [None, -1, 0, 1.5, 10**400, 1 << 60, True, "x", [], [1], {}, {"partial_rotary_factor": [1]}, {"rope_type": "yarn", "factor": -1},
-           {"type": {}, "factor": 2}, {"rope_theta": "x"}, {"partial_rotary_factor": 10**400}]  # fmt: skip
+    keys = [
+        *config,
+        "rope_scaling",
+        "rope_parameters",
+        "rope_ratio",
+        "num_kv_heads",
+        "rotary_pct",
+        "rotary_emb_base",
+        "layernorm_epsilon",
+    ]
+    odd = [
+        None,
+        -1,
+        0,
+        1.5,
+        10**400,
+        1 << 60,
+        True,
+        "x",
+        [],
+        [1],
+        {},
+        {"partial_rotary_factor": [1]},
+        {"rope_type": "yarn", "factor": -1},
+        {"type": {}, "factor": 2},
+        {"rope_theta": "x"},
+        {"partial_rotary_factor": 10**400},
+    ]
     for key in keys:
         for value in odd:
             path.write_text(json.dumps(config | {key: value}))
@@ -295,8 +388,26 @@ def test_no_value_in_a_config_is_more_than_a_refusal(tmp_path, kind):
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_OF_EACH = ["llama", "qwen2", "qwen3", "glm", "gpt_neox", "bloom, 4 heads", "falcon, new"]
-WORDS = ["--max_steps", "4", "--micro_batch", "2", "--batch_tokens", "256", "--save_every", "2", "--eval_every", "2",
-         "--log_every", "1", "--device", "cpu", "--dtype", "fp32", "--warmup_steps", "1"]  # fmt: skip
+WORDS = [
+    "--max_steps",
+    "4",
+    "--micro_batch",
+    "2",
+    "--batch_tokens",
+    "256",
+    "--save_every",
+    "2",
+    "--eval_every",
+    "2",
+    "--log_every",
+    "1",
+    "--device",
+    "cpu",
+    "--dtype",
+    "fp32",
+    "--warmup_steps",
+    "1",
+]
 
 
 def run(command, monkeypatch, *words):
@@ -307,8 +418,11 @@ def run(command, monkeypatch, *words):
 @pytest.fixture
 def place(tmp_path, small, monkeypatch):
     """Chats and a bin; `base(kind)` makes a folder with a model and the tokenizer."""
-    chats = [{"messages": [{"role": "user", "content": f"{a}是什么？"}, {"role": "assistant", "content": f"{b}的。"}]}
-             for a in "天火雪叶夜金木水" for b in "蓝红白绿黑黄"]  # fmt: skip
+    chats = [
+        {"messages": [{"role": "user", "content": f"{a}是什么？"}, {"role": "assistant", "content": f"{b}的。"}]}
+        for a in "天火雪叶夜金木水"
+        for b in "蓝红白绿黑黄"
+    ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in chats))
     with BinWriter(tmp_path / "text.bin", small.vocab_size, small.eos_id, small.sha256) as out:
         for chat in chats * 4:
@@ -329,8 +443,25 @@ def place(tmp_path, small, monkeypatch):
 def test_every_family_is_trained_on_chats_and_read_by_transformers_afterwards(place, monkeypatch, kind, way):
     model = place(kind)
     configs = [str(ROOT / "configs" / f"{name}.toml") for name in ["sft", way][: 1 + (way != "full")]]
-    words = [*configs, "--init_from", "base", "--chat.train", "chats.jsonl", "--chat_format", "bos", "--chat.val", "chats.jsonl",
-             "--out_dir", "out/new", "--lr", "1e-2", "--seq_len", "32", "--batch_tokens", "128"]  # fmt: skip
+    words = [
+        *configs,
+        "--init_from",
+        "base",
+        "--chat.train",
+        "chats.jsonl",
+        "--chat_format",
+        "bos",
+        "--chat.val",
+        "chats.jsonl",
+        "--out_dir",
+        "out/new",
+        "--lr",
+        "1e-2",
+        "--seq_len",
+        "32",
+        "--batch_tokens",
+        "128",
+    ]
     run(sft, monkeypatch, *words)
     losses = [m["loss"] for m in map(json.loads, Path("out/new/metrics.jsonl").read_text().splitlines()) if "loss" in m]
     assert losses[-1] < losses[0]
@@ -345,8 +476,12 @@ def test_every_family_is_trained_on_chats_and_read_by_transformers_afterwards(pl
             # and it says what transformers has it say, the most likely token each time
             speaker = Speaker(SpeakerConfig(model="out/new", device="cpu"))
             asked = speaker.ids("天是什么？")
-            said = complete(speaker.model, [asked], SamplingConfig(max_new_tokens=8, temperature=0), speaker.stop_ids)[0]
-            expected = back.generate(torch.tensor([asked]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(asked) :].tolist()
+            said = complete(speaker.model, [asked], SamplingConfig(max_new_tokens=8, temperature=0), speaker.stop_ids)[
+                0
+            ]
+            expected = back.generate(torch.tensor([asked]), max_new_tokens=8, do_sample=False, pad_token_id=0)[
+                0, len(asked) :
+            ].tolist()
             assert said and said == expected[: len(said)]
 
 
@@ -357,9 +492,29 @@ def test_adapters_of_every_family_go_to_peft_and_come_back(place, monkeypatch, k
     model = place(kind)
     name = "query_key_value" if kind.startswith(("gpt", "bloom", "falcon")) else "v_proj"
     words = ["--target_modules", f"layers.1.self_attn.{name}", "--modules_to_save", "embed_tokens"] if some else []
-    run(sft, monkeypatch, str(ROOT / "configs/sft.toml"), str(ROOT / "configs/lora.toml"), "--init_from", "base", "--chat.train",
-        "chats.jsonl", "--chat_format", "bos", "--chat.val", "", "--out_dir", "out/new", "--lr", "3e-2", "--seq_len", "32",
-        "--batch_tokens", "128", *words)  # fmt: skip
+    run(
+        sft,
+        monkeypatch,
+        str(ROOT / "configs/sft.toml"),
+        str(ROOT / "configs/lora.toml"),
+        "--init_from",
+        "base",
+        "--chat.train",
+        "chats.jsonl",
+        "--chat_format",
+        "bos",
+        "--chat.val",
+        "",
+        "--out_dir",
+        "out/new",
+        "--lr",
+        "3e-2",
+        "--seq_len",
+        "32",
+        "--batch_tokens",
+        "128",
+        *words,
+    )
     ids = ids_of(2, 20)
     with torch.no_grad():
         before = model(ids).logits
@@ -383,7 +538,27 @@ def test_continued_pretraining_begins_at_the_loss_of_the_base(place, small, monk
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[1:]).item()
     with BinWriter("eight.bin", small.vocab_size, small.eos_id, small.sha256) as out:
         out.add(ids.tolist(), 1000)
-    run(pretrain, monkeypatch, "--init_from", "base", "--data.train", "eight.bin", "--data.val", "", "--docs", "false",
-        "--seq_len", "32", "--out_dir", "out/more", "--prompt", "", "--optimizer", "adamw", "--max_steps", "1")  # fmt: skip
+    run(
+        pretrain,
+        monkeypatch,
+        "--init_from",
+        "base",
+        "--data.train",
+        "eight.bin",
+        "--data.val",
+        "",
+        "--docs",
+        "false",
+        "--seq_len",
+        "32",
+        "--out_dir",
+        "out/more",
+        "--prompt",
+        "",
+        "--optimizer",
+        "adamw",
+        "--max_steps",
+        "1",
+    )
     first = json.loads(Path("out/more/metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(expected, abs=1e-5)

@@ -18,12 +18,18 @@ def rows() -> list[dict]:
 def known_tests() -> set[str]:
     """FILE::NAME of every test, found without importing any."""
     trees = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in HERE.glob("test_*.py")}
-    return {f"{name}::{node.name}" for name, tree in trees.items() for node in tree.body
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}  # fmt: skip
+    return {
+        f"{name}::{node.name}"
+        for name, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
 
 
 def test_every_fault_stands_once_and_none_is_left_out():
-    assert [row["id"] for row in rows()] == [f"{family}{n + 1}" for family, count in FAMILIES.items() for n in range(count)]
+    assert [row["id"] for row in rows()] == [
+        f"{family}{n + 1}" for family, count in FAMILIES.items() for n in range(count)
+    ]
 
 
 def test_every_fault_says_what_is_to_happen_and_which_tests_hold_it():
@@ -34,7 +40,9 @@ def test_every_fault_says_what_is_to_happen_and_which_tests_hold_it():
 def test_every_named_test_exists():
     known = known_tests()
     assert len(known) > 300
-    missing = {row["id"]: absent for row in rows() if row["tests"] != "open" and (absent := set(row["tests"].split()) - known)}
+    missing = {
+        row["id"]: absent for row in rows() if row["tests"] != "open" and (absent := set(row["tests"].split()) - known)
+    }
     assert not missing
 
 

@@ -32,7 +32,17 @@ from tokenizer import TokenizerError, chat, load
 pytestmark = pytest.mark.heavy
 LIMIT_S = 1.0  # of the process's own time, for any one input
 # Of --mutations: what takes a tenth of a millisecond to try is tried as often as asked for, the slower ones less often.
-SHARES = {"records": 1, "chats": 1, "ids": 1, "bins": 1, "sidecars": 1, "weights": 1, "models": 0.1, "configs": 0.1, "packed": 0.05}
+SHARES = {
+    "records": 1,
+    "chats": 1,
+    "ids": 1,
+    "bins": 1,
+    "sidecars": 1,
+    "weights": 1,
+    "models": 0.1,
+    "configs": 0.1,
+    "packed": 0.05,
+}
 
 
 @pytest.fixture
@@ -68,11 +78,57 @@ def both(results: list[bool]) -> None:
 
 # Kinds of damage ------------------------------------------------------------------------------------------------------
 
-INSERTED = [b"\0", b"\x07", b"\x1b", b"\x7f", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80", b"\\ud800", b"\\udc00",
-            b"\xff", b"\xc3", b"\xf0\x9f\x98", "\u2028".encode(), "\ufffd".encode(), b"\r", b"\n", b"\r\n", b"\n\n", b'"',
-            b"\\", b"{", b"}", b"[", b"]", b",", b";", b"\t", b"<", b">", b"&#0;", b"]]>", b"<page>", b"</text>", b"<!--",
-            b"NaN", b"-Infinity", b"1e999", b"null", b"true", b"{}", b"[]", b'""', b"9" * 5000, b"[" * 300,
-            b'{"a":' * 300, b"\xd6\xd0\xce\xc4", b"\xa4\xa4", b"\x81", b"\x80"]  # fmt: skip
+INSERTED = [
+    b"\0",
+    b"\x07",
+    b"\x1b",
+    b"\x7f",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b"\\ud800",
+    b"\\udc00",
+    b"\xff",
+    b"\xc3",
+    b"\xf0\x9f\x98",
+    "\u2028".encode(),
+    "\ufffd".encode(),
+    b"\r",
+    b"\n",
+    b"\r\n",
+    b"\n\n",
+    b'"',
+    b"\\",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b";",
+    b"\t",
+    b"<",
+    b">",
+    b"&#0;",
+    b"]]>",
+    b"<page>",
+    b"</text>",
+    b"<!--",
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"null",
+    b"true",
+    b"{}",
+    b"[]",
+    b'""',
+    b"9" * 5000,
+    b"[" * 300,
+    b'{"a":' * 300,
+    b"\xd6\xd0\xce\xc4",
+    b"\xa4\xa4",
+    b"\x81",
+    b"\x80",
+]
 
 
 def damaged(raw: bytes, rng: random.Random) -> bytes:
@@ -97,8 +153,38 @@ def damaged(raw: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-ODD = [None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, 1.5, -0.0, 1e308, float("nan"), float("inf"), "", " ", "x", "\0", "\ud800",
-       "文", "9" * 400, [], [None], [[]], ["x"], {}, {"x": 1}, {"role": "user"}, ["x", "y"], {"content": None}]  # fmt: skip
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    10**400,
+    1.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "x",
+    "\0",
+    "\ud800",
+    "文",
+    "9" * 400,
+    [],
+    [None],
+    [[]],
+    ["x"],
+    {},
+    {"x": 1},
+    {"role": "user"},
+    ["x", "y"],
+    {"content": None},
+]
 
 
 def altered(value, rng: random.Random):
@@ -117,8 +203,15 @@ def altered(value, rng: random.Random):
         return out
     if isinstance(value, list) and value and rng.random() < 0.85:
         at = rng.randrange(len(value))
-        return rng.choice((value[:at], value[at:], value + value, [*value[:at], *value[at + 1 :]],
-                           *[[*value[:at], altered(value[at], rng), *value[at + 1 :]]] * 4))  # fmt: skip
+        return rng.choice(
+            (
+                value[:at],
+                value[at:],
+                value + value,
+                [*value[:at], *value[at + 1 :]],
+                *[[*value[:at], altered(value[at], rng), *value[at + 1 :]]] * 4,
+            )
+        )
     if isinstance(value, str) and value and rng.random() < 0.5:
         return damaged(value.encode("utf-8", "surrogatepass"), rng).decode("utf-8", "surrogateescape")
     if rng.random() < 0.03:
@@ -130,13 +223,29 @@ def altered(value, rng: random.Random):
 
 # Targets --------------------------------------------------------------------------------------------------------------
 
-TEXTS = ["天地玄黄，宇宙洪荒。", "日月盈昃", "Plain English, 123.", "引号\"与\\反斜线", "😀👨‍👩‍👧", "a\tb", "{[,;]}", "<b>x</b>"]
-PAGE = ("<page><title>甲{}</title><ns>0</ns><revision><text>'''甲'''是[[乙|丙]]。{{{{lang|en|Q}}}}-{{zh-cn:鼠标;zh-tw:滑鼠}}-\n"
-        "== 注释 ==\n* &lt;ref&gt;x&lt;/ref&gt;</text></revision></page>")  # fmt: skip
+TEXTS = [
+    "天地玄黄，宇宙洪荒。",
+    "日月盈昃",
+    "Plain English, 123.",
+    '引号"与\\反斜线',
+    "😀👨‍👩‍👧",
+    "a\tb",
+    "{[,;]}",
+    "<b>x</b>",
+]
+PAGE = (
+    "<page><title>甲{}</title><ns>0</ns><revision><text>'''甲'''是[[乙|丙]]。{{{{lang|en|Q}}}}-{{zh-cn:鼠标;zh-tw:滑鼠}}-\n"
+    "== 注释 ==\n* &lt;ref&gt;x&lt;/ref&gt;</text></revision></page>"
+)
 # Name of a file -> (what stands before its records, one record, what stands between and behind them).
 RECORDS = {
     "a.jsonl": ("", lambda n: json.dumps({"id": n, "text": TEXTS[n % 8]}, ensure_ascii=n % 2 == 0), "\n", ""),
-    "a.json": ("[", lambda n: json.dumps({"id": n, "text": TEXTS[n % 8], "x": [1, {"y": "]"}]}, ensure_ascii=False), ",\n", "]"),
+    "a.json": (
+        "[",
+        lambda n: json.dumps({"id": n, "text": TEXTS[n % 8], "x": [1, {"y": "]"}]}, ensure_ascii=False),
+        ",\n",
+        "]",
+    ),
     "object.json": ('{"data": [', lambda n: json.dumps({"text": TEXTS[n % 8]}), ",\n", "]}"),
     "a.csv": ("id,text\n", lambda n: f'{n},"{TEXTS[n % 8].replace(chr(34), chr(34) * 2)}"', "\n", "\n"),
     "a.tsv": ("id\ttext\n", lambda n: f"{n}\t{TEXTS[(0, 1, 2, 4)[n % 4]]}", "\n", "\n"),
@@ -145,8 +254,25 @@ RECORDS = {
     "a.xml": ("<mediawiki>", PAGE.format, "\n", "</mediawiki>"),
     "a.wikitext": ("", lambda n: f"== {n} ==\n'''甲'''是[[乙|丙]]。{TEXTS[n % 8]}", "\n", "\n"),
 }
-ENCODINGS = ("utf-8", "ascii", "latin-1", "utf-16", "utf-16-be", "utf-32", "utf-7", "gb18030", "gbk", "big5", "shift_jis", "iso2022_jp",
-             "hz", "cp1252", "raw_unicode_escape", "idna", "punycode")  # fmt: skip
+ENCODINGS = (
+    "utf-8",
+    "ascii",
+    "latin-1",
+    "utf-16",
+    "utf-16-be",
+    "utf-32",
+    "utf-7",
+    "gb18030",
+    "gbk",
+    "big5",
+    "shift_jis",
+    "iso2022_jp",
+    "hz",
+    "cp1252",
+    "raw_unicode_escape",
+    "idna",
+    "punycode",
+)
 PER_FILE = 20  # damaged records in a file
 
 
@@ -165,15 +291,21 @@ def test_damaged_files_give_documents_or_counted_rejects_and_never_an_exception(
         path = tmp_path / name
         path.write_bytes(raw)
         monkeypatch.setattr(readers, "BLOCK_BYTES", rng.choice((1 << 20, 200, 17)))
-        cfg = readers.ReadConfig(input=(str(path),), split=rng.choice(("file", "line", "blank")),
-                                 errors=rng.choice(("reject", "replace")), keep_going=rng.random() < 0.3,
-                                 encoding=rng.choice(ENCODINGS) if rng.random() < 0.15 else "auto",
-                                 max_doc_bytes=rng.choice((1 << 24, 1 << 24, 60)),
-                                 adapter=rng.choice(("", "", "", *readers.ADAPTERS)))  # fmt: skip
+        cfg = readers.ReadConfig(
+            input=(str(path),),
+            split=rng.choice(("file", "line", "blank")),
+            errors=rng.choice(("reject", "replace")),
+            keep_going=rng.random() < 0.3,
+            encoding=rng.choice(ENCODINGS) if rng.random() < 0.15 else "auto",
+            max_doc_bytes=rng.choice((1 << 24, 1 << 24, 60)),
+            adapter=rng.choice(("", "", "", *readers.ADAPTERS)),
+        )
         account, items = Account("read"), rng.random() < 0.3
         try:
             with contextlib.redirect_stdout(None):
-                docs = [doc for block in readers.blocks(cfg, account) for doc in readers.parse(block, cfg, account, items)]
+                docs = [
+                    doc for block in readers.blocks(cfg, account) for doc in readers.parse(block, cfg, account, items)
+                ]
         except UserError as e:
             one_line(e)
             docs = None
@@ -245,9 +377,13 @@ def test_damaged_chats_are_chats_or_counted_rejects_and_never_an_exception(cases
                 text = damaged(text.encode("utf-8", "surrogatepass"), rng).decode("utf-8", "surrogateescape")
             docs.append(Doc(text, f"f:{n}"))
         account = Account("sft", keep_texts=True)
-        cfg = chats.ChatsConfig(rng.choice(names) if rng.random() < 0.3 else "auto", augment=rng.choice((0, 0.5)),
-                                allow_empty_prompt=rng.random() < 0.5, system=rng.choice(("", "系统")),
-                                max_answer_chars=rng.choice((0, 3)))  # fmt: skip
+        cfg = chats.ChatsConfig(
+            rng.choice(names) if rng.random() < 0.3 else "auto",
+            augment=rng.choice((0, 0.5)),
+            allow_empty_prompt=rng.random() < 0.5,
+            system=rng.choice(("", "系统")),
+            max_answer_chars=rng.choice((0, 3)),
+        )
         out = list(chats.chats(docs, account, cfg))
         assert account.seen == len(docs) and account.missing == 0 and account.kept == account.out == len(out)
         for doc in out:
@@ -268,8 +404,13 @@ def small_bin(path: Path) -> Path:
 def read_all(path: Path, rng: random.Random) -> bool:
     """Open a bin in some way and read it; was it accepted?"""
     try:
-        bin = data.TokenBin(path, rng.choice((100, 100, 90, 70_000)), rng.choice(("", "a" * 64, "b" * 64)), [].append,
-                            trust=rng.random() < 0.5)  # fmt: skip
+        bin = data.TokenBin(
+            path,
+            rng.choice((100, 100, 90, 70_000)),
+            rng.choice(("", "a" * 64, "b" * 64)),
+            [].append,
+            trust=rng.random() < 0.5,
+        )
         rows = data.BinRows(bin, rng.choice((1, 8, 31, 5000)), rng.random() < 0.5, 2, rng.random() < 0.5)
         found = data.batch(rows, range(len(rows)))
         assert found.ids.min() >= 0 and found.ids.max() < bin.vocab_size
@@ -368,7 +509,9 @@ def test_damaged_configs_are_loaded_or_refused_and_nothing_large_is_allocated(fo
         else:
             changed = altered(about, rng)
             if isinstance(changed, dict) and rng.random() < 0.5:
-                changed[rng.choice(sorted(about))] = rng.choice((0, -1, 1, 2, 3, 31, 33, 64, 10**6, 10**9, 2**40, 1e-9, 1e30, "32", None))
+                changed[rng.choice(sorted(about))] = rng.choice(
+                    (0, -1, 1, 2, 3, 31, 33, 64, 10**6, 10**9, 2**40, 1e-9, 1e30, "32", None)
+                )
             path.write_text(json.dumps(changed))
         results.append(try_load(folder))
     both(results)
@@ -387,14 +530,22 @@ def test_damaged_weight_files_are_loaded_or_refused_and_nothing_large_is_allocat
             bad = damaged(raw[8 : 8 + size], rng)
             path.write_bytes(struct.pack("<Q", len(bad)) + bad + raw[8 + size :])
         elif kind == 2:
-            path.write_bytes(struct.pack("<Q", rng.choice((0, 1, size - 1, size + 1, len(raw), 1 << 20, 100 << 20, 1 << 63, 2**64 - 1))) + raw[8:])
+            path.write_bytes(
+                struct.pack(
+                    "<Q", rng.choice((0, 1, size - 1, size + 1, len(raw), 1 << 20, 100 << 20, 1 << 63, 2**64 - 1))
+                )
+                + raw[8:]
+            )
         else:
             changed = altered(head, rng)
             if isinstance(changed, dict) and rng.random() < 0.7:
                 changed[rng.choice(sorted(head))] = {
                     "dtype": rng.choice(("F32", "F32", "F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "X")),
-                    "shape": rng.choice(([32], [64, 32], [0], [], [2**63], [2**31, 2**31], [-1], [2**32, 2**32, 0], [1.5])),
-                    "data_offsets": rng.choice(([0, 128], [0, 8192], [128, 0], [0, 2**63], [0, 0], [-1, 3], [0], "x"))}  # fmt: skip
+                    "shape": rng.choice(
+                        ([32], [64, 32], [0], [], [2**63], [2**31, 2**31], [-1], [2**32, 2**32, 0], [1.5])
+                    ),
+                    "data_offsets": rng.choice(([0, 128], [0, 8192], [128, 0], [0, 2**63], [0, 0], [-1, 3], [0], "x")),
+                }
             bad = json.dumps(changed).encode()
             path.write_bytes(struct.pack("<Q", len(bad)) + bad + raw[8 + size :])
         results.append(try_load(folder))
@@ -409,7 +560,10 @@ def test_random_ids_stream_to_what_they_decode_to_at_once(small, small_with_pref
     for rng in cases("ids"):
         tok = rng.choice((small, small_with_prefix))
         byte_ids = [i for i, p in enumerate(tok.model.pieces) if p.type == 6]
-        ids = [rng.choice(byte_ids) if rng.random() < 0.5 else rng.randrange(tok.vocab_size) for _ in range(rng.randrange(40))]
+        ids = [
+            rng.choice(byte_ids) if rng.random() < 0.5 else rng.randrange(tok.vocab_size)
+            for _ in range(rng.randrange(40))
+        ]
         skip = rng.random() < 0.5
         stream = tok.stream(skip)
         deltas = [stream.push(i) for i in ids]

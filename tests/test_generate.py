@@ -110,13 +110,33 @@ def test_extreme_numbers_never_give_nan_and_always_leave_an_id(logits, temperatu
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("bad", [
-    {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": 1e30},
-    {"max_new_tokens": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}, {"min_p": -0.1},
-    {"min_p": 1.1}, {"min_p": math.nan}, {"repetition_penalty": 0.0}, {"repetition_penalty": math.nan},
-    {"repetition_penalty": math.inf}, {"repetition_penalty": 1e-40}, {"repetition_penalty": 1e40},
-    {"presence_penalty": 2.1}, {"presence_penalty": math.nan}, {"frequency_penalty": -2.1}, {"truncate": "right"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": 1e30},
+        {"max_new_tokens": -1},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": math.nan},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.nan},
+        {"repetition_penalty": math.inf},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e40},
+        {"presence_penalty": 2.1},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": -2.1},
+        {"truncate": "right"},
+    ],
+    ids=str,
+)
 def test_a_bad_option_is_refused_and_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SamplingConfig(**bad)
@@ -231,10 +251,15 @@ def test_a_row_ends_where_the_context_is_full(tiny_model, length, made):
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt, said", [
-    ([], "no tokens"), ([1] * 65, "65 tokens, the model's context is 64"), ([1, V, 2], f"id {V}, the model knows {V}"),
-    ([1, -3, 2], "id -3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompt, said",
+    [
+        ([], "no tokens"),
+        ([1] * 65, "65 tokens, the model's context is 64"),
+        ([1, V, 2], f"id {V}, the model knows {V}"),
+        ([1, -3, 2], "id -3"),
+    ],
+)
 def test_an_impossible_prompt_is_refused(tiny_model, prompt, said):
     with pytest.raises(UserError, match=said):
         complete(tiny_model, [[1, 2], prompt], GREEDY, set())
@@ -261,8 +286,13 @@ def test_texts_that_join_and_leave_at_random_say_what_each_says_alone(tiny_model
     batch, running, ended, cut = Batch(tiny_model, 5), [], [], 0
     while len(ended) < 25:
         if batch.free and chance.random() < 0.6:
-            cfg = SamplingConfig(max_new_tokens=chance.randint(1, 30), temperature=chance.choice([0, 1.0, 1.5]), seed=chance.randint(0, 99),
-                                 repetition_penalty=chance.choice([1.0, 1.2]), presence_penalty=chance.choice([0.0, 0.5]))  # fmt: skip
+            cfg = SamplingConfig(
+                max_new_tokens=chance.randint(1, 30),
+                temperature=chance.choice([0, 1.0, 1.5]),
+                seed=chance.randint(0, 99),
+                repetition_penalty=chance.choice([1.0, 1.2]),
+                presence_penalty=chance.choice([0.0, 0.5]),
+            )
             running += batch.add(prompts_of(chance.randint(1, 40), seed=chance.randint(0, 99))[0], cfg, {3, 7})
         if running and chance.random() < 0.1:
             gone = running.pop(chance.randrange(len(running)))
@@ -285,7 +315,9 @@ def test_several_texts_of_a_prompt_read_it_once_and_have_seeds_of_their_own(tiny
     tiny_model.model.embed_tokens.register_forward_hook(lambda _, ids, __: read.append(tuple(ids[0].shape)))
     ((one, two, three),) = continued(tiny_model, [prompt], cfg, set(), rows=1, n=3)
     assert read == [(1, 11)] + [(3, 1)] * 8
-    assert [t.added for t in (one, two, three)] == [alone(tiny_model, prompt, dataclasses.replace(cfg, seed=s)) for s in (4, 5, 6)]
+    assert [t.added for t in (one, two, three)] == [
+        alone(tiny_model, prompt, dataclasses.replace(cfg, seed=s)) for s in (4, 5, 6)
+    ]
     assert one.added != two.added != three.added
 
 
@@ -294,7 +326,9 @@ def test_prompts_of_a_file_are_continued_in_their_order_whatever_fits_at_once(ti
     prompts, cfg = prompts_of(9, 1, 30, 4, 17, 4, 2), SamplingConfig(max_new_tokens=6, temperature=1.2, seed=3)
     groups = continued(tiny_model, prompts, cfg, {5}, rows=rows, n=2)
     for prompt, group in zip(prompts, groups):
-        assert [t.added for t in group] == [alone(tiny_model, prompt, dataclasses.replace(cfg, seed=s), {5}) for s in (3, 4)]
+        assert [t.added for t in group] == [
+            alone(tiny_model, prompt, dataclasses.replace(cfg, seed=s), {5}) for s in (3, 4)
+        ]
 
 
 def test_log_probabilities_are_the_models_own_whatever_is_drawn(tiny_model):
@@ -343,19 +377,40 @@ def pair(tmp_path_factory):
     import transformers
     from conftest import lively
 
-    config = ModelConfig(vocab_size=V, hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    config = ModelConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     ours = lively(config, seed=1)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, eos_token_id=3))  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=V,
+            hidden_size=32,
+            intermediate_size=52,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            rms_norm_eps=1e-5,
+            rope_theta=10000.0,
+            tie_word_embeddings=True,
+            eos_token_id=3,
+        )
+    )
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs.eval()
 
 
 def their_way(theirs, prompt, **options):
     ids = torch.tensor([prompt])
-    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, do_sample=False, max_new_tokens=20, **options)
+    out = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), pad_token_id=0, do_sample=False, max_new_tokens=20, **options
+    )
     return [row[len(prompt) :] for row in out.tolist()]
 
 
@@ -381,8 +436,14 @@ def test_beams_are_those_of_transformers_on_200_prompts(pair, beams, penalty, re
     ended = 0
     for k in range(200):
         prompt = prompts_of(1 + k % 30, seed=k)[0]
-        expected = their_way(theirs, prompt, num_beams=beams, num_return_sequences=beams, length_penalty=penalty,
-                             repetition_penalty=repetition)  # fmt: skip
+        expected = their_way(
+            theirs,
+            prompt,
+            num_beams=beams,
+            num_return_sequences=beams,
+            length_penalty=penalty,
+            repetition_penalty=repetition,
+        )
         expected = [row[: row.index(3) if 3 in row else None] for row in expected]
         ended += any(len(row) < 20 for row in expected)
         assert [ids for ids, _ in beam_search(ours, prompt, cfg, {3}, beams, penalty)] == expected

@@ -1,6 +1,6 @@
 """Promises that only a GPU can keep or break; skipped where there is none.
 
-    pytest tests/test_gpu.py
+pytest tests/test_gpu.py
 """
 
 import gc
@@ -19,8 +19,14 @@ from extras import lora, nf4, quantize
 from model import Llama, ModelConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
-WIDE = ModelConfig(vocab_size=8000, hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
-                   max_position_embeddings=512)  # fmt: skip
+WIDE = ModelConfig(
+    vocab_size=8000,
+    hidden_size=512,
+    intermediate_size=1376,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    max_position_embeddings=512,
+)
 
 
 def train(folder, **options):
@@ -76,9 +82,18 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(tmp_path, dtype,
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_deterministic_gives_the_same_bits_each_time(tmp_path, dtype):
     """Long rows: for those above, attention's backward pass is one block, whose order is fixed anyway."""
-    options = {"dtype": dtype, "deterministic": True, "seq_len": 512, "batch_tokens": 4096, "micro_batch": 4, "max_steps": 4}
+    options = {
+        "dtype": dtype,
+        "deterministic": True,
+        "seq_len": 512,
+        "batch_tokens": 4096,
+        "micro_batch": 4,
+        "max_steps": 4,
+    }
     try:
-        runs = [train(tmp_path / name / "run", model=wide_model(vocab_size=small_run.VOCAB), **options) for name in "ab"]
+        runs = [
+            train(tmp_path / name / "run", model=wide_model(vocab_size=small_run.VOCAB), **options) for name in "ab"
+        ]
     finally:
         torch.use_deterministic_algorithms(False)
     (a, first), (b, second) = runs
@@ -125,7 +140,9 @@ def test_one_rank_of_nccl_gives_the_losses_of_no_rank(tmp_path, monkeypatch, par
 
     plain, _ = train(tmp_path / "a/run", dtype="bf16")
     kind = {"ddp": ways.Copies, "zero1": ways.SharedMoments, "fsdp": ways.Shards}[parallel]
-    monkeypatch.setattr(ways.Copies, "_wrapped", lambda s: torch.nn.parallel.DistributedDataParallel(s.model, device_ids=[0]))
+    monkeypatch.setattr(
+        ways.Copies, "_wrapped", lambda s: torch.nn.parallel.DistributedDataParallel(s.model, device_ids=[0])
+    )
     monkeypatch.setattr(ways, "spread", kind)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -192,7 +209,9 @@ def test_greedy_texts_are_those_of_transformers(tmp_path, compiled):
     greedy = SamplingConfig(max_new_tokens=40, temperature=0)
     ours = [text.added for (text,) in continued(model, prompts, greedy, set(), rows=4, compiled=compiled)]
     for prompt, mine in zip(prompts, ours):
-        theirs = peer.generate(torch.tensor([prompt], device="cuda"), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+        theirs = peer.generate(
+            torch.tensor([prompt], device="cuda"), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         assert mine == theirs[0, len(prompt) :].tolist()
 
 

@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SKIP = {"tests", "docs", "runs", "data", "out"}
 FILES = sorted(
-    p for p in ROOT.rglob("*.py")
+    p
+    for p in ROOT.rglob("*.py")
     if not any(part in SKIP or part.startswith(".") for part in p.relative_to(ROOT).parts[:-1])
-)  # fmt: skip
+)
 TREES = {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text(encoding="utf-8")) for p in FILES}
 COMMANDS = {name.removesuffix(".py") for name in TREES if "/" not in name and name != "model.py"}
 CORE_PACKAGES = {re.split(r"[<>=!~\[ ]", line)[0] for line in (ROOT / "requirements.txt").read_text().split() if line}
@@ -99,8 +100,12 @@ def imports_point_down(name, tree):
         command = [node for node in tree.body if is_guard(node) or getattr(node, "name", "") == "main"]
         tree = ast.Module([node for node in tree.body if node not in command], [])
         allowed = MAY_IMPORT["command"]
-        yield from (f"{name} (its main) imports {other}" for node in command for other in imports(name, node)
-                    if layer(other) not in allowed | {"foreign"})  # fmt: skip
+        yield from (
+            f"{name} (its main) imports {other}"
+            for node in command
+            for other in imports(name, node)
+            if layer(other) not in allowed | {"foreign"}
+        )
     for other in imports(name, tree):
         theirs = layer(other)
         if theirs != "foreign" and theirs not in MAY_IMPORT[mine]:
@@ -120,14 +125,45 @@ def optional_packages_are_imported_where_they_are_used(name, tree):
 
 # Packages and modules that turn data into calls: unpicklers, templates, code by name.
 FORBIDDEN_MODULES = {
-    "pickle", "_pickle", "cPickle", "copyreg", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle",
-    "runpy", "codeop", "jinja2", "mako", "torch.serialization", "torch.storage", "torch.hub", "torch.jit",
-    "torch.package", "torch.distributed.checkpoint", "torch.utils.cpp_extension",
-}  # fmt: skip
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "copyreg",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "jsonpickle",
+    "runpy",
+    "codeop",
+    "jinja2",
+    "mako",
+    "torch.serialization",
+    "torch.storage",
+    "torch.hub",
+    "torch.jit",
+    "torch.package",
+    "torch.distributed.checkpoint",
+    "torch.utils.cpp_extension",
+}
 FORBIDDEN_NAMES = {
-    "eval", "exec", "compile", "__import__", "__builtins__", "os.system", "os.popen", "os.startfile", "pty.spawn",
-    "subprocess.getoutput", "subprocess.getstatusoutput", "yaml.load", "yaml.load_all", "torch.load", "torch.save",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "__builtins__",
+    "os.system",
+    "os.popen",
+    "os.startfile",
+    "pty.spawn",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "yaml.load",
+    "yaml.load_all",
+    "torch.load",
+    "torch.save",
+}
 # Whatever stands in front of the last dot.
 FORBIDDEN_ENDS = re.compile(
     r"(.*\.)?(read_pickle|to_pickle|(unsafe|full)_load(_all)?|(add_)?safe_globals|apply_chat_template|import_module|"
@@ -154,8 +190,10 @@ def nothing_is_unpickled_or_evaluated(name, tree):
         what, said = dotted(node.func, full), dict(options(node))
         if what == "torch.load" and name == MAY_READ_PICKLES and said.get("weights_only") is True:
             permitted.add(node.func)
-        if what == "getattr" and isinstance(node.args[1], ast.Constant) and bad(
-            f"{dotted(node.args[0], full)}.{node.args[1].value}".removeprefix("builtins.")
+        if (
+            what == "getattr"
+            and isinstance(node.args[1], ast.Constant)
+            and bad(f"{dotted(node.args[0], full)}.{node.args[1].value}".removeprefix("builtins."))
         ):
             yield f"{name}:{node.lineno} gets {node.args[1].value}"
         handed_on = what.endswith(".load_model")  # the user's own --allow_pickle
@@ -193,8 +231,13 @@ def commands_do_nothing_when_imported(name, tree):
         yield f"{name} does not end with its __main__ guard"
 
 
-RULES = [imports_point_down, optional_packages_are_imported_where_they_are_used, nothing_is_unpickled_or_evaluated,
-         no_file_is_a_drawer, commands_do_nothing_when_imported]  # fmt: skip
+RULES = [
+    imports_point_down,
+    optional_packages_are_imported_where_they_are_used,
+    nothing_is_unpickled_or_evaluated,
+    no_file_is_a_drawer,
+    commands_do_nothing_when_imported,
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -211,88 +254,155 @@ def test_the_walk_sees_the_whole_house():
 GUARD = "\nif __name__ == '__main__':\n    main()\n"
 
 
-@pytest.mark.parametrize("rule, name, bad", [
-    (imports_point_down, "core/x.py", "import extras.lora"),
-    (imports_point_down, "core/x.py", "from extras import lora"),
-    (imports_point_down, "core/x.py", "def f():\n    from sft import main"),
-    (imports_point_down, "core/x.py", "from ..extras import lora"),
-    (imports_point_down, "extras/x.py", "from extras import lora"),
-    (imports_point_down, "extras/x.py", "from .lora import apply"),
-    (imports_point_down, "extras/x.py", "from . import lora"),
-    (imports_point_down, "extras/x.py", "import pretrain"),
-    (imports_point_down, "extras/x/y.py", "from extras.z.y import f"),
-    (imports_point_down, "sft.py", "from pretrain import build"),
-    (imports_point_down, "sft.py", "if True:\n    import pretrain"),
-    (imports_point_down, "tokenizer/x.py", "def main():\n    from core import errors"),
-    (imports_point_down, "tokenizer/x.py", "def main():\n    import sft" + GUARD),
-    (imports_point_down, "tokenizer/x.py", "from core import errors\ndef main(): pass" + GUARD),
-    (imports_point_down, "tokenizer/x.py", "def f():\n    from core import errors" + GUARD),
-    (imports_point_down, "model.py", "from core.errors import UserError"),
-    (imports_point_down, "model.py", "def main():\n    import tokenizer"),
-    (imports_point_down, "tokenizer/x.py", "import core.errors"),
-    (imports_point_down, "tokenizer/x.py", "from model import IGNORE"),
-    (optional_packages_are_imported_where_they_are_used, "core/x.py", "import transformers"),
-    (optional_packages_are_imported_where_they_are_used, "core/x.py", "try:\n    import tokenizers\nexcept E: pass"),
-    (optional_packages_are_imported_where_they_are_used, "extras/x.py", "from pyarrow import parquet"),
-    (optional_packages_are_imported_where_they_are_used, "core/x.py", "class A:\n    import yaml"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "def f():\n    import pickle"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "from torch import load"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "torch.load(p, weights_only=True)"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "numpy.load(p, allow_pickle=True)"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "x = eval('1')"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "exec(open(f).read())"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "os.system('ls')"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "subprocess.run('ls', shell=True)"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "A.from_pretrained(p, trust_remote_code=flag)"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "model.load_state_dict(s, strict=False)"),
-    *((nothing_is_unpickled_or_evaluated, "core/checkpoint.py", bad) for bad in (
-        "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)", "read = torch.load",
-        "import torch as t\nt.load(p)", "from torch import load as read\nread(p, weights_only=False)",
-        "torch.load(p, **{'weights_only': False})", "getattr(torch, 'load')(p)", "torch.jit.load(p)",
-        "import torch.serialization", "torch.serialization.load(p)", "from torch.serialization import load",
-        "torch.serialization.add_safe_globals([A])", "from torch import hub", "torch.distributed.checkpoint.load(s)",
-        "from torch.distributed import checkpoint", "torch.distributed.all_gather_object(a, b)",
-        "torch.save(s, p)", "load_file(p, weights_only=False)", "np.load(p, allow_pickle=flag)",
-        "np.load(p, **{'allow_pickle': True})", "pd.read_pickle(p)", "from pandas import read_pickle",
-        "import marshal", "import shelve as s", "import dill", "from joblib import load", "import cloudpickle.x",
-        "import _pickle", "yaml.load(f)", "yaml.load(f, Loader=yaml.Loader)", "from yaml import load",
-        "import yaml as y\ny.unsafe_load(f)", "import jinja2", "from jinja2.sandbox import SandboxedEnvironment",
-        "tok.apply_chat_template(m)", "from mako.template import Template",
-        "subprocess.Popen(c, shell=flag)", "subprocess.run(c, **{'shell': True})", "import subprocess as s\ns.getoutput(c)",
-        "from os import system", "from os import popen as p", "import os as o\no.system(c)", "run = os.system",
-        "getattr(os, 'system')(c)", "os.execv(p, a)", "os.spawnl(m, p)", "asyncio.create_subprocess_shell(c)",
-        "import pty\npty.spawn(c)", "code = compile(t, p, 'exec')", "f = eval", "import builtins\nbuiltins.exec(c)",
-        "import builtins as b\nb.eval(c)", "getattr(builtins, 'eval')(c)", "__builtins__['eval'](c)",
-        "__import__(name)", "importlib.import_module(name)", "from importlib import import_module as i\ni(n)",
-        "import runpy", "A.from_pretrained(p, trust_remote_code=False)", "A.from_pretrained(p, **{'trust_remote_code': 1})",
-    )),
-    (nothing_is_unpickled_or_evaluated, "sample.py", "torch.load(p, weights_only=True)"),
-    (no_file_is_a_drawer, "core/utils.py", ""),
-    (no_file_is_a_drawer, "extras/common.py", ""),
-    (commands_do_nothing_when_imported, "x.py", "print('hello')" + GUARD),
-    (commands_do_nothing_when_imported, "x.py", "CFG = load()" + GUARD),
-    (commands_do_nothing_when_imported, "x.py", "for x in y:\n    pass" + GUARD),
-    (commands_do_nothing_when_imported, "x.py", "if True:\n    f()" + GUARD),
-    (commands_do_nothing_when_imported, "x.py", "def main(): pass"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule, name, bad",
+    [
+        (imports_point_down, "core/x.py", "import extras.lora"),
+        (imports_point_down, "core/x.py", "from extras import lora"),
+        (imports_point_down, "core/x.py", "def f():\n    from sft import main"),
+        (imports_point_down, "core/x.py", "from ..extras import lora"),
+        (imports_point_down, "extras/x.py", "from extras import lora"),
+        (imports_point_down, "extras/x.py", "from .lora import apply"),
+        (imports_point_down, "extras/x.py", "from . import lora"),
+        (imports_point_down, "extras/x.py", "import pretrain"),
+        (imports_point_down, "extras/x/y.py", "from extras.z.y import f"),
+        (imports_point_down, "sft.py", "from pretrain import build"),
+        (imports_point_down, "sft.py", "if True:\n    import pretrain"),
+        (imports_point_down, "tokenizer/x.py", "def main():\n    from core import errors"),
+        (imports_point_down, "tokenizer/x.py", "def main():\n    import sft" + GUARD),
+        (imports_point_down, "tokenizer/x.py", "from core import errors\ndef main(): pass" + GUARD),
+        (imports_point_down, "tokenizer/x.py", "def f():\n    from core import errors" + GUARD),
+        (imports_point_down, "model.py", "from core.errors import UserError"),
+        (imports_point_down, "model.py", "def main():\n    import tokenizer"),
+        (imports_point_down, "tokenizer/x.py", "import core.errors"),
+        (imports_point_down, "tokenizer/x.py", "from model import IGNORE"),
+        (optional_packages_are_imported_where_they_are_used, "core/x.py", "import transformers"),
+        (
+            optional_packages_are_imported_where_they_are_used,
+            "core/x.py",
+            "try:\n    import tokenizers\nexcept E: pass",
+        ),
+        (optional_packages_are_imported_where_they_are_used, "extras/x.py", "from pyarrow import parquet"),
+        (optional_packages_are_imported_where_they_are_used, "core/x.py", "class A:\n    import yaml"),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "def f():\n    import pickle"),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "from torch import load"),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "torch.load(p, weights_only=True)"),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "numpy.load(p, allow_pickle=True)"),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "x = eval('1')"),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "exec(open(f).read())"),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "os.system('ls')"),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "subprocess.run('ls', shell=True)"),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "A.from_pretrained(p, trust_remote_code=flag)"),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "model.load_state_dict(s, strict=False)"),
+        *(
+            (nothing_is_unpickled_or_evaluated, "core/checkpoint.py", bad)
+            for bad in (
+                "torch.load(p)",
+                "torch.load(p, weights_only=False)",
+                "torch.load(p, weights_only=flag)",
+                "read = torch.load",
+                "import torch as t\nt.load(p)",
+                "from torch import load as read\nread(p, weights_only=False)",
+                "torch.load(p, **{'weights_only': False})",
+                "getattr(torch, 'load')(p)",
+                "torch.jit.load(p)",
+                "import torch.serialization",
+                "torch.serialization.load(p)",
+                "from torch.serialization import load",
+                "torch.serialization.add_safe_globals([A])",
+                "from torch import hub",
+                "torch.distributed.checkpoint.load(s)",
+                "from torch.distributed import checkpoint",
+                "torch.distributed.all_gather_object(a, b)",
+                "torch.save(s, p)",
+                "load_file(p, weights_only=False)",
+                "np.load(p, allow_pickle=flag)",
+                "np.load(p, **{'allow_pickle': True})",
+                "pd.read_pickle(p)",
+                "from pandas import read_pickle",
+                "import marshal",
+                "import shelve as s",
+                "import dill",
+                "from joblib import load",
+                "import cloudpickle.x",
+                "import _pickle",
+                "yaml.load(f)",
+                "yaml.load(f, Loader=yaml.Loader)",
+                "from yaml import load",
+                "import yaml as y\ny.unsafe_load(f)",
+                "import jinja2",
+                "from jinja2.sandbox import SandboxedEnvironment",
+                "tok.apply_chat_template(m)",
+                "from mako.template import Template",
+                "subprocess.Popen(c, shell=flag)",
+                "subprocess.run(c, **{'shell': True})",
+                "import subprocess as s\ns.getoutput(c)",
+                "from os import system",
+                "from os import popen as p",
+                "import os as o\no.system(c)",
+                "run = os.system",
+                "getattr(os, 'system')(c)",
+                "os.execv(p, a)",
+                "os.spawnl(m, p)",
+                "asyncio.create_subprocess_shell(c)",
+                "import pty\npty.spawn(c)",
+                "code = compile(t, p, 'exec')",
+                "f = eval",
+                "import builtins\nbuiltins.exec(c)",
+                "import builtins as b\nb.eval(c)",
+                "getattr(builtins, 'eval')(c)",
+                "__builtins__['eval'](c)",
+                "__import__(name)",
+                "importlib.import_module(name)",
+                "from importlib import import_module as i\ni(n)",
+                "import runpy",
+                "A.from_pretrained(p, trust_remote_code=False)",
+                "A.from_pretrained(p, **{'trust_remote_code': 1})",
+            )
+        ),
+        (nothing_is_unpickled_or_evaluated, "sample.py", "torch.load(p, weights_only=True)"),
+        (no_file_is_a_drawer, "core/utils.py", ""),
+        (no_file_is_a_drawer, "extras/common.py", ""),
+        (commands_do_nothing_when_imported, "x.py", "print('hello')" + GUARD),
+        (commands_do_nothing_when_imported, "x.py", "CFG = load()" + GUARD),
+        (commands_do_nothing_when_imported, "x.py", "for x in y:\n    pass" + GUARD),
+        (commands_do_nothing_when_imported, "x.py", "if True:\n    f()" + GUARD),
+        (commands_do_nothing_when_imported, "x.py", "def main(): pass"),
+    ],
+)
 def test_the_rule_catches(rule, name, bad):
     assert list(rule(name, ast.parse(bad)))
 
 
-@pytest.mark.parametrize("rule, name, good", [
-    (imports_point_down, "core/x.py", "from core import data\nfrom model import Llama\nimport tokenizer, torch"),
-    (imports_point_down, "tokenizer/__init__.py", "from . import chat\nfrom .backends import load"),
-    (imports_point_down, "tokenizer/x.py", "from .chat import render\nfrom . import train"),
-    (imports_point_down, "extras/x/y.py", "from .z import f\nfrom extras.x import z\nfrom core import data"),
-    (imports_point_down, "tokenizer/x.py", "from . import load\ndef main():\n    from extras import remap" + GUARD),
-    (imports_point_down, "sft.py", "from extras import lora\nfrom core import data"),
-    (optional_packages_are_imported_where_they_are_used, "core/x.py", "import torch, json\ndef f():\n    import yaml"),
-    (nothing_is_unpickled_or_evaluated, "core/x.py", "model.eval()\nload_state_dict(s, strict=True)\njson.load(f)"),
-    (nothing_is_unpickled_or_evaluated, "core/checkpoint.py", "torch.load(p, map_location='cpu', weights_only=True)"),
-    (nothing_is_unpickled_or_evaluated, "x.py", "re.compile(p)\ntorch.compile(m)\nclass C:\n    compile: bool = False"),
-    (nothing_is_unpickled_or_evaluated, "x.py", "yaml.safe_load(f)\nsubprocess.run([c], shell=False)\nnp.load(p)"),
-    (nothing_is_unpickled_or_evaluated, "x.py", "checkpoint.load_model(f, allow_pickle=cfg.allow_pickle)"),
-    (commands_do_nothing_when_imported, "x.py", "'''Doc.'''\nimport a\nB = 3\n@d(x=1)\nclass C: pass" + GUARD),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule, name, good",
+    [
+        (imports_point_down, "core/x.py", "from core import data\nfrom model import Llama\nimport tokenizer, torch"),
+        (imports_point_down, "tokenizer/__init__.py", "from . import chat\nfrom .backends import load"),
+        (imports_point_down, "tokenizer/x.py", "from .chat import render\nfrom . import train"),
+        (imports_point_down, "extras/x/y.py", "from .z import f\nfrom extras.x import z\nfrom core import data"),
+        (imports_point_down, "tokenizer/x.py", "from . import load\ndef main():\n    from extras import remap" + GUARD),
+        (imports_point_down, "sft.py", "from extras import lora\nfrom core import data"),
+        (
+            optional_packages_are_imported_where_they_are_used,
+            "core/x.py",
+            "import torch, json\ndef f():\n    import yaml",
+        ),
+        (nothing_is_unpickled_or_evaluated, "core/x.py", "model.eval()\nload_state_dict(s, strict=True)\njson.load(f)"),
+        (
+            nothing_is_unpickled_or_evaluated,
+            "core/checkpoint.py",
+            "torch.load(p, map_location='cpu', weights_only=True)",
+        ),
+        (
+            nothing_is_unpickled_or_evaluated,
+            "x.py",
+            "re.compile(p)\ntorch.compile(m)\nclass C:\n    compile: bool = False",
+        ),
+        (nothing_is_unpickled_or_evaluated, "x.py", "yaml.safe_load(f)\nsubprocess.run([c], shell=False)\nnp.load(p)"),
+        (nothing_is_unpickled_or_evaluated, "x.py", "checkpoint.load_model(f, allow_pickle=cfg.allow_pickle)"),
+        (commands_do_nothing_when_imported, "x.py", "'''Doc.'''\nimport a\nB = 3\n@d(x=1)\nclass C: pass" + GUARD),
+    ],
+)
 def test_the_rule_lets_pass(rule, name, good):
     assert list(rule(name, ast.parse(good))) == []

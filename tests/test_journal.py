@@ -21,7 +21,11 @@ from extras.corpus import pipeline, readers, stages, windows
 from extras.corpus.journal import Journal, Records
 
 ROOT = Path(__file__).resolve().parents[1]
-PLAIN = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=8)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    max_leaves=8,
+)
 ARRAY = st.sampled_from([np.arange(0), np.arange(6, dtype=np.uint16), np.ones((2, 3), np.uint32), np.zeros((1, 0, 2))])
 
 
@@ -73,7 +77,9 @@ def corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "CHUNK_CHARS", 400)
     path = tmp_path / "corpus.jsonl"
     texts = [f"第{n % 90}行，共有{n % 90}的平方{(n % 90) ** 2}，文字足够长了，可以留下来。" for n in range(120)]
-    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts) + "{bad\n", encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts) + "{bad\n", encoding="utf-8"
+    )
     return path
 
 
@@ -104,8 +110,15 @@ def count_work(monkeypatch, stop_after=None):
     return done
 
 
-@pytest.mark.parametrize("words", [["clean", "tokenize"], ["clean", "dedup", "window", "tokenize"], ["dedup"],
-                                   ["window", "concat", "dedup", "clean"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["clean", "tokenize"],
+        ["clean", "dedup", "window", "tokenize"],
+        ["dedup"],
+        ["window", "concat", "dedup", "clean"],
+    ],
+)
 @pytest.mark.parametrize("stop_after", [1, 17, 30])
 def test_the_same_command_does_only_what_is_left(tmp_path, corpus, monkeypatch, words, stop_after, capsys):
     with monkeypatch.context() as m:
@@ -113,7 +126,11 @@ def test_the_same_command_does_only_what_is_left(tmp_path, corpus, monkeypatch, 
         run(tmp_path / "whole", words, corpus, "--processes=1")
         total = len(done)
     for folder in ("whole", "out"):  # with a vocabulary that is there already: no pass over the text to make one
-        flags = ["--processes=1", f"--tokenizer={tmp_path / 'whole/tokenizer'}"] if "tokenize" in words else ["--processes=1"]
+        flags = (
+            ["--processes=1", f"--tokenizer={tmp_path / 'whole/tokenizer'}"]
+            if "tokenize" in words
+            else ["--processes=1"]
+        )
         if folder == "whole":
             with monkeypatch.context() as m:
                 done = count_work(m)
@@ -147,7 +164,9 @@ def test_a_trained_vocabulary_is_not_trained_again(tmp_path, corpus, monkeypatch
 
 
 @pytest.mark.parametrize("change", ["option", "file", "stages"])
-def test_work_for_other_options_or_files_is_not_used_and_removed_with_a_word(tmp_path, corpus, monkeypatch, change, capsys):
+def test_work_for_other_options_or_files_is_not_used_and_removed_with_a_word(
+    tmp_path, corpus, monkeypatch, change, capsys
+):
     flags, words = ["--processes=1"], ["clean"]
     with monkeypatch.context() as m:
         count_work(m, 10)
@@ -192,14 +211,20 @@ def test_two_commands_in_one_folder_are_refused(tmp_path, corpus):
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    script = ("import sys, time\nfrom tokenizer.parallel import map_in_order\nimport os\n"
-              "def work(shared, chunk):\n    return os.getpid()\n"
-              "if __name__ == '__main__':\n"
-              "    pids = map_in_order(work, None, iter(range(100)), 2)\n"
-              "    print(*{next(pids) for _ in range(50)}, flush=True)\n    time.sleep(60)\n")  # fmt: skip
+    script = (
+        "import sys, time\nfrom tokenizer.parallel import map_in_order\nimport os\n"
+        "def work(shared, chunk):\n    return os.getpid()\n"
+        "if __name__ == '__main__':\n"
+        "    pids = map_in_order(work, None, iter(range(100)), 2)\n"
+        "    print(*{next(pids) for _ in range(50)}, flush=True)\n    time.sleep(60)\n"
+    )
     (tmp_path / "parent.py").write_text(script)
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     workers = list(map(int, parent.stdout.readline().split()))
     parent.send_signal(signal.SIGKILL)
     parent.wait()
@@ -219,10 +244,12 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 
 
 def test_a_lock_goes_with_its_process_though_its_children_live_on(tmp_path):
-    script = ("import os, signal, sys, time\nfrom pathlib import Path\nfrom core import files\n"
-              "lock = files.lock(Path(sys.argv[1]))\nthere, here = os.pipe()\nchild = os.fork()\n"
-              "if not child:\n    os.write(here, b'I live')\n    time.sleep(30)\n    os._exit(0)\nos.read(there, 1)\n"
-              "print(child, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n")  # fmt: skip
+    script = (
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom core import files\n"
+        "lock = files.lock(Path(sys.argv[1]))\nthere, here = os.pipe()\nchild = os.fork()\n"
+        "if not child:\n    os.write(here, b'I live')\n    time.sleep(30)\n    os._exit(0)\nos.read(there, 1)\n"
+        "print(child, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
     done = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     child = int(done.stdout.readline())
     done.wait()

@@ -19,8 +19,15 @@ from extras.longlora import LongConfig
 from model import Llama, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, max_position_embeddings=16)  # fmt: skip
+SIZES = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=16,
+)
 
 
 def model_of(**changes):
@@ -43,8 +50,11 @@ def test_each_head_sees_its_group_up_to_itself_and_nothing_else(packed):
         for head in range(4):
             shift = 0 if head < 2 else 4  # groups of 8, half a group later for the second half of the heads
             for t in range(32):
-                seen = [s for s in range(t + 1) if (s + shift) // 8 == (t + shift) // 8
-                        and (not packed or docs[row, s] == docs[row, t])]  # fmt: skip
+                seen = [
+                    s
+                    for s in range(t + 1)
+                    if (s + shift) // 8 == (t + shift) // 8 and (not packed or docs[row, s] == docs[row, t])
+                ]
                 scores = torch.stack([q[row, head, t] @ k[row, head // 2, s] / math.sqrt(8) for s in seen])
                 expected = scores.softmax(0) @ v[row, head // 2, seen]
                 torch.testing.assert_close(y[row, head, t], expected, rtol=1e-5, atol=1e-6)
@@ -95,15 +105,39 @@ def test_a_base_is_brought_further_by_pretraining_and_its_adapter_says_so(tmp_pa
             text = "天地玄黄，宇宙洪荒。" * (n % 7 + 1)
             out.add(small.encode(text, bos=True, eos=True), len(text.encode()))
     monkeypatch.chdir(tmp_path)
-    words = ["--init_from", "base", "--data.train", "text.bin", "--data.val", "", "--prompt", "", "--context", "64",
-             "--max_steps", "6", "--batch_tokens", "128", "--device", "cpu", "--dtype", "fp32", "--save_every", "3"]  # fmt: skip
+    words = [
+        "--init_from",
+        "base",
+        "--data.train",
+        "text.bin",
+        "--data.val",
+        "",
+        "--prompt",
+        "",
+        "--context",
+        "64",
+        "--max_steps",
+        "6",
+        "--batch_tokens",
+        "128",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--save_every",
+        "3",
+    ]
     run(pretrain, monkeypatch, str(ROOT / "configs/longlora.toml"), *words)
     values = load_file("out/long/adapter_model.safetensors")
     trained = {name.removeprefix("base_model.model.").removesuffix(".weight") for name in values}
     assert {"model.embed_tokens", "model.norm", "model.layers.1.input_layernorm"} <= trained
     assert not torch.equal(values["base_model.model.model.norm.weight"], base.model.norm.weight)
     model, fill, _ = lora.attach(*checkpoint.open_model("base"), "out/long", Path("base"))
-    assert (model.config.rope_type, model.config.rope_factor, model.config.max_position_embeddings) == ("linear", 4.0, 64)
+    assert (model.config.rope_type, model.config.rope_factor, model.config.max_position_embeddings) == (
+        "linear",
+        4.0,
+        64,
+    )
     tuned = checkpoint.build(model, fill).eval()
     run(export, monkeypatch, "merge", "--adapter", "out/long", "--output", "merged")
     theirs = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
@@ -114,8 +148,12 @@ def test_a_base_is_brought_further_by_pretraining_and_its_adapter_says_so(tmp_pa
     # the whole model instead of an adapter; and what cannot be
     run(pretrain, monkeypatch, *words, "--optimizer", "adamw", "--out_dir", "out/whole")
     assert checkpoint.load_config("out/whole").rope_factor == 4.0
-    for bad, says in ((["--context", "32"], "cannot be resumed"), (["--init_from", "out/whole"], "rope_type linear"),
-                      (["--init_from", "", "--tokenizer", "base"], "--init_from DIR"), (["--optimizer", "muon"], "LoRA")):  # fmt: skip
+    for bad, says in (
+        (["--context", "32"], "cannot be resumed"),
+        (["--init_from", "out/whole"], "rope_type linear"),
+        (["--init_from", "", "--tokenizer", "base"], "--init_from DIR"),
+        (["--optimizer", "muon"], "LoRA"),
+    ):
         with pytest.raises(UserError, match=says):
             run(pretrain, monkeypatch, str(ROOT / "configs/longlora.toml"), *words, *bad)
 

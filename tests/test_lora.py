@@ -36,20 +36,57 @@ BLOCKS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_
 @pytest.fixture
 def place(tmp_path, small, make_model, monkeypatch) -> Path:
     """A folder with a base model in base/, another in other/, one with an own head in untied/, and chats."""
-    sizes = ModelConfig(vocab_size=small.vocab_size, hidden_size=32, intermediate_size=52, num_hidden_layers=2,
-                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
-    for name, config, seed in (("base", sizes, 0), ("other", sizes, 1), ("untied", replace(sizes, tie_word_embeddings=False), 2)):
+    sizes = ModelConfig(
+        vocab_size=small.vocab_size,
+        hidden_size=32,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    for name, config, seed in (
+        ("base", sizes, 0),
+        ("other", sizes, 1),
+        ("untied", replace(sizes, tie_word_embeddings=False), 2),
+    ):
         checkpoint.save_model(tmp_path / name, make_model(config, seed), small, {"chat_format": "bos"})
-    chats = [{"messages": [{"role": "user", "content": f"{a}是什么？"}, {"role": "assistant", "content": f"{b}的。"}]}
-             for a in "天火雪叶夜金木水" for b in "蓝红白绿黑黄"]  # fmt: skip
+    chats = [
+        {"messages": [{"role": "user", "content": f"{a}是什么？"}, {"role": "assistant", "content": f"{b}的。"}]}
+        for a in "天火雪叶夜金木水"
+        for b in "蓝红白绿黑黄"
+    ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in chats))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-WORDS = ["--chat.train", "chats.jsonl", "--chat_format", "bos", "--init_from", "base", "--max_steps", "6", "--batch_tokens", "512",
-         "--micro_batch", "2", "--save_every", "2", "--eval_every", "3", "--log_every", "1", "--device", "cpu", "--dtype", "fp32",
-         "--lr", "2e-2"]  # fmt: skip
+WORDS = [
+    "--chat.train",
+    "chats.jsonl",
+    "--chat_format",
+    "bos",
+    "--init_from",
+    "base",
+    "--max_steps",
+    "6",
+    "--batch_tokens",
+    "512",
+    "--micro_batch",
+    "2",
+    "--save_every",
+    "2",
+    "--eval_every",
+    "3",
+    "--log_every",
+    "1",
+    "--device",
+    "cpu",
+    "--dtype",
+    "fp32",
+    "--lr",
+    "2e-2",
+]
 OVERLAYS = [str(ROOT / "configs" / name) for name in ("sft.toml", "lora.toml")]
 
 
@@ -65,8 +102,13 @@ def train(*words: str) -> Path:
 
 def launch(ranks: int, *words: str, wait: bool = True) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    process = subprocess.Popen([sys.executable, *launcher, str(ROOT / "sft.py"), *OVERLAYS, *WORDS, *words], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "sft.py"), *OVERLAYS, *WORDS, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     if wait:
         said = process.communicate(timeout=300)
         assert process.returncode == 0, said[1][-3000:]
@@ -123,7 +165,9 @@ def test_logits_are_those_of_weights_with_the_products_added_number_by_number(ti
             if name.endswith(".weight") and a is not None:
                 changed += 1
                 a, b = a.tolist(), b.tolist()
-                product = [[sum(b[i][k] * a[k][j] for k in range(3)) for j in range(p.shape[1])] for i in range(p.shape[0])]
+                product = [
+                    [sum(b[i][k] * a[k][j] for k in range(3)) for j in range(p.shape[1])] for i in range(p.shape[0])
+                ]
                 p += 5.0 / 3 * torch.tensor(product)
     assert changed == {(): 21, ("q_proj", "v_proj"): 6, ("layers.1.mlp.up_proj",): 1}.get(targets, 4)
     assert (logits(plain) - logits(adapted)).abs().max() <= 1e-5 * logits(plain).abs().max()
@@ -148,12 +192,16 @@ def test_training_begins_at_the_base_from_numbers_that_only_the_seed_decides(pla
     first = a["model.layers.0.self_attn.q_proj.lora_A.weight"]
     assert not torch.equal(first, a["model.layers.1.self_attn.q_proj.lora_A.weight"])
     theirs = torch.nn.Linear(32, 400, bias=False).weight  # PEFT's and torch's own beginning
-    assert torch.cat([t.flatten() for n, t in a.items() if t.shape[1] == 32]).std() == pytest.approx(theirs.std().item(), rel=0.1)
+    assert torch.cat([t.flatten() for n, t in a.items() if t.shape[1] == 32]).std() == pytest.approx(
+        theirs.std().item(), rel=0.1
+    )
     assert not any(p.any() for n, p in one.named_parameters() if "lora_B" in n)
 
 
 def test_only_the_adapter_and_what_is_to_be_saved_change(tiny_config, make_model):
-    model = lora.apply(make_model(tiny_config), LoraConfig(r=2, modules_to_save=("model.norm", "layers.0.input_layernorm")))
+    model = lora.apply(
+        make_model(tiny_config), LoraConfig(r=2, modules_to_save=("model.norm", "layers.0.input_layernorm"))
+    )
     lively_adapter(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     (optimizer,) = make_optimizers(model, OptimConfig(lr=1e-2))
@@ -161,8 +209,13 @@ def test_only_the_adapter_and_what_is_to_be_saved_change(tiny_config, make_model
     model.train()(ids, torch.arange(1, 61)[None]).sum().backward()
     optimizer.step()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n in before if "lora_" in n} | {"model.norm.weight", "model.layers.0.input_layernorm.weight"}
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == changed, "no memory for gradients of the rest"
+    assert changed == {n for n in before if "lora_" in n} | {
+        "model.norm.weight",
+        "model.layers.0.input_layernorm.weight",
+    }
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == changed, (
+        "no memory for gradients of the rest"
+    )
 
 
 def test_dropout_zeroes_its_share_of_what_enters_a_and_scales_the_rest_only_while_training():
@@ -198,7 +251,11 @@ def test_a_run_holds_the_adapter_only_and_its_base_is_untouched(place):
     assert {p.name: p.read_bytes() for p in (place / "base").iterdir() if p.is_file()} == before
     for folder in (out, out / "checkpoint-6"):
         tensors = load_file(folder / ADAPTER)
-        assert len(tensors) == 2 * 14 + 1 and not (folder / "model.safetensors").exists() and not (folder / "config.json").exists()
+        assert (
+            len(tensors) == 2 * 14 + 1
+            and not (folder / "model.safetensors").exists()
+            and not (folder / "config.json").exists()
+        )
         assert tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"].shape == (8, 32)
         assert tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"].shape == (16, 8)
         assert all(t.any() for t in tensors.values())
@@ -243,9 +300,16 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(place, packing):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("way", [[], ["--parallel", "zero1"], ["--parallel", "fsdp"],
-                                 ["--parallel", "fsdp", "--gradient_checkpointing", "full", "--reshard", "false"],
-                                 ["--parallel", "pipeline", "--init_from", "untied", "--dropout", "0"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "way",
+    [
+        [],
+        ["--parallel", "zero1"],
+        ["--parallel", "fsdp"],
+        ["--parallel", "fsdp", "--gradient_checkpointing", "full", "--reshard", "false"],
+        ["--parallel", "pipeline", "--init_from", "untied", "--dropout", "0"],
+    ],
+)
 def test_two_ranks_have_the_losses_of_one_process_and_its_files(place, way):
     words = ["--modules_to_save", "norm", "--val", "chats.jsonl", "--dropout", "0.1"]
     one = train(*words, *(way[2:] if "untied" in way else []), "--out_dir", "one")
@@ -254,8 +318,13 @@ def test_two_ranks_have_the_losses_of_one_process_and_its_files(place, way):
         assert metrics(Path("two"), key) == pytest.approx(metrics(one, key), rel=2e-6)
     for folder in ("", "checkpoint-6"):
         a, b = (load_file(place / name / folder / ADAPTER) for name in ("one", "two"))
-        assert a.keys() == b.keys() and all(a[n].shape == b[n].shape and torch.allclose(a[n], b[n], rtol=1e-3, atol=1e-5) for n in a)
-    assert (logits(with_adapter("one", (base := "untied" if "untied" in way else "base"))) - logits(with_adapter("two", base))).abs().max() < 1e-2
+        assert a.keys() == b.keys() and all(
+            a[n].shape == b[n].shape and torch.allclose(a[n], b[n], rtol=1e-3, atol=1e-5) for n in a
+        )
+    assert (
+        logits(with_adapter("one", (base := "untied" if "untied" in way else "base")))
+        - logits(with_adapter("two", base))
+    ).abs().max() < 1e-2
     launch(2, *words, *way, "--out_dir", "two", "--max_steps", "7")  # and its checkpoint is read again
     assert "resumed from two/checkpoint-6" in (place / "two/log.txt").read_text()
 
@@ -296,8 +365,15 @@ def theirs(base: str):
     return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("base, words", [("base", []), ("base", ["--modules_to_save", "embed_tokens,norm", "--target_modules", "q_proj,v_proj"]),
-                                         ("untied", ["--modules_to_save", "lm_head"]), ("untied", ["--target_modules", "lm_head,gate_proj"])])  # fmt: skip
+@pytest.mark.parametrize(
+    "base, words",
+    [
+        ("base", []),
+        ("base", ["--modules_to_save", "embed_tokens,norm", "--target_modules", "q_proj,v_proj"]),
+        ("untied", ["--modules_to_save", "lm_head"]),
+        ("untied", ["--target_modules", "lm_head,gate_proj"]),
+    ],
+)
 def test_peft_and_we_read_an_adapter_with_the_logits_of_the_model_that_was_trained(place, monkeypatch, base, words):
     kept, train_it = [], sft.engine.train
     monkeypatch.setattr(sft.engine, "train", lambda model, *rest: (kept.append(model), train_it(model, *rest)))
@@ -311,13 +387,23 @@ def test_peft_and_we_read_an_adapter_with_the_logits_of_the_model_that_was_train
     assert (trained - logits(theirs(base))).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("base, options", [
-    ("base", {"target_modules": ["q_proj", "v_proj"]}), ("base", {"target_modules": "all-linear", "lora_dropout": 0.1}),
-    ("base", {"target_modules": r".*\.1\.mlp\.(up|down)_proj"}), ("untied", {"target_modules": "all-linear", "modules_to_save": ["norm", "lm_head"]}),
-    ("base", {"target_modules": ["o_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    ("untied", {"target_modules": ["up_proj"], "init_lora_weights": "gaussian"})])  # fmt: skip
+@pytest.mark.parametrize(
+    "base, options",
+    [
+        ("base", {"target_modules": ["q_proj", "v_proj"]}),
+        ("base", {"target_modules": "all-linear", "lora_dropout": 0.1}),
+        ("base", {"target_modules": r".*\.1\.mlp\.(up|down)_proj"}),
+        ("untied", {"target_modules": "all-linear", "modules_to_save": ["norm", "lm_head"]}),
+        ("base", {"target_modules": ["o_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        ("untied", {"target_modules": ["up_proj"], "init_lora_weights": "gaussian"}),
+    ],
+)
 def test_adapters_of_peft_load_here_with_equal_logits_and_can_be_merged_once(place, base, options):
-    model = peft().get_peft_model(theirs(base), peft().LoraConfig(r=4, lora_alpha=9, task_type="CAUSAL_LM", **options)).eval()
+    model = (
+        peft()
+        .get_peft_model(theirs(base), peft().LoraConfig(r=4, lora_alpha=9, task_type="CAUSAL_LM", **options))
+        .eval()
+    )
     lively_adapter(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -329,13 +415,26 @@ def test_adapters_of_peft_load_here_with_equal_logits_and_can_be_merged_once(pla
     export_main("merge", "--model", base, "--adapter", "peft", "--output", "merged")
     for merged in (checkpoint.load_model("merged").eval(), theirs("merged")):
         assert (logits(model) - logits(merged)).abs().max() <= 1e-5 * scale
-    refused(lambda: export_main("merge", "--model", "merged", "--adapter", "peft", "--output", "again"), "is merged into merged already")
+    refused(
+        lambda: export_main("merge", "--model", "merged", "--adapter", "peft", "--output", "again"),
+        "is merged into merged already",
+    )
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"lora_bias": True, "r": 4},
-                                     {"init_lora_weights": "pissa"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"lora_bias": True, "r": 4},
+        {"init_lora_weights": "pissa"},
+    ],
+)
 def test_what_peft_can_do_and_we_cannot_is_refused_by_its_name(place, options):
-    model = peft().get_peft_model(theirs("base"), peft().LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "bias": "none"} | options))
+    model = peft().get_peft_model(
+        theirs("base"), peft().LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "bias": "none"} | options)
+    )
     model.save_pretrained(place / "peft")
     refused(lambda: with_adapter("peft"), "adapter_config.json", next(iter(options)), "is not supported")
 
@@ -352,7 +451,10 @@ def test_a_merged_model_has_the_adapters_logits_and_is_not_merged_with_it_again(
     assert checkpoint.load_about("merged")["chat_format"] == "bos"
     assert (place / "merged/tokenizer.model").read_bytes() == (place / "base/tokenizer.model").read_bytes()
     refused(lambda: export_main("merge", "--adapter", str(out), "--output", "merged"), "merged exists")
-    refused(lambda: export_main("merge", "--model", "merged", "--adapter", str(out), "--output", "again"), "is merged into merged already")
+    refused(
+        lambda: export_main("merge", "--model", "merged", "--adapter", str(out), "--output", "again"),
+        "is merged into merged already",
+    )
     assert not (place / "again").exists()
 
 
@@ -375,15 +477,29 @@ def test_a_damaged_adapter_is_refused_with_what_is_wrong(place):
     def changed(**entries):
         save_file({n: t for n, t in (tensors | entries).items() if t is not None}, out / ADAPTER)
 
-    for entries, said in (({name: None}, "up_proj.lora_B.weight is missing"), ({name: tensors[name][:-1]}, "up_proj.lora_B.weight has shape (51, 8)"),
-                          ({name: tensors[name] / 0}, "up_proj.lora_B.weight holds NaN"), ({"x": torch.zeros(1)}, "there are")):  # fmt: skip
+    for entries, said in (
+        ({name: None}, "up_proj.lora_B.weight is missing"),
+        ({name: tensors[name][:-1]}, "up_proj.lora_B.weight has shape (51, 8)"),
+        ({name: tensors[name] / 0}, "up_proj.lora_B.weight holds NaN"),
+        ({"x": torch.zeros(1)}, "there are"),
+    ):
         changed(**entries)
         refused(lambda: with_adapter(out), said)
     changed()
-    for entries, said in (({"r": 4}, "has shape"), ({"r": 0}, "r and alpha must be there"), ({"lora_alpha": 0}, "not 0"), ({"r": "8"}, "r = '8'"), ({"r": 33}, "r = 33"), ({"lora_alpha": -1}, "alpha = -1"),
-                          ({"lora_r": 8}, "r is given twice"), ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"), ({"modules_to_save": ["lm_head", "x"]}, "x is missing"),
-                          ({"target_modules": ["q_proj"]}, "is unexpected"), ({"target_modules": ["c_attn"]}, "'c_attn' is nowhere in the model"),
-                          ({"use_new_thing": 3}, "use_new_thing = '3' is not supported")):  # fmt: skip
+    for entries, said in (
+        ({"r": 4}, "has shape"),
+        ({"r": 0}, "r and alpha must be there"),
+        ({"lora_alpha": 0}, "not 0"),
+        ({"r": "8"}, "r = '8'"),
+        ({"r": 33}, "r = 33"),
+        ({"lora_alpha": -1}, "alpha = -1"),
+        ({"lora_r": 8}, "r is given twice"),
+        ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
+        ({"modules_to_save": ["lm_head", "x"]}, "x is missing"),
+        ({"target_modules": ["q_proj"]}, "is unexpected"),
+        ({"target_modules": ["c_attn"]}, "'c_attn' is nowhere in the model"),
+        ({"use_new_thing": 3}, "use_new_thing = '3' is not supported"),
+    ):
         (out / "adapter_config.json").write_text(json.dumps(config | entries))
         refused(lambda: with_adapter(out), said)
     (out / "adapter_config.json").write_text(json.dumps(config))
@@ -394,9 +510,17 @@ def test_unfit_ranks_and_names_are_refused_with_those_that_fit(place):
     refused(lambda: train("--lora.r", "0"), "r = 0, must be at least 1")
     refused(lambda: train("--lora.r", "33"), "r = 33 for model.layers.0.self_attn.q_proj of 32 x 32", "from 1 to 32")
     refused(lambda: train("--lora.r", "17"), "r = 17 for model.layers.0.self_attn.k_proj of 16 x 32", "from 1 to 16")
-    refused(lambda: train("--target_modules", "q_proj,query_key_value"), "target_modules: 'query_key_value'", "there are " + ", ".join(BLOCKS))
+    refused(
+        lambda: train("--target_modules", "q_proj,query_key_value"),
+        "target_modules: 'query_key_value'",
+        "there are " + ", ".join(BLOCKS),
+    )
     refused(lambda: train("--target_modules", "lm_head"), "'lm_head' is nowhere")  # tied
-    refused(lambda: train("--modules_to_save", "q_proj"), "modules_to_save: 'q_proj'", "embed_tokens, input_layernorm, lm_head, norm")
+    refused(
+        lambda: train("--modules_to_save", "q_proj"),
+        "modules_to_save: 'q_proj'",
+        "embed_tokens, input_layernorm, lm_head, norm",
+    )
     refused(lambda: train("--dropout", "1"), "dropout = 1")
     refused(lambda: train("--alpha", "-1"), "alpha = -1")
     refused(lambda: train("--optimizer", "muon"), "muon")
@@ -405,10 +529,22 @@ def test_unfit_ranks_and_names_are_refused_with_those_that_fit(place):
 
 def test_the_json_of_other_projects_is_taken_with_its_names(tmp_path):
     path = tmp_path / "lora.json"
-    text = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "lora_target_modules": ["q_proj", "mlp.down_proj"], "modules_to_save": None}
+    text = {
+        "lora_r": 8,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "lora_target_modules": ["q_proj", "mlp.down_proj"],
+        "modules_to_save": None,
+    }
     path.write_text(json.dumps(text))
     cfg = LoraConfig(lora_config=str(path))
-    assert (cfg.r, cfg.alpha, cfg.dropout, cfg.target_modules, cfg.modules_to_save) == (8, 32, 0.05, ("q_proj", "mlp.down_proj"), ())
+    assert (cfg.r, cfg.alpha, cfg.dropout, cfg.target_modules, cfg.modules_to_save) == (
+        8,
+        32,
+        0.05,
+        ("q_proj", "mlp.down_proj"),
+        (),
+    )
     with pytest.raises(ValueError, match="one or the other"):
         LoraConfig(r=4, lora_config=str(path))
     path.write_text(json.dumps(text | {"lora_rank": 4}))
@@ -429,7 +565,9 @@ def test_each_source_has_its_own_validation_loss_beside_that_of_all(place):
     found = {}
     for name, files in (("a", ["a.jsonl"]), ("b", ["b.jsonl"]), ("both", ["a.jsonl", "b.jsonl"])):
         out = train("--val", *files, "--max_steps", "3", "--out_dir", name)
-        found[name] = [m for m in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "val_loss" in m][-1]
+        found[name] = [m for m in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "val_loss" in m][
+            -1
+        ]
     parts = found["both"]["val_loss_by_source"]
     assert parts == {"a.jsonl": found["a"]["val_loss"], "b.jsonl": found["b"]["val_loss"]}
     text, targets = tokenizer.load("base"), []

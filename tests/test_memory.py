@@ -17,7 +17,9 @@ from core.optim import OptimConfig
 from model import Llama, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ModelConfig(vocab_size=5000, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4)
+CONFIG = ModelConfig(
+    vocab_size=5000, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4
+)
 with torch.device("meta"):
     MODEL = Llama(CONFIG)
 REAL = "import json, sys, torch, bench; torch.set_num_threads(1); bench.train_steps(**json.loads(sys.argv[1]))"
@@ -27,20 +29,41 @@ OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
 @pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to ask")
-@pytest.mark.parametrize("options", [(16, "none", "adamw", True), (16, "selective", "adamw", False), (16, "full", "adamw", True),
-                                     (2, "none", "muon", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        (16, "none", "adamw", True),
+        (16, "selective", "adamw", False),
+        (16, "full", "adamw", True),
+        (2, "none", "muon", True),
+    ],
+)
 def test_the_estimate_is_what_a_step_takes(options):
     rows, kind, optimizer, several = options
-    settings = {"sizes": asdict(CONFIG), "rows": rows, "seq_len": 256, "kind": kind, "optimizer": optimizer, "micro_batches": 1 + several}
-    done = subprocess.run([sys.executable, "-c", REAL, json.dumps(settings)], cwd=ROOT, capture_output=True, text=True, env=OWN_PAGES)
+    settings = {
+        "sizes": asdict(CONFIG),
+        "rows": rows,
+        "seq_len": 256,
+        "kind": kind,
+        "optimizer": optimizer,
+        "micro_batches": 1 + several,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", REAL, json.dumps(settings)], cwd=ROOT, capture_output=True, text=True, env=OWN_PAGES
+    )
     assert done.returncode == 0, done.stderr
-    expected = memory.peak_bytes(MODEL, rows, 256, torch.float32, kind, True, OptimConfig(optimizer=optimizer), "cpu", several)
+    expected = memory.peak_bytes(
+        MODEL, rows, 256, torch.float32, kind, True, OptimConfig(optimizer=optimizer), "cpu", several
+    )
     assert expected == pytest.approx(json.loads(done.stdout)["bytes"], rel=0.1)
 
 
 def test_checkpointing_and_half_precision_take_less():
-    need = {(k, d): memory.peak_bytes(MODEL, 16, 256, d, k) for k in ("none", "selective", "full")
-            for d in (torch.float32, torch.bfloat16)}  # fmt: skip
+    need = {
+        (k, d): memory.peak_bytes(MODEL, 16, 256, d, k)
+        for k in ("none", "selective", "full")
+        for d in (torch.float32, torch.bfloat16)
+    }
     for d in (torch.float32, torch.bfloat16):
         assert need["none", d] > need["selective", d] > need["full", d]
     assert need["none", torch.bfloat16] < need["none", torch.float32]
@@ -48,7 +71,9 @@ def test_checkpointing_and_half_precision_take_less():
 
 def test_a_run_that_would_not_fit_is_refused_with_the_smallest_change_that_does(tmp_path):
     options = {"batch_tokens": 64 * small_run.SEQ_LEN, "micro_batch": 64, "max_steps": 1}
-    with pytest.raises(UserError, match=r"a step needs 0\.\d\d GB, max_memory_gb is 0\.002 -- --micro_batch \d+$") as caught:
+    with pytest.raises(
+        UserError, match=r"a step needs 0\.\d\d GB, max_memory_gb is 0\.002 -- --micro_batch \d+$"
+    ) as caught:
         small_run.run(tmp_path / "a", **options, max_memory_gb=0.002)
     assert not list((tmp_path / "a").glob("checkpoint-*"))
     fits = int(str(caught.value).rpartition(" ")[2])
@@ -76,6 +101,12 @@ tensors = [torch.ones(8 << 20) for _ in range(8)]
 del tensors
 print(resident() - before)
 """
-    grown = {how: int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, text=True,
-                                     check=True).stdout) for how in ("keep", "as usual")}  # fmt: skip
+    grown = {
+        how: int(
+            subprocess.run(
+                [sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for how in ("keep", "as usual")
+    }
     assert grown["keep"] > 8 * 30 and grown["as usual"] < 30, grown  # MiB

@@ -27,19 +27,30 @@ from model import ModelConfig
 def pairs(request) -> list[tuple[str, str]]:
     """300 answers with their references, of real texts: near, far, cut, mixed with English, empty."""
     shared = request.getfixturevalue("shared_data")
-    texts = [turn["value"] for line in (shared / "medical/medicalgpt_medical_sft_1K.jsonl").open(encoding="utf-8")
-             for turn in json.loads(line)["conversations"]]  # fmt: skip
+    texts = [
+        turn["value"]
+        for line in (shared / "medical/medicalgpt_medical_sft_1K.jsonl").open(encoding="utf-8")
+        for turn in json.loads(line)["conversations"]
+    ]
     english = 'The U.S. rate was 3.5% in 2019-2020; don\'t ask why (see "A&B", p. 7, 1,000 cases). HIV-1, IL-6.'
     chance, made = random.Random(0), []
     for text in chance.sample([t for t in texts if len(t) > 10], 300):
         reference = text[: chance.randint(10, 120)]
         words = chance.sample(english.split(), 4)
         cut = sorted(chance.randint(0, len(reference)) for _ in range(2))
-        answer = chance.choice([
-            reference, reference[cut[0] : cut[1]], reference[cut[1] :] + reference[: cut[1]], "", english[:60],
-            reference[: cut[0]] + " ".join(words) + reference[cut[1] :], chance.choice(texts)[:100],
-            "，".join(reference.split("，")[::-1]), " ".join(reference[: cut[1]]) + "\n" + reference,
-        ])  # fmt: skip
+        answer = chance.choice(
+            [
+                reference,
+                reference[cut[0] : cut[1]],
+                reference[cut[1] :] + reference[: cut[1]],
+                "",
+                english[:60],
+                reference[: cut[0]] + " ".join(words) + reference[cut[1] :],
+                chance.choice(texts)[:100],
+                "，".join(reference.split("，")[::-1]),
+                " ".join(reference[: cut[1]]) + "\n" + reference,
+            ]
+        )
         made.append((answer, reference if chance.random() < 0.8 else f"{words[0]} {reference}, {words[1]}"))
     return made
 
@@ -57,8 +68,27 @@ def test_bleu_equals_sacrebleu_on_300_real_pairs(pairs):
     assert min(got) == 0 and max(got) > 99 and len(set(got)) > 100, "the pairs are of all kinds"
 
 
-MIXED = st.lists(st.sampled_from([*"你好，。“”…—·～3 7.,-'/%&(\n", "ab", "𠀀", "\u2000", "\u2001", "\u200b", "\u2a6d", "\u2a6e", "é", "龥", "龼"]),
-                 max_size=14).map("".join) | ANY_TEXT  # fmt: skip
+MIXED = (
+    st.lists(
+        st.sampled_from(
+            [
+                *"你好，。“”…—·～3 7.,-'/%&(\n",
+                "ab",
+                "𠀀",
+                "\u2000",
+                "\u2001",
+                "\u200b",
+                "\u2a6d",
+                "\u2a6e",
+                "é",
+                "龥",
+                "龼",
+            ]
+        ),
+        max_size=14,
+    ).map("".join)
+    | ANY_TEXT
+)
 
 
 @given(text=MIXED)
@@ -144,9 +174,17 @@ def test_words_are_those_of_the_tokenizer_that_the_benchmark_uses(text):
 # Exact match and F1 ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer, reference, f1", [
-    ("曹操字孟德", "曹操，字孟德。", 10 / 12), ("", "好", 0.0), ("", "", 1.0), ("好 好\n", "好好", 1.0), ("好好", "好", 2 / 3), ("ab", "cd", 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, reference, f1",
+    [
+        ("曹操字孟德", "曹操，字孟德。", 10 / 12),
+        ("", "好", 0.0),
+        ("", "", 1.0),
+        ("好 好\n", "好好", 1.0),
+        ("好好", "好", 2 / 3),
+        ("ab", "cd", 0.0),
+    ],
+)
 def test_f1_counts_each_character_as_often_as_it_is_in_both(answer, reference, f1):
     assert metrics.char_f1(answer, reference) == pytest.approx(f1)
 
@@ -165,8 +203,15 @@ def speaker(small, tmp_path_factory) -> Speaker:
     from conftest import lively
 
     folder = tmp_path_factory.mktemp("chat")
-    config = ModelConfig(vocab_size=small.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    config = ModelConfig(
+        vocab_size=small.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     checkpoint.save_model(folder, lively(config), small, {"chat_format": "bos"})
     return Speaker(SpeakerConfig(model=str(folder), device="cpu"))
 
@@ -234,10 +279,18 @@ def test_a_prompt_without_room_is_counted_and_its_answer_empty(speaker, tmp_path
     assert any(note.startswith(said) for note in report.notes)
 
 
-@pytest.mark.parametrize("line", [
-    {"prompt": "好"}, {"prompt": "好", "target": " "}, {"messages": []}, {"target": "好"},
-    {"messages": [{"role": "user", "content": "好"}]}, {"messages": [{"role": "assistant", "content": "好"}]},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "好"},
+        {"prompt": "好", "target": " "},
+        {"messages": []},
+        {"target": "好"},
+        {"messages": [{"role": "user", "content": "好"}]},
+        {"messages": [{"role": "assistant", "content": "好"}]},
+    ],
+    ids=str,
+)
 def test_a_line_without_a_question_or_a_reference_is_refused_with_its_place(line, tmp_path):
     with pytest.raises(UserError, match=r"q\.jsonl:2: needs messages that end with"):
         generation.read(str(lines(tmp_path / "q.jsonl", [{"prompt": "好", "target": "好"}, line])))
@@ -269,7 +322,8 @@ def test_empty_answers_score_nothing_where_something_was_wanted(benchmark):
     report = promptcblue.evaluate(benchmark, [told("")] * len(benchmark))
     assert [row[3] for row in report.tables[0].rows] == [10] * 16, "all unparsed"
     assert {name: value for name, value in report.scores.items() if not name.endswith("rouge_l") and value} == {
-        "overall": report.scores["overall"]}  # fmt: skip
+        "overall": report.scores["overall"]
+    }
     # 无。 stands for an empty answer, and shares its full stop with most references.
     assert 0 < report.scores["MedDG rouge_l"] < 0.2 < report.scores["IMCS-V2-MRG rouge_l"] < 0.4
     for task in ("MedDG", "IMCS-V2-MRG"):
@@ -360,38 +414,61 @@ def test_answers_that_are_in_part_wrong_score_what_is_counted_by_hand(benchmark)
 TYPES = ["疾病", "药物"]
 
 
-@pytest.mark.parametrize("parse, choices, text, expected", [
-    ("ner", TYPES, "上述句子中的实体包含：\n疾病实体：肺炎， 咳嗽\n药物实体：", {("疾病", "肺炎"), ("疾病", "咳嗽")}),
-    ("ner", TYPES, "疾病实体：肺炎", {("疾病", "肺炎")}),
-    ("ner", TYPES, "身体部位实体：肺", None),
-    ("ner", TYPES, "上述句子没有指定类型实体", set()),
-    ("ner", TYPES, "肺炎是一种疾病", None),
-    ("spo_generation", ["同义词"], "具有同义词关系的头尾实体对如下：头实体为甲，尾实体为乙。头实体为丙，尾实体为丁。", {("同义词", "甲", "乙"), ("同义词", "丙", "丁")}),
-    ("spo_generation", ["同义词"], "具有同义词关系的头尾实体对如下：\n", set()),
-    ("spo_generation", ["相关（转化）"], " 具有相关（转化）关系的头尾实体对如下：头实体为甲。尾实体为乙。", set()),
-    ("spo_generation", ["同义词"], "头实体为甲，尾实体为乙。", None),
-    ("attr_cls", ["有", "没有"], "判断如下：\n咳嗽：有\n发烧：不好说", {("咳嗽", "有"), ("发烧", "不好说")}),
-    ("attr_cls", ["有", "没有"], "判断如下：\n发烧：不好说", None),
-    ("attr_cls", ["有", "没有"], "判断如下：", None),
-    ("event_extraction", None, "如下：\n主体词：痛；发生状态：否定；描述词：胀，轻；解剖部位：\n主体词：咳", {("痛", "否定", ("胀", "轻"), ()), ("咳", "", (), ())}),
-    ("event_extraction", None, "发生状态：否定；描述词：胀", None),
-    ("normalization", ["甲病", "乙病"], "标准词：\n甲病，丙病", {("甲病",)}),
-    ("normalization", ["甲病", "乙病"], "没有对应的标准化实体", set()),
-    ("normalization", ["甲病", "乙病"], "丙病", None),
-    ("cls", ["相关", "不相关"], "不相关", "不相关"),
-    ("cls", ["相关", "不相关"], "答案是：不相关。", "不相关"),
-    ("cls", ["相关", "不相关"], "相关，还是不相关？", None),
-    ("cls", ["疾病", "疾病分期"], "属于疾病分期。", "疾病分期"),
-    ("cls", ["相关", "不相关"], "不知道", None),
-    ("cls", ["相关", "不相关"], "非上述类型", "非上述类型"),
-    ("matching", ["是的", "不是"], "不是的，意思不同", "不是"),
-    ("matching", ["是的", "不是"], "相同", "是的"),
-    ("matching", ["部分匹配", "完全匹配"], "意思相同", None),
-    ("report_generation", None, "如下：\n主诉：咳嗽。\n诊断： 感冒：轻\n医生：好", {"主诉": "咳嗽。", "诊断": "感冒：轻"}),
-    ("report_generation", None, "病人咳嗽。", None),
-    ("response_generation", None, " 多喝水。\n", "多喝水。"),
-    ("response_generation", None, " \n", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "parse, choices, text, expected",
+    [
+        (
+            "ner",
+            TYPES,
+            "上述句子中的实体包含：\n疾病实体：肺炎， 咳嗽\n药物实体：",
+            {("疾病", "肺炎"), ("疾病", "咳嗽")},
+        ),
+        ("ner", TYPES, "疾病实体：肺炎", {("疾病", "肺炎")}),
+        ("ner", TYPES, "身体部位实体：肺", None),
+        ("ner", TYPES, "上述句子没有指定类型实体", set()),
+        ("ner", TYPES, "肺炎是一种疾病", None),
+        (
+            "spo_generation",
+            ["同义词"],
+            "具有同义词关系的头尾实体对如下：头实体为甲，尾实体为乙。头实体为丙，尾实体为丁。",
+            {("同义词", "甲", "乙"), ("同义词", "丙", "丁")},
+        ),
+        ("spo_generation", ["同义词"], "具有同义词关系的头尾实体对如下：\n", set()),
+        ("spo_generation", ["相关（转化）"], " 具有相关（转化）关系的头尾实体对如下：头实体为甲。尾实体为乙。", set()),
+        ("spo_generation", ["同义词"], "头实体为甲，尾实体为乙。", None),
+        ("attr_cls", ["有", "没有"], "判断如下：\n咳嗽：有\n发烧：不好说", {("咳嗽", "有"), ("发烧", "不好说")}),
+        ("attr_cls", ["有", "没有"], "判断如下：\n发烧：不好说", None),
+        ("attr_cls", ["有", "没有"], "判断如下：", None),
+        (
+            "event_extraction",
+            None,
+            "如下：\n主体词：痛；发生状态：否定；描述词：胀，轻；解剖部位：\n主体词：咳",
+            {("痛", "否定", ("胀", "轻"), ()), ("咳", "", (), ())},
+        ),
+        ("event_extraction", None, "发生状态：否定；描述词：胀", None),
+        ("normalization", ["甲病", "乙病"], "标准词：\n甲病，丙病", {("甲病",)}),
+        ("normalization", ["甲病", "乙病"], "没有对应的标准化实体", set()),
+        ("normalization", ["甲病", "乙病"], "丙病", None),
+        ("cls", ["相关", "不相关"], "不相关", "不相关"),
+        ("cls", ["相关", "不相关"], "答案是：不相关。", "不相关"),
+        ("cls", ["相关", "不相关"], "相关，还是不相关？", None),
+        ("cls", ["疾病", "疾病分期"], "属于疾病分期。", "疾病分期"),
+        ("cls", ["相关", "不相关"], "不知道", None),
+        ("cls", ["相关", "不相关"], "非上述类型", "非上述类型"),
+        ("matching", ["是的", "不是"], "不是的，意思不同", "不是"),
+        ("matching", ["是的", "不是"], "相同", "是的"),
+        ("matching", ["部分匹配", "完全匹配"], "意思相同", None),
+        (
+            "report_generation",
+            None,
+            "如下：\n主诉：咳嗽。\n诊断： 感冒：轻\n医生：好",
+            {"主诉": "咳嗽。", "诊断": "感冒：轻"},
+        ),
+        ("report_generation", None, "病人咳嗽。", None),
+        ("response_generation", None, " 多喝水。\n", "多喝水。"),
+        ("response_generation", None, " \n", None),
+    ],
+)
 def test_an_answer_is_read_in_the_form_of_its_task_or_counted_as_unparsed(parse, choices, text, expected):
     assert promptcblue.PARSERS[parse](text, choices or []) == expected
 
@@ -405,10 +482,16 @@ def test_an_answer_without_a_label_is_wrong_but_no_label():
 LINE = {"input": "问", "target": "甲", "answer_choices": ["甲", "乙"], "task_type": "cls", "task_dataset": "X"}
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"input": None}, "input is missing"), ({"task_type": "tree"}, "task_type 'tree' is not known"),
-    ({"answer_choices": "甲"}, "answer_choices is not a list"), ({"target": "丙"}, "the target is not in the form of cls"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"input": None}, "input is missing"),
+        ({"task_type": "tree"}, "task_type 'tree' is not known"),
+        ({"answer_choices": "甲"}, "answer_choices is not a list"),
+        ({"target": "丙"}, "the target is not in the form of cls"),
+    ],
+    ids=str,
+)
 def test_a_wrong_line_of_the_benchmark_is_refused_with_its_place(change, said, tmp_path):
     with pytest.raises(UserError, match=rf"b\.jsonl:2: {said}"):
         promptcblue.read(str(lines(tmp_path / "b.jsonl", [LINE, LINE | change])))

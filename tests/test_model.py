@@ -43,8 +43,14 @@ def gradients(model, *args):
 @pytest.mark.parametrize("bias", [False, True])
 def test_logits_equal_those_of_transformers(tiny_config, make_model, kv_heads, tied, bias):
     transformers = pytest.importorskip("transformers")
-    config = dataclasses.replace(tiny_config, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
-                                 attention_bias=bias, rope_theta=500.0, rms_norm_eps=1e-3)  # fmt: skip
+    config = dataclasses.replace(
+        tiny_config,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        attention_bias=bias,
+        rope_theta=500.0,
+        rms_norm_eps=1e-3,
+    )
     ours = make_model(config)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**dataclasses.asdict(config))).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -113,7 +119,9 @@ class Products(TorchDispatchMode):
 def test_losses_in_chunks_equal_those_at_once_and_never_hold_all_logits(tiny_model, weigh, dtype):
     ids = ids_of(2, 17)  # 34 positions: the last chunk is a short one
     targets = some_targets(ids)
-    weights = {"sum": torch.tensor(0.7), "by row": torch.tensor([[1.0], [-2]]), "by position": torch.randn(2, 17)}[weigh]
+    weights = {"sum": torch.tensor(0.7), "by row": torch.tensor([[1.0], [-2]]), "by position": torch.randn(2, 17)}[
+        weigh
+    ]
 
     def run():
         tiny_model.zero_grad()
@@ -210,8 +218,11 @@ def test_rows_of_a_batch_have_documents_of_their_own(tiny_model):
 def test_positions_restart_at_each_document_and_go_on_where_each_row_is(tiny_model, monkeypatch):
     """RoPE sees only distances, so a shift would not show in the losses: it would only leave the trained range."""
     seen, real = [], model_file.rope_table
-    monkeypatch.setattr(model_file, "rope_table", lambda positions, config, length: seen.append(positions.tolist()) or
-                        real(positions, config))  # fmt: skip
+    monkeypatch.setattr(
+        model_file,
+        "rope_table",
+        lambda positions, config, length: seen.append(positions.tolist()) or real(positions, config),
+    )
     ids, docs = packed(3, 1, 4)
     tiny_model(ids, docs=docs)
     cache = Cache(tiny_model.config, 2, 5)
@@ -251,7 +262,9 @@ def test_prompts_of_different_lengths_go_on_as_each_alone(tiny_model):
             parts.append(tiny_model(torch.stack([t[n + s] for t, n in zip(texts, lengths)])[:, None], cache=cache))
         after = torch.cat(parts, dim=1)
         for row, (text, n) in enumerate(zip(texts, lengths)):
-            torch.testing.assert_close(torch.cat([first[row, :n], after[row]]), tiny_model(text[None])[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                torch.cat([first[row, :n], after[row]]), tiny_model(text[None])[0], rtol=1e-5, atol=1e-5
+            )
 
 
 # Gradient checkpointing -----------------------------------------------------------------------------------------------
@@ -281,8 +294,16 @@ def test_gradient_checkpointing_changes_no_bit(tiny_model, with_docs, chunked, k
 
 
 def test_what_writes_into_the_residual_stream_starts_smaller_by_the_root_of_twice_the_layers():
-    model = Llama(ModelConfig(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
-                              attention_bias=True, tie_word_embeddings=False))  # fmt: skip
+    model = Llama(
+        ModelConfig(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=8,
+            attention_bias=True,
+            tie_word_embeddings=False,
+        )
+    )
     model.init_weights(3)
     for name, p in model.named_parameters():
         if p.ndim == 1:
@@ -334,13 +355,29 @@ def test_flops_per_token_are_counted_as_on_paper(tiny_config, tied):
 
 
 BAD = [
-    {"hidden_size": 0}, {"hidden_size": -32}, {"hidden_size": 33}, {"hidden_size": (1 << 24) + 8},
-    {"intermediate_size": 0}, {"num_hidden_layers": 0}, {"num_hidden_layers": 1025}, {"num_attention_heads": 0},
-    {"num_attention_heads": -4}, {"num_attention_heads": 3}, {"num_key_value_heads": 3}, {"num_key_value_heads": -1},
-    {"num_key_value_heads": 8}, {"head_dim": 7}, {"head_dim": -8}, {"max_position_embeddings": 0}, {"vocab_size": -1},
-    {"vocab_size": 1 << 25}, {"rms_norm_eps": 0.0}, {"rms_norm_eps": float("nan")}, {"rope_theta": -1.0},
+    {"hidden_size": 0},
+    {"hidden_size": -32},
+    {"hidden_size": 33},
+    {"hidden_size": (1 << 24) + 8},
+    {"intermediate_size": 0},
+    {"num_hidden_layers": 0},
+    {"num_hidden_layers": 1025},
+    {"num_attention_heads": 0},
+    {"num_attention_heads": -4},
+    {"num_attention_heads": 3},
+    {"num_key_value_heads": 3},
+    {"num_key_value_heads": -1},
+    {"num_key_value_heads": 8},
+    {"head_dim": 7},
+    {"head_dim": -8},
+    {"max_position_embeddings": 0},
+    {"vocab_size": -1},
+    {"vocab_size": 1 << 25},
+    {"rms_norm_eps": 0.0},
+    {"rms_norm_eps": float("nan")},
+    {"rope_theta": -1.0},
     {"rope_theta": float("inf")},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
@@ -360,8 +397,11 @@ def test_a_model_without_a_vocabulary_is_refused():
 
 def test_python_model_py_prints_what_it_counts(tmp_path, root, tiny_config):
     path = tmp_path / "小 模型.toml"
-    path.write_text("[model]\nvocab_size = 97\nhidden_size = 32\nintermediate_size = 52\nnum_hidden_layers = 3\n"
-                    "num_key_value_heads = 2\nmax_position_embeddings = 64\n", encoding="utf-8")  # fmt: skip
+    path.write_text(
+        "[model]\nvocab_size = 97\nhidden_size = 32\nintermediate_size = 52\nnum_hidden_layers = 3\n"
+        "num_key_value_heads = 2\nmax_position_embeddings = 64\n",
+        encoding="utf-8",
+    )
     done = subprocess.run([sys.executable, "model.py", path], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     model = Llama(tiny_config)
@@ -370,11 +410,21 @@ def test_python_model_py_prints_what_it_counts(tmp_path, root, tiny_config):
     assert all(f" {n:,} " in done.stdout.replace("\n", " ") for n in numbers)
 
 
-@pytest.mark.parametrize("text", [
-    None, "[data]\n", "hidden_size", "\xff", "[model]\nhidden_size = 3\n", "[model]\nhiden_size = 3\n", "model = 3\n",
-    "[model]\nvocab_size = 9\nhidden_size = 'x'\n", "[model]\nvocab_size = 9\nhidden_size = 256.0\n",
-    "[model]\nvocab_size = 9\nhidden_size = 16777216\nnum_attention_heads = 16777216\nhead_dim = 16777216\n",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "[data]\n",
+        "hidden_size",
+        "\xff",
+        "[model]\nhidden_size = 3\n",
+        "[model]\nhiden_size = 3\n",
+        "model = 3\n",
+        "[model]\nvocab_size = 9\nhidden_size = 'x'\n",
+        "[model]\nvocab_size = 9\nhidden_size = 256.0\n",
+        "[model]\nvocab_size = 9\nhidden_size = 16777216\nnum_attention_heads = 16777216\nhead_dim = 16777216\n",
+    ],
+)
 def test_a_config_that_cannot_be_described_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, text):
     path = tmp_path / "x.toml"
     if text is not None:

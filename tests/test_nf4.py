@@ -96,7 +96,9 @@ def test_the_error_is_that_of_bitsandbytes(shape, double_quant):
     same = ((unpacked - ours).abs() <= 1e-6 * w.abs().max()).float().mean()
     # Its search among 256 levels ends at times beside the nearest, where a scale lies between two: one block in a hundred.
     assert same >= 0.98 if double_quant else same == 1
-    assert (ours - w).square().mean().item() == pytest.approx((unpacked - w).square().mean().item(), rel=1e-4 if double_quant else 1e-6)
+    assert (ours - w).square().mean().item() == pytest.approx(
+        (unpacked - w).square().mean().item(), rel=1e-4 if double_quant else 1e-6
+    )
     if shape[0] > 1:
         assert 0.05 < (ours - w).norm() / w.norm() < 0.12
 
@@ -128,7 +130,10 @@ def test_a_packed_layer_computes_and_learns_as_one_with_the_unpacked_weight(bias
 def test_nothing_larger_than_the_packed_weight_waits_for_the_backward_pass():
     layer, kept = nf4.Weight(weight((256, 256)), double_quant=False), []
     x = torch.randn(8, 256, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         layer(x, None)
     assert 0 < sum(kept) <= 256 * 256 * 4.5 / 8
 
@@ -196,7 +201,9 @@ def test_steps_are_those_of_lora_beside_the_unpacked_base_and_change_a_and_b_onl
 
 
 def test_the_whole_base_never_stands_in_memory():
-    sizes = ModelConfig(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4)
+    sizes = ModelConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4
+    )
     with torch.device("meta"):
         model, plain = Llama(sizes), Llama(sizes)
     fill = lora.begun(model, partial(plain.init_weights, 0), LoraConfig(r=2, quantize="nf4"), 0, nf4.Weight)
@@ -238,12 +245,24 @@ def test_a_run_goes_on_only_with_the_same_way_of_packing(place):  # noqa: F811
 
 def test_the_identity_of_lora_alone_is_what_it_was_before_there_was_qlora(place):  # noqa: F811
     assert lora.Adapter(LoraConfig(r=4), place / "base", ModelConfig(), {}).identity == {
-        "r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": [], "modules_to_save": []}  # fmt: skip
+        "r": 4,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "target_modules": [],
+        "modules_to_save": [],
+    }
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("way", [[], ["--gradient_checkpointing", "full"], ["--parallel", "zero1"],
-                                 ["--parallel", "pipeline", "--init_from", "untied"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "way",
+    [
+        [],
+        ["--gradient_checkpointing", "full"],
+        ["--parallel", "zero1"],
+        ["--parallel", "pipeline", "--init_from", "untied"],
+    ],
+)
 def test_two_ranks_have_the_losses_of_one_process_and_its_adapter(place, way):  # noqa: F811
     words = [*QLORA, "--val", "chats.jsonl"]
     one = train(*words, *(way[2:] if "untied" in way else []), "--out_dir", "one")

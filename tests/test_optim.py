@@ -57,13 +57,29 @@ def test_no_warm_up_begins_at_the_top():
     assert learning_rate(0, 50, dataclasses.replace(COSINE, warmup_steps=0)) == 1e-3
 
 
-@pytest.mark.parametrize("bad", [
-    {"optimizer": "sgd"}, {"schedule": "linear"}, {"lr": 0.0}, {"lr": -1e-3}, {"eps": 0.0}, {"min_lr": 1e-3},
-    {"min_lr": -1e-5}, {"decay_share": 1.5}, {"beta1": -0.1}, {"beta1": 1.0}, {"beta2": 1.0}, {"warmup_steps": -1},
-    {"weight_decay": -0.1}, {"grad_clip": -1.0},
-    *({k: math.nan} for k in ("lr", "min_lr", "decay_share", "weight_decay", "beta1", "beta2", "eps", "grad_clip")),
-    {"lr": math.inf}, {"weight_decay": math.inf},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"optimizer": "sgd"},
+        {"schedule": "linear"},
+        {"lr": 0.0},
+        {"lr": -1e-3},
+        {"eps": 0.0},
+        {"min_lr": 1e-3},
+        {"min_lr": -1e-5},
+        {"decay_share": 1.5},
+        {"beta1": -0.1},
+        {"beta1": 1.0},
+        {"beta2": 1.0},
+        {"warmup_steps": -1},
+        {"weight_decay": -0.1},
+        {"grad_clip": -1.0},
+        *({k: math.nan} for k in ("lr", "min_lr", "decay_share", "weight_decay", "beta1", "beta2", "eps", "grad_clip")),
+        {"lr": math.inf},
+        {"weight_decay": math.inf},
+    ],
+    ids=str,
+)
 def test_a_bad_option_is_refused_and_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         OptimConfig(**bad)

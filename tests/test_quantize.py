@@ -60,7 +60,10 @@ def test_int4_codes_have_the_least_error_of_the_scales_that_are_tried(n, k):
         best += min(errors)
     layer = Int4Linear(w, None)
     assert ((dequantised(layer) - w) ** 2).sum().item() == pytest.approx(best, rel=2e-2)  # dequantised in bf16
-    plain = sum(((F.pad(w, (0, -k % GROUP)).view(n, -1, GROUP) - codes * scale) ** 2).sum().item() for codes, scale in [max_abs(padded)])
+    plain = sum(
+        ((F.pad(w, (0, -k % GROUP)).view(n, -1, GROUP) - codes * scale) ** 2).sum().item()
+        for codes, scale in [max_abs(padded)]
+    )
     assert best < 0.95 * plain, "no better than the plain scale"
 
 
@@ -75,7 +78,11 @@ def max_abs(groups):
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_are_those_of_the_rounded_weights(kind, n, k, rows, bias):
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, rows, k, generator=generator).bfloat16() if rows > 20 else torch.randn(rows, k, generator=generator).bfloat16()
+    x = (
+        torch.randn(2, rows, k, generator=generator).bfloat16()
+        if rows > 20
+        else torch.randn(rows, k, generator=generator).bfloat16()
+    )
     b = torch.randn(n, generator=generator) if bias else None
     layer = kind(weights(n, k), b)
     exact = x.double() @ layer.weight().double().T + (0 if b is None else b.bfloat16().double())
@@ -89,7 +96,9 @@ def test_no_weight_within_the_codes_is_more_than_half_a_step_away(kind):
     w = weights(48, 96)
     layer = kind(w, None)
     codes = quantize.unpack(layer.parts()["weight_packed"], 96, 8 if kind is Int8Linear else 4)
-    scale = layer.parts()["weight_scale"].float().abs().repeat_interleave(96 // layer.parts()["weight_scale"].shape[1], 1)
+    scale = (
+        layer.parts()["weight_scale"].float().abs().repeat_interleave(96 // layer.parts()["weight_scale"].shape[1], 1)
+    )
     off = (dequantised(layer) - w).abs() / scale
     ends = (codes == codes.max()) | (codes == codes.min())  # what lies outside is cut off
     assert off[~ends].max() <= 0.5 + 127 * 2**-9 * (kind is Int8Linear) + 8 * 2**-9  # their product is rounded to bf16
@@ -134,7 +143,9 @@ def test_a_tied_head_is_packed_and_the_embedding_stays(tiny_config, make_model, 
     layers = [m for m in model.modules() if isinstance(m, (Int8Linear, Int4Linear))]
     assert len(layers) == 7 * 3 + 1 and not any(type(m) is torch.nn.Linear for m in model.modules())
     assert model.lm_head.codes.numel() * model.lm_head.codes.element_size() <= 112 * 32 * bits / 8
-    assert complete(model, [[1, 2, 3], [4]], GREEDY, set()) == [complete(model, [p], GREEDY, set())[0] for p in ([1, 2, 3], [4])]
+    assert complete(model, [[1, 2, 3], [4]], GREEDY, set()) == [
+        complete(model, [p], GREEDY, set())[0] for p in ([1, 2, 3], [4])
+    ]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17])
@@ -157,7 +168,9 @@ def nats(model, ids, targets):
         return model(ids, targets).sum().item() / (targets != IGNORE).sum().item()
 
 
-@pytest.mark.parametrize("kind, most", [("int8", 1.01), ("int4", 1.08)])  # 656,000 parameters: the fewer, the more it shows
+@pytest.mark.parametrize(
+    "kind, most", [("int8", 1.01), ("int4", 1.08)]
+)  # 656,000 parameters: the fewer, the more it shows
 def test_the_perplexity_of_a_real_model_stays(shared_data, kind, most):
     folder = shared_data / "weights/infinitensor-story"
     model, text = checkpoint.load_model(folder).eval(), tokenizer.load(folder)
@@ -168,7 +181,9 @@ def test_the_perplexity_of_a_real_model_stays(shared_data, kind, most):
         rows.append([*prompt, *complete(model, [prompt], cfg, {text.eos_id})[0], text.eos_id])
     assert len({tuple(row) for row in rows}) == 24
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=IGNORE)
+    targets = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=IGNORE
+    )
     ids, targets = ids[:, :-1], targets[:, 1:]
     before = nats(model, ids, targets)
     after = nats(quantize.quantize(model, kind), ids, targets)
@@ -178,8 +193,15 @@ def test_the_perplexity_of_a_real_model_stays(shared_data, kind, most):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_other_families_are_quantised_too(kind):
     families.register()
-    config = families.FamilyConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                                   max_position_embeddings=64, model_type="bloom")  # fmt: skip
+    config = families.FamilyConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        model_type="bloom",
+    )
     model = checkpoint.family_of(config).model(config)
     model.init_weights(0)
     ids = torch.arange(20)[None]
@@ -190,30 +212,52 @@ def test_other_families_are_quantised_too(kind):
 
 
 def test_what_is_left_of_the_bytes():
-    model = Llama(ModelConfig(vocab_size=640, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4))
+    model = Llama(
+        ModelConfig(vocab_size=640, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4)
+    )
     model.init_weights(0)
     whole = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n) + 640 * 256
     held = {}
     for kind in ("int8", "int4"):
         copy = quantize.quantize(Llama(model.config), kind)
-        held[kind] = sum(m.codes.numel() * m.codes.element_size() for m in copy.modules() if isinstance(m, (Int8Linear, Int4Linear)))
+        held[kind] = sum(
+            m.codes.numel() * m.codes.element_size() for m in copy.modules() if isinstance(m, (Int8Linear, Int4Linear))
+        )
     assert held["int8"] == whole and held["int4"] == whole / 2
 
 
 # ---------------------------------------------------------------- files
 
 KIND_OF_MODEL = {
-    "plain": ModelConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
-    "biases, untied": ModelConfig(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                                  model_type="qwen2", tie_word_embeddings=False),
-    "broken groups": ModelConfig(vocab_size=97, hidden_size=40, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4),
-}  # fmt: skip
+    "plain": ModelConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "biases, untied": ModelConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        model_type="qwen2",
+        tie_word_embeddings=False,
+    ),
+    "broken groups": ModelConfig(
+        vocab_size=97, hidden_size=40, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4
+    ),
+}
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", [(3, 32), (5, 13), (1, 1)])
 def test_codes_lie_in_words_as_a_loop_puts_them(bits, shape):
-    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, shape, generator=torch.Generator().manual_seed(0)).to(
+        torch.int8
+    )
     each, words = 32 // bits, quantize.pack(codes, bits)
     assert words.shape == (shape[0], -(-shape[1] // each))
     for row in range(shape[0]):
@@ -292,8 +336,14 @@ def test_transformers_reads_what_is_saved_or_it_is_said_that_it_does_not(tmp_pat
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
     families.register()
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 4}  # fmt: skip
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
     sizes |= {"n_layer": 2, "n_head": 4} if which == "Bloom" else {}
     torch.manual_seed(0)
     original = getattr(transformers, f"{which}ForCausalLM")(getattr(transformers, f"{which}Config")(**sizes)).eval()
@@ -314,7 +364,8 @@ def test_transformers_reads_what_is_saved_or_it_is_said_that_it_does_not(tmp_pat
             return
         assert not told
         theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "packed", dtype=torch.float32, output_loading_info=True)
+            tmp_path / "packed", dtype=torch.float32, output_loading_info=True
+        )
         assert not report["missing_keys"] and not report["unexpected_keys"]
         got = theirs.eval()(ids).logits
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -348,24 +399,33 @@ def of_config(**changes):
 LAYER = "model.layers.1.mlp.up_proj"
 
 
-@pytest.mark.parametrize("damage, says", [
-    (damaged(f"{LAYER}.weight_packed", dict.pop), "weight_packed is missing"),
-    (damaged(f"{LAYER}.weight_scale", dict.pop), "weight_scale is missing"),
-    (damaged(f"{LAYER}.weight_packed", lambda s, n: s.update({n: s[n][:, :-1].contiguous()})), "weight_packed is torch.int32 (96, 7), expected torch.int32 (96, 8)"),
-    (damaged(f"{LAYER}.weight_packed", lambda s, n: s.update({n: s[n].float()})), "weight_packed is torch.float32"),
-    (damaged(f"{LAYER}.weight_scale", lambda s, n: s.update({n: s[n].T.contiguous()})), "weight_scale has shape (2, 96)"),
-    (damaged(f"{LAYER}.weight_scale", lambda s, n: s[n].fill_(math.nan)), "weight_scale holds NaN"),
-    (damaged(f"{LAYER}.weight_shape", lambda s, n: s[n].fill_(64)), "weight_shape is [64, 64], expected [96, 64]"),
-    (damaged("more", lambda s, n: s.update({n: torch.ones(3)})), "more is unexpected"),
-    (damaged("model.norm.weight", dict.pop), "model.norm.weight is missing"),
-    (of_config(num_bits=3), "not read here"),
-    (of_config(group_size=128), "not read here"),
-    (of_config(symmetric=False), "not read here"),
-    (of_config(quant_method="gptq"), "not read here"),
-    (of_config(ignore=["lm_head"]), "not read here"),
-    (of_config(config_groups=[]), "not read here"),
-    (of_config(config_groups={}), "not read here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (damaged(f"{LAYER}.weight_packed", dict.pop), "weight_packed is missing"),
+        (damaged(f"{LAYER}.weight_scale", dict.pop), "weight_scale is missing"),
+        (
+            damaged(f"{LAYER}.weight_packed", lambda s, n: s.update({n: s[n][:, :-1].contiguous()})),
+            "weight_packed is torch.int32 (96, 7), expected torch.int32 (96, 8)",
+        ),
+        (damaged(f"{LAYER}.weight_packed", lambda s, n: s.update({n: s[n].float()})), "weight_packed is torch.float32"),
+        (
+            damaged(f"{LAYER}.weight_scale", lambda s, n: s.update({n: s[n].T.contiguous()})),
+            "weight_scale has shape (2, 96)",
+        ),
+        (damaged(f"{LAYER}.weight_scale", lambda s, n: s[n].fill_(math.nan)), "weight_scale holds NaN"),
+        (damaged(f"{LAYER}.weight_shape", lambda s, n: s[n].fill_(64)), "weight_shape is [64, 64], expected [96, 64]"),
+        (damaged("more", lambda s, n: s.update({n: torch.ones(3)})), "more is unexpected"),
+        (damaged("model.norm.weight", dict.pop), "model.norm.weight is missing"),
+        (of_config(num_bits=3), "not read here"),
+        (of_config(group_size=128), "not read here"),
+        (of_config(symmetric=False), "not read here"),
+        (of_config(quant_method="gptq"), "not read here"),
+        (of_config(ignore=["lm_head"]), "not read here"),
+        (of_config(config_groups=[]), "not read here"),
+        (of_config(config_groups={}), "not read here"),
+    ],
+)
 def test_what_is_damaged_or_foreign_is_one_line(make_model, tmp_path, damage, says):
     quantize.save(tmp_path, quantize.quantize(make_model(KIND_OF_MODEL["plain"]), "int4"), "int4", None, {})
     damage(tmp_path)

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash he
 
 
 def run(*words, env=None, cwd=ROOT):
-    env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | (env or {})  # this environment's python
+    env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | (
+        env or {}
+    )  # this environment's python
     return subprocess.run(["bash", *map(str, words)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
 
 
@@ -37,7 +39,11 @@ def test_the_medical_recipe_goes_from_files_to_answers_and_goes_on_where_it_was(
     words = ["".join(rng.sample("头胃腰手脚眼痛多因劳累宜静养日饮水忌辛辣热寒风湿气血", 3)) for _ in range(300)]
     text = "".join("，".join(rng.choices(words, k=9)) + "。\n" for _ in range(600))
     (tmp_path / "a book.txt").write_text(text)
-    chats = [{"instruction": f"{a}痛{n}天怎么办？", "input": "", "output": f"您好，{a}痛请静养{n}日。"} for n in range(60) for a in places]
+    chats = [
+        {"instruction": f"{a}痛{n}天怎么办？", "input": "", "output": f"您好，{a}痛请静养{n}日。"}
+        for n in range(60)
+        for a in places
+    ]
     chats += chats[:100]  # the same again: on the same side
     (tmp_path / "chats.json").write_text(json.dumps(chats, ensure_ascii=False))
     words = [ROOT / "runs/medical.sh", "out", "--texts", "a book.txt", "--chats", "chats.json"]

@@ -36,8 +36,13 @@ def zipf_texts(count: int, rng: random.Random) -> list[str]:
     characters = [chr(0x4E00 + i) for i in range(400)]
     weights = [1 / (i + 1) for i in range(400)]
     marks = ["，", "。", " GPT-4 ", " llama", "2024年", "Ａ"]
-    return ["".join(rng.choices(characters, weights)[0] if rng.random() < 0.9 else rng.choice(marks)
-                    for _ in range(rng.randint(1, 80))) for _ in range(count)]  # fmt: skip
+    return [
+        "".join(
+            rng.choices(characters, weights)[0] if rng.random() < 0.9 else rng.choice(marks)
+            for _ in range(rng.randint(1, 80))
+        )
+        for _ in range(count)
+    ]
 
 
 # The index ------------------------------------------------------------------------------------------------------------
@@ -131,8 +136,12 @@ def test_windows_over_a_long_passage_overlap_and_lose_nothing(tmp_path, length):
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path):
-    for name, text, said in (("x", None, "x: not found"), ("e", b"", "no text in 1 files"), ("u.txt", b"\xff", "not UTF-8 at byte 0"),
-                             ("k.jsonl", b'{"body": "x"}', "k.jsonl:1: needs a text -- keys here: body")):  # fmt: skip
+    for name, text, said in (
+        ("x", None, "x: not found"),
+        ("e", b"", "no text in 1 files"),
+        ("u.txt", b"\xff", "not UTF-8 at byte 0"),
+        ("k.jsonl", b'{"body": "x"}', "k.jsonl:1: needs a text -- keys here: body"),
+    ):
         path = tmp_path / name
         if text == b"":
             path.mkdir()
@@ -186,7 +195,9 @@ def test_without_a_named_passage_the_best_for_question_and_answer_is_the_right_o
     # A window of the right passage, or what it is a window of, is no wrong one.
     index = Index(["刘表，字景升。荆州牧。", "字景升。荆州", "刘表之子刘琦"])
     assert augment(asked("刘表，字景升")["messages"], ["刘表，字景升。荆州牧。"], index, 3, 0, random.Random(0))[1] in (
-        a := ["刘表，字景升。荆州牧。", "刘表之子刘琦"], a[::-1])  # fmt: skip
+        a := ["刘表，字景升。荆州牧。", "刘表之子刘琦"],
+        a[::-1],
+    )
 
 
 def test_a_share_of_the_chats_gets_wrong_passages_only_or_none():
@@ -217,8 +228,22 @@ def test_the_command_writes_every_chat_that_fits_and_counts_the_others(tmp_path,
         for name, note in zip(names, notes)
     ]
     path = write_lines(tmp_path / "chats.jsonl", [*chats, asked("长" * 300, "长。")])
-    words = ["--input", path, "--retrieve", str(tmp_path / "notes"), "--output", str(tmp_path / "new/out.jsonl"), "--passages", "2",
-             "--without", "0", "--tokenizer", str(tmp_path / "tokenizer"), "--chat_format", "bos"]  # fmt: skip
+    words = [
+        "--input",
+        path,
+        "--retrieve",
+        str(tmp_path / "notes"),
+        "--output",
+        str(tmp_path / "new/out.jsonl"),
+        "--passages",
+        "2",
+        "--without",
+        "0",
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+        "--chat_format",
+        "bos",
+    ]
 
     def lines():
         return [json.loads(line) for line in (tmp_path / "new/out.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -245,13 +270,24 @@ def test_the_command_writes_every_chat_that_fits_and_counts_the_others(tmp_path,
         augmented(monkeypatch, capsys, *words, *more)
         made.append((tmp_path / "new/out.jsonl").read_bytes())
     assert made[0] == made[1] and len(set(made)) == 3, "the same seed, the same file"
-    for extra, said in (([], "chats and passages are missing"), (["--input", path], "chats and passages are missing"),
-                        ([*words, "--output", path], "would be written over"), ([*words, "--max_tokens", "3"], "no chats of at most 3"),
-                        ([*words, "--gold", "kind", "--passage_chars", "2"], "at least 1 and 4"), ([*words, "--gold", "messages"], "text or a list")):  # fmt: skip
+    for extra, said in (
+        ([], "chats and passages are missing"),
+        (["--input", path], "chats and passages are missing"),
+        ([*words, "--output", path], "would be written over"),
+        ([*words, "--max_tokens", "3"], "no chats of at most 3"),
+        ([*words, "--gold", "kind", "--passage_chars", "2"], "at least 1 and 4"),
+        ([*words, "--gold", "messages"], "text or a list"),
+    ):
         with pytest.raises(UserError, match=said):
             augmented(monkeypatch, capsys, *extra)
-    for bad in ({"text": "x"}, {"messages": []}, {"messages": [{"role": "user", "content": "x"}]}, {"messages": asked("x", "y")["messages"][::-1]},
-                {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, {"messages": "xy"}):  # fmt: skip
+    for bad in (
+        {"text": "x"},
+        {"messages": []},
+        {"messages": [{"role": "user", "content": "x"}]},
+        {"messages": asked("x", "y")["messages"][::-1]},
+        {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]},
+        {"messages": "xy"},
+    ):
         path = write_lines(tmp_path / "bad.jsonl", [bad])
         with pytest.raises(UserError, match=r"bad\.jsonl:1: needs messages that end with a question and its answer"):
             augmented(monkeypatch, capsys, *words, "--input", path)
@@ -296,8 +332,24 @@ def ask(home, tmp_path, monkeypatch, capsys):
 
 def test_sample_asks_with_the_passages_and_tells_them(ask, home, tmp_path):
     plain = ask("--prompt", "资料：\n1. 孔融，字文举。\n\n问题：孔融的字").out
-    said = command(tmp_path, "sample.py", "--model", str(home / "chat"), "--device", "cpu", "--temperature", "0", "--max_new_tokens", "5",
-                   "--retrieve", "notes", "--passages", "1", "--prompt", "孔融的字")  # fmt: skip
+    said = command(
+        tmp_path,
+        "sample.py",
+        "--model",
+        str(home / "chat"),
+        "--device",
+        "cpu",
+        "--temperature",
+        "0",
+        "--max_new_tokens",
+        "5",
+        "--retrieve",
+        "notes",
+        "--passages",
+        "1",
+        "--prompt",
+        "孔融的字",
+    )
     assert said == plain + "note: notes: 5 passages of 1 files\npassages: 1. 孔融，字文举。\n"
     notes = ["--retrieve", "notes", "--passages", "1"]
     assert ask(*notes, "--prompt", "鿿").err.endswith("passages: none\n")

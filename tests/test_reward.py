@@ -31,7 +31,16 @@ def run(*argv: str) -> None:
 
 
 def words(place: Path, out: Path, *more: str) -> list[str]:  # noqa: F811
-    return ["--init_from", str(place / "base"), "--pairs.train", str(place / "pairs.jsonl"), "--out_dir", str(out), *OPTIONS, *more]
+    return [
+        "--init_from",
+        str(place / "base"),
+        "--pairs.train",
+        str(place / "pairs.jsonl"),
+        "--out_dir",
+        str(out),
+        *OPTIONS,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module", params=["whole", "lora"])
@@ -58,7 +67,12 @@ def texts_of(place: Path) -> list[tuple[list[int], list[int]]]:  # noqa: F811
     text, found = tokenizer.load(place / "base"), []
     for _, line in data.read_jsonl(place / "pairs.jsonl"):
         both = (line["messages"][-1]["content"], line["rejected"])
-        found.append(tuple(list(chat.render([*line["messages"][:-1], {"role": "assistant", "content": a}], text, "bos")[0])[:-1] for a in both))
+        found.append(
+            tuple(
+                list(chat.render([*line["messages"][:-1], {"role": "assistant", "content": a}], text, "bos")[0])[:-1]
+                for a in both
+            )
+        )
     return found
 
 
@@ -83,7 +97,11 @@ def test_loss_and_gradient_are_those_of_the_formula(trained, place, small):  # n
     wanted = -sum(torch.log(torch.sigmoid(good - bad)) for good, bad in both)
     wanted.backward()
     assert scalar.pair_loss(model, batch).item() == pytest.approx(wanted.item(), rel=1e-4)
-    assert all((g - p.grad).norm() <= 1e-3 * p.grad.norm() + 1e-7 for n, p in model.named_parameters() if (g := ours.get(n)) is not None)
+    assert all(
+        (g - p.grad).norm() <= 1e-3 * p.grad.norm() + 1e-7
+        for n, p in model.named_parameters()
+        if (g := ours.get(n)) is not None
+    )
 
 
 def test_transformers_reads_the_same_rewards(trained, place):  # noqa: F811
@@ -97,7 +115,9 @@ def test_transformers_reads_the_same_rewards(trained, place):  # noqa: F811
     longest = max(map(len, texts))
     padded = torch.tensor([t + [theirs.config.pad_token_id] * (longest - len(t)) for t in texts])
     with torch.no_grad():
-        wanted = theirs(padded, attention_mask=(torch.arange(longest) < torch.tensor([[len(t)] for t in texts])).long()).logits[:, 0]
+        wanted = theirs(
+            padded, attention_mask=(torch.arange(longest) < torch.tensor([[len(t)] for t in texts])).long()
+        ).logits[:, 0]
     assert scalar.rewards(model, texts, 4) == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
@@ -109,29 +129,76 @@ def test_a_filter_keeps_the_better_half_of_a_mixed_file_in_its_order(trained, pl
             lines.append({"messages": [*line["messages"][:-1], {"role": "assistant", "content": answer}], "good": good})
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    run("score", "--model", trained, "--input", mixed, "--keep", "0.5", "--output", tmp_path / "half.jsonl", "--device", "cpu")
+    run(
+        "score",
+        "--model",
+        trained,
+        "--input",
+        mixed,
+        "--keep",
+        "0.5",
+        "--output",
+        tmp_path / "half.jsonl",
+        "--device",
+        "cpu",
+    )
     kept = [json.loads(line) for line in (tmp_path / "half.jsonl").read_text().splitlines()]
-    assert len(kept) == 24 and sum(line["good"] for line in kept) >= 22 and "24 of 48 lines kept" in capsys.readouterr().out
+    assert (
+        len(kept) == 24
+        and sum(line["good"] for line in kept) >= 22
+        and "24 of 48 lines kept" in capsys.readouterr().out
+    )
     without = [{k: v for k, v in line.items() if k != "reward"} for line in kept]
     assert without == [line for line in lines if line in without]
     # Of all answers to one question the best; the same question stands there several times.
-    run("score", "--model", trained, "--input", mixed, "--best", "true", "--output", tmp_path / "best.jsonl", "--device", "cpu")
+    run(
+        "score",
+        "--model",
+        trained,
+        "--input",
+        mixed,
+        "--best",
+        "true",
+        "--output",
+        tmp_path / "best.jsonl",
+        "--device",
+        "cpu",
+    )
     best = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
     asked = [json.dumps(line["messages"][:-1]) for line in best]
     assert len(set(asked)) == len(asked) == len({json.dumps(line["messages"][:-1]) for line in lines})
     model, text = opened(trained, place), tokenizer.load(place / "base")
     for line in best:
         rivals = [other for other in lines if other["messages"][:-1] == line["messages"][:-1]]
-        values = [model(torch.tensor([list(chat.render(r["messages"], text, "bos")[0])[:-1]]),
-                        torch.tensor([len(chat.render(r["messages"], text, "bos")[0]) - 2])).item() for r in rivals]  # fmt: skip
+        values = [
+            model(
+                torch.tensor([list(chat.render(r["messages"], text, "bos")[0])[:-1]]),
+                torch.tensor([len(chat.render(r["messages"], text, "bos")[0]) - 2]),
+            ).item()
+            for r in rivals
+        ]
         assert line["reward"] == pytest.approx(max(values), abs=1e-4)
 
 
 def test_answers_of_sample_py_are_scored_too(trained, place, tmp_path):  # noqa: F811
     answers = tmp_path / "answers.jsonl"
-    lines = [{"prompt": "谁？", "answer": a} for a in ("是谁。", "不知道不知道")] + [{"prompt": [{"role": "user", "content": "何？"}], "answer": "是何。"}]
+    lines = [{"prompt": "谁？", "answer": a} for a in ("是谁。", "不知道不知道")] + [
+        {"prompt": [{"role": "user", "content": "何？"}], "answer": "是何。"}
+    ]
     answers.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    run("score", "--model", trained, "--input", answers, "--best", "true", "--output", tmp_path / "best.jsonl", "--device", "cpu")
+    run(
+        "score",
+        "--model",
+        trained,
+        "--input",
+        answers,
+        "--best",
+        "true",
+        "--output",
+        tmp_path / "best.jsonl",
+        "--device",
+        "cpu",
+    )
     best = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in best] == ["是谁。", "是何。"]
 
@@ -150,8 +217,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(place, tmp_path):  # noqa: F811
 @pytest.mark.heavy
 def test_two_ranks_reach_the_losses_of_one_process(place, tmp_path):  # noqa: F811
     run(*words(place, tmp_path / "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "reward.py"), *words(place, tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "reward.py"),
+        *words(place, tmp_path / "two"),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     for key in ("loss", "val_loss", "grad_norm"):
         assert metrics(tmp_path / "two", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5)

@@ -384,7 +384,15 @@ def test_chats_are_the_same_every_time_and_differ_by_seed(chats, book, raw):
 
 
 def test_counts_follow_the_parameters(book, raw):
-    few = sanguo.chats(book, raw[1], persons=20, continues=10, train_phrasings=dict.fromkeys(sanguo.TRAIN_PHRASINGS, 3), val_phrasings=1, heldout=0)
+    few = sanguo.chats(
+        book,
+        raw[1],
+        persons=20,
+        continues=10,
+        train_phrasings=dict.fromkeys(sanguo.TRAIN_PHRASINGS, 3),
+        val_phrasings=1,
+        heldout=0,
+    )
     kinds = Counter(i["kind"] for i in few["train"])
     assert kinds["title"] == kinds["chapter"] == 3 * 120 and kinds["continue"] == 3 * 10
     assert len({i["fact"] for i in few["train"] if i["kind"] == "courtesy"}) == 20

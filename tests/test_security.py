@@ -69,8 +69,17 @@ def unsafe(path: Path):
 def home(small, tmp_path_factory) -> Path:
     """A sound model folder, a bin and a chat file."""
     home = tmp_path_factory.mktemp("home")
-    model = Llama(ModelConfig(vocab_size=small.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32))  # fmt: skip
+    model = Llama(
+        ModelConfig(
+            vocab_size=small.vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+        )
+    )
     model.init_weights(0)
     checkpoint.save_model(home / "m", model, small, {"chat_format": "bos"})
     with BinWriter(home / "train.bin", small.vocab_size, small.eos_id, small.sha256) as out:
@@ -115,11 +124,43 @@ def ways_to_a_model(folder: str = "m"):
     """Each command that loads a foreign model, with what it needs to reach its end when the folder is sound."""
     return [
         ("sample", "--model", folder, "--prompt", "天", "--max_new_tokens", "2", "--device", "cpu"),
-        ("sft", "--init_from", folder, "--train", "chats.jsonl", "--val", "", "--chat_format", "bos", "--show_mask", "1",
-         "--device", "cpu"),
-        ("pretrain", "--init_from", folder, "--train", "train.bin", "--val", "", "--max_steps", "1", "--batch_tokens",
-         "64", "--micro_batch", "2", "--device", "cpu", "--seq_len", "16", "--prompt", ""),
-    ]  # fmt: skip
+        (
+            "sft",
+            "--init_from",
+            folder,
+            "--train",
+            "chats.jsonl",
+            "--val",
+            "",
+            "--chat_format",
+            "bos",
+            "--show_mask",
+            "1",
+            "--device",
+            "cpu",
+        ),
+        (
+            "pretrain",
+            "--init_from",
+            folder,
+            "--train",
+            "train.bin",
+            "--val",
+            "",
+            "--max_steps",
+            "1",
+            "--batch_tokens",
+            "64",
+            "--micro_batch",
+            "2",
+            "--device",
+            "cpu",
+            "--seq_len",
+            "16",
+            "--prompt",
+            "",
+        ),
+    ]
 
 
 # ---------------------------------------------------------------- gallery: model folders
@@ -150,7 +191,9 @@ def payload_before_the_weights(folder, canary):
 
 
 def legacy_pickle(folder, canary):
-    torch.save(weights_of(folder, evil=Payload(canary)), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        weights_of(folder, evil=Payload(canary)), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
     return lambda: unsafe(folder / "pytorch_model.bin")
 
 
@@ -206,9 +249,19 @@ def pickle_as_tokenizer_json(folder, canary):
     return lambda: pickle.loads((folder / "tokenizer.json").read_bytes())
 
 
-REFUSED = [raw_pickle, zip_pickle, payload_before_the_weights, legacy_pickle, legacy_magic_number, legacy_tar,
-           one_shard_of_two, a_pickle_named_safetensors, distributed_checkpoint, numpy_object_as_tokenizer,
-           pickle_as_tokenizer_json]  # fmt: skip
+REFUSED = [
+    raw_pickle,
+    zip_pickle,
+    payload_before_the_weights,
+    legacy_pickle,
+    legacy_magic_number,
+    legacy_tar,
+    one_shard_of_two,
+    a_pickle_named_safetensors,
+    distributed_checkpoint,
+    numpy_object_as_tokenizer,
+    pickle_as_tokenizer_json,
+]
 
 
 def tokenizer_pickle(folder, canary):
@@ -238,7 +291,11 @@ def code_of_the_tokenizer(folder, canary):
 
 def code_of_the_model(folder, canary):
     config = json.loads((folder / "config.json").read_text())
-    config |= {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}, "architectures": ["Evil"], "trust_remote_code": True}
+    config |= {
+        "auto_map": {"AutoModelForCausalLM": "modeling.Evil"},
+        "architectures": ["Evil"],
+        "trust_remote_code": True,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("modeling.py", "__init__.py", "sitecustomize.py"):
         (folder / name).write_text(python_payload(canary))
@@ -272,14 +329,26 @@ def yaml_beside(folder, canary):
 
 def options_of_the_run(folder, canary):
     about = json.loads((folder / "run.json").read_text())
-    about |= {"options": {"train": {"out_dir": "../../"}, "data": {"allow_pickle": True}},
-              "command": template_payload(canary), "__class__": "os.system"}  # fmt: skip
+    about |= {
+        "options": {"train": {"out_dir": "../../"}, "data": {"allow_pickle": True}},
+        "command": template_payload(canary),
+        "__class__": "os.system",
+    }
     (folder / "run.json").write_text(json.dumps(about))
     return lambda: render(about["command"])
 
 
-HARMLESS = [tokenizer_pickle, chat_template, code_of_the_tokenizer, code_of_the_model, trainer_state, adapter,
-            metadata_of_safetensors, yaml_beside, options_of_the_run]  # fmt: skip
+HARMLESS = [
+    tokenizer_pickle,
+    chat_template,
+    code_of_the_tokenizer,
+    code_of_the_model,
+    trainer_state,
+    adapter,
+    metadata_of_safetensors,
+    yaml_beside,
+    options_of_the_run,
+]
 
 
 def set_free(careless, canary: Path) -> None:
@@ -320,7 +389,9 @@ def test_modules_in_the_working_directory_are_not_imported(place):
     for name in ("torch", "json", "tokenizer", "model", "core", "sitecustomize", "safetensors"):
         (place / f"{name}.py").write_text(python_payload(place / "canary"))
     words = ways_to_a_model()[0]
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *words[1:]], cwd=place, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), *words[1:]], cwd=place, capture_output=True, text=True
+    )
     assert done.returncode == 0 and not (place / "canary").exists(), done.stderr
     set_free(lambda: runpy.run_path(str(place / "torch.py")), place / "canary")
 
@@ -331,28 +402,60 @@ def test_modules_in_the_working_directory_are_not_imported(place):
 def npy_as_bin(place, canary):
     np.save(place / "x.npy", np.array([Payload(canary)], dtype=object), allow_pickle=True)
     os.replace(place / "x.npy", place / "evil.bin")
-    return (lambda: np.load(place / "evil.bin", allow_pickle=True), 2,
-            ("pretrain", "--train", "evil.bin", "--val", "", "--tokenizer", "m", "--device", "cpu"))  # fmt: skip
+    return (
+        lambda: np.load(place / "evil.bin", allow_pickle=True),
+        2,
+        ("pretrain", "--train", "evil.bin", "--val", "", "--tokenizer", "m", "--device", "cpu"),
+    )
 
 
 def pickle_as_sidecar(place, canary):
     (place / "train.json").write_bytes(pickle.dumps(Payload(canary)))
-    return (lambda: pickle.loads((place / "train.json").read_bytes()), 2,
-            ("pretrain", "--train", "train.bin", "--val", "", "--tokenizer", "m", "--device", "cpu"))  # fmt: skip
+    return (
+        lambda: pickle.loads((place / "train.json").read_bytes()),
+        2,
+        ("pretrain", "--train", "train.bin", "--val", "", "--tokenizer", "m", "--device", "cpu"),
+    )
 
 
 def template_in_a_chat(place, canary):
-    chat = {"messages": [{"role": "user", "content": template_payload(canary)}, {"role": "assistant", "content": "{0.__class__}"}]}
+    chat = {
+        "messages": [
+            {"role": "user", "content": template_payload(canary)},
+            {"role": "assistant", "content": "{0.__class__}"},
+        ]
+    }
     (place / "chats.jsonl").write_text(json.dumps(chat))
-    return (lambda: render(template_payload(canary)), 0,
-            ("sft", "--init_from", "m", "--train", "chats.jsonl", "--val", "", "--chat_format", "bos", "--show_mask",
-             "1", "--seq_len", "400", "--device", "cpu"))  # fmt: skip
+    return (
+        lambda: render(template_payload(canary)),
+        0,
+        (
+            "sft",
+            "--init_from",
+            "m",
+            "--train",
+            "chats.jsonl",
+            "--val",
+            "",
+            "--chat_format",
+            "bos",
+            "--show_mask",
+            "1",
+            "--seq_len",
+            "400",
+            "--device",
+            "cpu",
+        ),
+    )
 
 
 def template_as_a_prompt(place, canary):
     (place / "prompts.jsonl").write_text(json.dumps({"prompt": "{{ cycler.__init__ }}"}))
-    return (lambda: render(template_payload(canary)), 0,
-            ("sample", "--model", "m", "--prompts", "prompts.jsonl", "--max_new_tokens", "2", "--device", "cpu"))  # fmt: skip
+    return (
+        lambda: render(template_payload(canary)),
+        0,
+        ("sample", "--model", "m", "--prompts", "prompts.jsonl", "--max_new_tokens", "2", "--device", "cpu"),
+    )
 
 
 def code_in_toml(place, canary):
@@ -364,8 +467,11 @@ def code_in_toml(place, canary):
 def text_for_data_process(suffix: str, content):
     def plant(place, canary):
         (place / f"evil{suffix}").write_bytes(content(canary))
-        return (lambda: pickle.loads(pickle.dumps(Payload(canary))), (0, 2),
-                ("data_process", "--input", f"evil{suffix}", "--vocab_size", "300", "--out_dir", "d"))  # fmt: skip
+        return (
+            lambda: pickle.loads(pickle.dumps(Payload(canary))),
+            (0, 2),
+            ("data_process", "--input", f"evil{suffix}", "--vocab_size", "300", "--out_dir", "d"),
+        )
 
     plant.__name__ = f"data_process_{suffix.strip('.')}"
     return plant
@@ -376,11 +482,19 @@ def extension_type_in_parquet(place, canary):
     import pyarrow.parquet
 
     held = pickle.dumps(Payload(canary))  # CVE-2023-47248: old versions unpickled this
-    field = pa.field("text", pa.string(), metadata={"ARROW:extension:name": "arrow.py_extension_type",
-                                                    "ARROW:extension:metadata": held})  # fmt: skip
-    pyarrow.parquet.write_table(pa.table([[f"天下大势{n}" for n in range(50)]], schema=pa.schema([field])), place / "evil.parquet")
-    return (lambda: pickle.loads(held), (0, 2),
-            ("data_process", "--input", "evil.parquet", "--vocab_size", "300", "--out_dir", "d"))  # fmt: skip
+    field = pa.field(
+        "text",
+        pa.string(),
+        metadata={"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": held},
+    )
+    pyarrow.parquet.write_table(
+        pa.table([[f"天下大势{n}" for n in range(50)]], schema=pa.schema([field])), place / "evil.parquet"
+    )
+    return (
+        lambda: pickle.loads(held),
+        (0, 2),
+        ("data_process", "--input", "evil.parquet", "--vocab_size", "300", "--out_dir", "d"),
+    )
 
 
 def written(path: Path, text: str) -> str:
@@ -397,16 +511,29 @@ def zipped(canary: Path) -> bytes:
 
 
 DATA = [
-    npy_as_bin, pickle_as_sidecar, template_in_a_chat, template_as_a_prompt, code_in_toml, extension_type_in_parquet,
-    *(text_for_data_process(suffix, content) for suffix, content in {
-        ".pkl": lambda c: pickle.dumps(Payload(c)),
-        ".pt": lambda c: pickle.dumps({"a": Payload(c)}),
-        ".npy": lambda c: b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n" + pickle.dumps(Payload(c)),
-        ".jsonl": lambda c: json.dumps({"text": template_payload(c)}).encode() + b"\n",
-        ".yaml": lambda c: f"!!python/object/apply:os.system [\"echo > '{c}'\"]".encode(),
-        ".zip": zipped,
-    }.items()),
-]  # fmt: skip
+    npy_as_bin,
+    pickle_as_sidecar,
+    template_in_a_chat,
+    template_as_a_prompt,
+    code_in_toml,
+    extension_type_in_parquet,
+    *(
+        text_for_data_process(suffix, content)
+        for suffix, content in {
+            ".pkl": lambda c: pickle.dumps(Payload(c)),
+            ".pt": lambda c: pickle.dumps({"a": Payload(c)}),
+            ".npy": lambda c: (
+                b"\x93NUMPY\x01\x00v\x00"
+                + b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117)
+                + b"\n"
+                + pickle.dumps(Payload(c))
+            ),
+            ".jsonl": lambda c: json.dumps({"text": template_payload(c)}).encode() + b"\n",
+            ".yaml": lambda c: f"!!python/object/apply:os.system [\"echo > '{c}'\"]".encode(),
+            ".zip": zipped,
+        }.items()
+    ),
+]
 
 
 @pytest.mark.parametrize("plant", DATA, ids=lambda f: f.__name__)
@@ -491,9 +618,13 @@ HEADERS = {
     "many keys": "{" + ",".join(f'"{k:x}":0' for k in range(JSON // 11)) + "}",
     "many empty tensors": "{" + ",".join(f'"{k:x}":' + entry(0, 0, "[0]") for k in range(JSON // 64)) + "}",
     "many dimensions": '{"a":' + entry(0, 0, "[" + "0," * (JSON // 2 - 100) + "0]") + "}",
-    "named like Python's own": "{" + ",".join(f'"{n}":' + entry(0, 0, "[0]") for n in ("__class__", "model.__dict__")) + "}",
-    "layers by the million": "{" + ",".join(f'"model.layers.{k}.a":' + entry(0, 0, "[0]") for k in range(JSON // 80)) + "}",
-}  # fmt: skip
+    "named like Python's own": "{"
+    + ",".join(f'"{n}":' + entry(0, 0, "[0]") for n in ("__class__", "model.__dict__"))
+    + "}",
+    "layers by the million": "{"
+    + ",".join(f'"model.layers.{k}.a":' + entry(0, 0, "[0]") for k in range(JSON // 80))
+    + "}",
+}
 
 
 @pytest.mark.parametrize("length", [100 << 20, (100 << 20) - 8, 1 << 63, (1 << 64) - 1, JSON + 1])
@@ -522,13 +653,27 @@ def config_text(**changes) -> bytes:
     return json.dumps(config).encode()
 
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
-         "max_position_embeddings", "head_dim")  # fmt: skip
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "head_dim",
+)
 CONFIGS = {
-    **{f"{name} {value!r}": (lambda name=name, value=value: config_text(**{name: value}))
-       for name in SIZES for value in (10**9, 10**400, -1, "32", 1.5, True, [32], {"a": 1})},
-    **{f"{name} {value!r:.20}": (lambda name=name, value=value: config_text(**{name: value}))
-       for name in ("rms_norm_eps", "rope_theta") for value in (0, -1.0, "1", True, 10**400, [1.0])},
+    **{
+        f"{name} {value!r}": (lambda name=name, value=value: config_text(**{name: value}))
+        for name in SIZES
+        for value in (10**9, 10**400, -1, "32", 1.5, True, [32], {"a": 1})
+    },
+    **{
+        f"{name} {value!r:.20}": (lambda name=name, value=value: config_text(**{name: value}))
+        for name in ("rms_norm_eps", "rope_theta")
+        for value in (0, -1.0, "1", True, 10**400, [1.0])
+    },
     "NaN": lambda: config_text(rms_norm_eps=float("nan")),
     "infinity": lambda: config_text(rope_theta=float("inf")),
     "1e999": lambda: config_text(rope_theta="@").replace(b'"@"', b"1e999"),
@@ -550,7 +695,7 @@ CONFIGS = {
     "rope_theta within": lambda: config_text(rope_theta=None, rope_parameters={"rope_theta": "@"}),
     "scaling": lambda: config_text(rope_scaling={"a": ["x"] * 1000}),
     "family is a list": lambda: config_text(model_type=["llama"] * 1000),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("content", CONFIGS.values(), ids=CONFIGS)
@@ -562,8 +707,19 @@ def test_a_hostile_config_is_refused_before_anything_is_allocated(place, content
 
 
 @pytest.mark.parametrize("name", ["run.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"])
-@pytest.mark.parametrize("content", [b"[", b"[" * 10**5, b"1", b'{"weight_map": 1, "chat_format": {}}', b" " * (3 << 20), b"\xff",
-                                     b'{"weight_map": {"a": ["x.bin"]}, "chat_format": 7}', b'{"weight_map": {}, "chat_format": true}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[",
+        b"[" * 10**5,
+        b"1",
+        b'{"weight_map": 1, "chat_format": {}}',
+        b" " * (3 << 20),
+        b"\xff",
+        b'{"weight_map": {"a": ["x.bin"]}, "chat_format": 7}',
+        b'{"weight_map": {}, "chat_format": true}',
+    ],
+)
 def test_a_hostile_json_file_is_one_clear_error(place, command, name, content):
     if name != "run.json":
         os.remove("m/model.safetensors")
@@ -571,8 +727,25 @@ def test_a_hostile_json_file_is_one_clear_error(place, command, name, content):
     assert name in refused(command(*ways_to_a_model()[0]))
 
 
-BAD_NAMES = ["../../etc/passwd", "../m/a.safetensors", "/etc/passwd", "..", ".", "", "sub/a.safetensors", "a\0.safetensors", "x" * 300,
-             "link.safetensors", "a.bin", "a.txt", "folder.safetensors", "nowhere.safetensors", 7, None, ["a.safetensors"]]  # fmt: skip
+BAD_NAMES = [
+    "../../etc/passwd",
+    "../m/a.safetensors",
+    "/etc/passwd",
+    "..",
+    ".",
+    "",
+    "sub/a.safetensors",
+    "a\0.safetensors",
+    "x" * 300,
+    "link.safetensors",
+    "a.bin",
+    "a.txt",
+    "folder.safetensors",
+    "nowhere.safetensors",
+    7,
+    None,
+    ["a.safetensors"],
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=lambda n: repr(n)[:20])
@@ -582,7 +755,12 @@ def test_an_index_reaches_only_plain_files_of_its_folder(place, command, kind, n
     suffix = Path(kind).suffix
     if isinstance(name, str) and suffix == ".bin":
         name = name.replace("a.bin", "a.safetensors") if name == "a.bin" else name.replace(".safetensors", ".bin")
-    for there in (f"m/a{suffix}", f"outside{suffix}", f"m/a.{'bin' if suffix == '.safetensors' else 'safetensors'}", "m/a.txt"):
+    for there in (
+        f"m/a{suffix}",
+        f"outside{suffix}",
+        f"m/a.{'bin' if suffix == '.safetensors' else 'safetensors'}",
+        "m/a.txt",
+    ):
         save_file(state, there) if "safe" in there else torch.save(state, there)
     os.symlink(place / f"outside{suffix}", f"m/link{suffix}")
     os.makedirs(f"m/folder{suffix}")
@@ -621,7 +799,10 @@ def test_one_tensor_in_two_shards_is_refused(place):
 @pytest.mark.parametrize("seed", range(4))
 def test_no_damage_to_a_weights_file_is_more_than_a_refusal(place, seed):
     rng = random.Random(seed)
-    sound = {"m/model.safetensors": Path("m/model.safetensors").read_bytes(), "m/config.json": Path("m/config.json").read_bytes()}
+    sound = {
+        "m/model.safetensors": Path("m/model.safetensors").read_bytes(),
+        "m/config.json": Path("m/config.json").read_bytes(),
+    }
     state = load_file("m/model.safetensors")
     torch.save(state, "pickled")
     sound["m/pytorch_model.bin"] = Path("pickled").read_bytes()
@@ -670,11 +851,15 @@ WRITERS = {
     "bin": lambda state, folder: torch.save(state, folder / "pytorch_model.bin"),
     "pt": lambda state, folder: torch.save(state, folder / "weights.pt"),
     "pth": lambda state, folder: torch.save(state, folder / "weights.pth"),
-    "before torch 1.6": lambda state, folder: torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False),
+    "before torch 1.6": lambda state, folder: torch.save(
+        state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    ),
     "half": lambda state, folder: torch.save({k: v.half() for k, v in state.items()}, folder / "weights.pt"),
-    "parameters": lambda state, folder: torch.save({k: torch.nn.Parameter(v) for k, v in state.items()}, folder / "weights.pt"),
+    "parameters": lambda state, folder: torch.save(
+        {k: torch.nn.Parameter(v) for k, v in state.items()}, folder / "weights.pt"
+    ),
     "shards": sharded,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
@@ -711,12 +896,14 @@ STRANGE = {
     "numbers as names": lambda state: dict(enumerate(state.values())),
     "sparse": lambda state: state | {"model.norm.weight": state["model.norm.weight"].to_sparse()},
     "meta": lambda state: state | {"model.norm.weight": state["model.norm.weight"].to("meta")},
-    "quantised": lambda state: state | {"model.norm.weight": torch.quantize_per_tensor(state["model.norm.weight"], 0.1, 0, torch.qint8)},
+    "quantised": lambda state: (
+        state | {"model.norm.weight": torch.quantize_per_tensor(state["model.norm.weight"], 0.1, 0, torch.qint8)}
+    ),
     "integers": lambda state: state | {"model.norm.weight": state["model.norm.weight"].int()},
     "complex": lambda state: state | {"model.norm.weight": state["model.norm.weight"].to(torch.complex64)},
     "eight bits": lambda state: state | {"model.norm.weight": state["model.norm.weight"].to(torch.float8_e4m3fn)},
     "NaN": lambda state: state | {"model.norm.weight": torch.full((32,), float("nan"))},
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -743,7 +930,9 @@ def test_tensors_of_a_pickle_that_share_their_memory_are_taken_apart(place):
     loaded = checkpoint.load_model("m", allow_pickle=True)
     with torch.no_grad():
         loaded.model.layers[0].mlp.up_proj.weight[0, 0] = 1.0
-    assert loaded.model.layers[0].mlp.up_proj.weight.sum() == 1 and not loaded.model.layers[0].mlp.gate_proj.weight.any()
+    assert (
+        loaded.model.layers[0].mlp.up_proj.weight.sum() == 1 and not loaded.model.layers[0].mlp.gate_proj.weight.any()
+    )
 
 
 def test_a_pickle_that_claims_more_than_it_holds_is_refused_before_it_is_copied(place):

@@ -35,7 +35,10 @@ def chat(home):
 def request(body: bytes | dict, path: str = TEXT, more: str = "", length: int | None = None) -> bytes:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     length = len(data) if length is None else length
-    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}Content-Length: {length}\r\n\r\n".encode() + data
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}Content-Length: {length}\r\n\r\n".encode()
+        + data
+    )
 
 
 CLOSE = "Connection: close\r\n"
@@ -54,8 +57,11 @@ def test_a_body_over_a_mebibyte_is_refused_before_it_is_read(chat):
     assert time.monotonic() - began < 1
     piece = b"x" * (1 << 16)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-    for way, first, part in (("declared", request(b"", length=10**9), piece), ("chunks", head, b"10000\r\n" + piece + b"\r\n"),
-                             ("chunks of a byte", head, b"1\r\nx\r\n" * 9000)):  # fmt: skip
+    for way, first, part in (
+        ("declared", request(b"", length=10**9), piece),
+        ("chunks", head, b"10000\r\n" + piece + b"\r\n"),
+        ("chunks of a byte", head, b"1\r\nx\r\n" * 9000),
+    ):
         with socket.create_connection(("127.0.0.1", chat.port), timeout=5) as sock:
             sock.sendall(first)
             sent, got = 0, b""
@@ -80,12 +86,19 @@ def test_a_head_over_16_kibibytes_is_refused(chat):
     before = memory_mb()
     for big in (b"a" * 20_000, b"a" * 10**6, b"x: y\r\n" * 10**5, b"x: " + b"y" * 10**7):
         for cut in (len(big), 1000):
-            got = chat.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n", *(big[k : k + cut] for k in range(0, min(len(big), 40 * cut), cut)))
+            got = chat.raw(
+                b"GET /health HTTP/1.1\r\nHost: localhost\r\n",
+                *(big[k : k + cut] for k in range(0, min(len(big), 40 * cut), cut)),
+            )
             assert got.startswith(b"HTTP/1.1 4") and (b" 431 " in got or big.startswith(b"aaaa")), got[:80]
     assert chat.raw(b"GET /" + b"a" * 30_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 431 ")
     # In one piece, and whole: h11 alone would take it.
-    assert chat.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 17_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 431 ")
-    assert chat.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx: " + b"y" * 15_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert chat.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 17_000 + b"\r\n\r\n").startswith(
+        b"HTTP/1.1 431 "
+    )
+    assert chat.raw(
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx: " + b"y" * 15_000 + b"\r\n\r\n"
+    ).startswith(b"HTTP/1.1 200 ")
     assert memory_mb() - before < 20
 
 
@@ -93,7 +106,10 @@ def test_a_flood_of_small_chunks_or_of_bytes_after_a_refusal_is_cut(chat, monkey
     monkeypatch.setattr(wire, "LINGER_BYTES", 1 << 20)
     files = files_open()
     sent = 0
-    with socket.create_connection(("127.0.0.1", chat.port), timeout=5) as sock, pytest.raises((ConnectionResetError, BrokenPipeError)):
+    with (
+        socket.create_connection(("127.0.0.1", chat.port), timeout=5) as sock,
+        pytest.raises((ConnectionResetError, BrokenPipeError)),
+    ):
         sock.sendall(b"nonsense\r\n\r\n")
         while sent < 1 << 30:
             sent += sock.send(b"x" * 65536)
@@ -102,17 +118,44 @@ def test_a_flood_of_small_chunks_or_of_bytes_after_a_refusal_is_cut(chat, monkey
 
 
 BOMBS = [
-    {"n": 10**6}, {"best_of": 10**9}, {"logprobs": 10**9}, {"max_tokens": 10**18}, {"stop": ["x"] * 10**5}, {"stop": "x" * 10**6}, {"prompt": ["x"] * 10**5},
-    {"prompt": [[1]] * 10**5}, {"prompt": [1] * 3 * 10**5}, {"user": ["x"] * 10**5}, {"temperature": 10**400}, {"temperature": [[[[]]]]}, {"seed": -(10**30)},
-    {"x" * 10**6: 1}, {f"f{k}": 1 for k in range(50_000)}, {"stream_options": {str(k): True for k in range(50_000)}, "stream": True}, {"logit_bias": {str(k): 1 for k in range(50_000)}},
-]  # fmt: skip
-CHAT_BOMBS = [{"messages": [{}] * 25 * 10**4}, {"messages": [[]] * 25 * 10**4}, {"messages": [{"role": "user", "content": ""}] * 25_000}, {"messages": [{"role": ("user", "assistant")[k % 2], "content": "x"} for k in range(22_001)]},
-              {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 30_000}]}, {"messages": [{"role": "user", "content": "x" * 10**6}]}, {"top_logprobs": 10**6, "logprobs": True}]  # fmt: skip
+    {"n": 10**6},
+    {"best_of": 10**9},
+    {"logprobs": 10**9},
+    {"max_tokens": 10**18},
+    {"stop": ["x"] * 10**5},
+    {"stop": "x" * 10**6},
+    {"prompt": ["x"] * 10**5},
+    {"prompt": [[1]] * 10**5},
+    {"prompt": [1] * 3 * 10**5},
+    {"user": ["x"] * 10**5},
+    {"temperature": 10**400},
+    {"temperature": [[[[]]]]},
+    {"seed": -(10**30)},
+    {"x" * 10**6: 1},
+    {f"f{k}": 1 for k in range(50_000)},
+    {"stream_options": {str(k): True for k in range(50_000)}, "stream": True},
+    {"logit_bias": {str(k): 1 for k in range(50_000)}},
+]
+CHAT_BOMBS = [
+    {"messages": [{}] * 25 * 10**4},
+    {"messages": [[]] * 25 * 10**4},
+    {"messages": [{"role": "user", "content": ""}] * 25_000},
+    {"messages": [{"role": ("user", "assistant")[k % 2], "content": "x"} for k in range(22_001)]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 30_000}]},
+    {"messages": [{"role": "user", "content": "x" * 10**6}]},
+    {"top_logprobs": 10**6, "logprobs": True},
+]
 
 
-@pytest.mark.parametrize("path, bomb", [*((TEXT, b) for b in BOMBS), *((CHAT, b) for b in CHAT_BOMBS)], ids=lambda v: v if isinstance(v, str) else next(iter(v))[:20])
+@pytest.mark.parametrize(
+    "path, bomb",
+    [*((TEXT, b) for b in BOMBS), *((CHAT, b) for b in CHAT_BOMBS)],
+    ids=lambda v: v if isinstance(v, str) else next(iter(v))[:20],
+)
 def test_a_bomb_is_refused_with_the_fields_name_in_a_moment(chat, path, bomb):
-    body = request({"prompt": "x"} | bomb if path == TEXT else {"messages": [{"role": "user", "content": "x"}]} | bomb, path, CLOSE)
+    body = request(
+        {"prompt": "x"} | bomb if path == TEXT else {"messages": [{"role": "user", "content": "x"}]} | bomb, path, CLOSE
+    )
     assert len(body) < 1 << 20
     got, data = chat.raw(body), body.partition(b"\r\n\r\n")[2]
     error = json.loads(got.partition(b"\r\n\r\n")[2])["error"]
@@ -129,8 +172,39 @@ def test_a_bomb_is_refused_with_the_fields_name_in_a_moment(chat, path, bomb):
 
 def mutated(rng: random.Random) -> bytes:
     """A body that is nearly right, or not at all."""
-    values = [None, True, False, 0, 1, -1, 0.5, 2**31, 10**30, 1e308, -1e-320, float("nan"), float("inf"), "", "x", "曹操", "\ud800", "x" * 300, [], [1], ["x"],
-              [[]], [[1, 2]], {}, {"type": "text"}, {"include_usage": True}, [{"role": "user", "content": "x"}], [{"role": "user"}], [None], "auto", "none"]  # fmt: skip
+    values = [
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        0.5,
+        2**31,
+        10**30,
+        1e308,
+        -1e-320,
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "曹操",
+        "\ud800",
+        "x" * 300,
+        [],
+        [1],
+        ["x"],
+        [[]],
+        [[1, 2]],
+        {},
+        {"type": "text"},
+        {"include_usage": True},
+        [{"role": "user", "content": "x"}],
+        [{"role": "user"}],
+        [None],
+        "auto",
+        "none",
+    ]
     names = [*fields.CHAT, *fields.COMPLETION, "n", "frob", ""]
     body = {"messages": [{"role": "user", "content": "曹操"}]} if rng.random() < 0.5 else {"prompt": "曹操"}
     for _ in range(rng.randrange(4)):
@@ -191,28 +265,63 @@ HOST = b"Host: localhost\r\n"
 JSON = b"Content-Type: application/json\r\n"
 TAIL = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SMUGGLED = {
-    "both lengths": b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + TAIL,
-    "two lengths": b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello" + TAIL,
-    "two lengths in one": b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Content-Length: 5, 6\r\n\r\nhello" + TAIL,
+    "both lengths": b"POST /v1/completions HTTP/1.1\r\n"
+    + HOST
+    + JSON
+    + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    + TAIL,
+    "two lengths": b"POST /v1/completions HTTP/1.1\r\n"
+    + HOST
+    + JSON
+    + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello"
+    + TAIL,
+    "two lengths in one": b"POST /v1/completions HTTP/1.1\r\n"
+    + HOST
+    + JSON
+    + b"Content-Length: 5, 6\r\n\r\nhello"
+    + TAIL,
     "a signed length": b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Content-Length: +5\r\n\r\nhello" + TAIL,
-    "a hexadecimal length": b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Content-Length: 0x5\r\n\r\nhello" + TAIL,
+    "a hexadecimal length": b"POST /v1/completions HTTP/1.1\r\n"
+    + HOST
+    + JSON
+    + b"Content-Length: 0x5\r\n\r\nhello"
+    + TAIL,
     "lines without CR": b"GET /health HTTP/1.1\nHost: localhost\n\n" + TAIL,
     "one line without CR": b"GET /health HTTP/1.1\r\nHost: localhost\nx: y\r\n\r\n" + TAIL,
     "an empty line without CR": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\n" + TAIL,
     "a folded line": b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: y\r\n z\r\n\r\n" + TAIL,
-    "a folded length": b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Transfer-Encoding:\r\n chunked\r\nContent-Length: 5\r\n\r\nhello" + TAIL,
+    "a folded length": b"POST /v1/completions HTTP/1.1\r\n"
+    + HOST
+    + b"Transfer-Encoding:\r\n chunked\r\nContent-Length: 5\r\n\r\nhello"
+    + TAIL,
     "a space before the colon": b"POST /v1/completions HTTP/1.1\r\n" + HOST + b"Content-Length : 5\r\n\r\nhello" + TAIL,
-    "an unknown coding": b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + TAIL,
-    "two codings": b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n" + TAIL,
-    "a bad chunk": b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n" + TAIL,
-    "a chunk with a bad end": b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhelloXX0\r\n\r\n" + TAIL,
+    "an unknown coding": b"POST /v1/completions HTTP/1.1\r\n"
+    + HOST
+    + JSON
+    + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"
+    + TAIL,
+    "two codings": b"POST /v1/completions HTTP/1.1\r\n"
+    + HOST
+    + JSON
+    + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n"
+    + TAIL,
+    "a bad chunk": b"POST /v1/completions HTTP/1.1\r\n"
+    + HOST
+    + JSON
+    + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
+    + TAIL,
+    "a chunk with a bad end": b"POST /v1/completions HTTP/1.1\r\n"
+    + HOST
+    + JSON
+    + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhelloXX0\r\n\r\n"
+    + TAIL,
     "no host": b"GET /health HTTP/1.1\r\n\r\n" + TAIL,
     "two hosts": b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n" + TAIL,
     "a NUL": b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: a\x00b\r\n\r\n" + TAIL,
     "a NUL in the path": b"GET /he\x00alth HTTP/1.1\r\nHost: localhost\r\n\r\n" + TAIL,
     "another protocol": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200) + b"\r\n\r\n",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SMUGGLED)
@@ -256,8 +365,41 @@ def test_what_a_client_sends_during_its_answer_is_not_kept(home):
 def test_of_a_hundred_thousand_paths_only_the_literal_ones_lead_anywhere(chat, tmp_path):
     asked = SimpleNamespace(method="GET", headers={"host": "localhost"})  # what is asked of starlette's Request
     rng, known = random.Random(0), set(chat.app.routes)
-    parts = ["/", "//", "..", ".", "%2e%2e", "%2f", "%5c", "\\", "%00", "\x00", "etc", "passwd", "page", "index.html", "chat.js", "v1", "models", "health", "~root",
-             "proc", "self", "environ", ";", "?", "#", "%c0%ae", "%252e", "app.py", "worker.py", str(tmp_path), "chat", "completions", "a" * 3000]  # fmt: skip
+    parts = [
+        "/",
+        "//",
+        "..",
+        ".",
+        "%2e%2e",
+        "%2f",
+        "%5c",
+        "\\",
+        "%00",
+        "\x00",
+        "etc",
+        "passwd",
+        "page",
+        "index.html",
+        "chat.js",
+        "v1",
+        "models",
+        "health",
+        "~root",
+        "proc",
+        "self",
+        "environ",
+        ";",
+        "?",
+        "#",
+        "%c0%ae",
+        "%252e",
+        "app.py",
+        "worker.py",
+        str(tmp_path),
+        "chat",
+        "completions",
+        "a" * 3000,
+    ]
     for _ in range(100_000):
         path = "/" * rng.randrange(2) + "".join(rng.choices(parts, k=rng.randint(1, 6)))
         try:
@@ -265,8 +407,22 @@ def test_of_a_hundred_thousand_paths_only_the_literal_ones_lead_anywhere(chat, t
             assert path in known, path
         except fields.Refused as refused:
             assert refused.status == (405 if path in known else 404), path
-    for path in ("/../serve.py", "//etc/passwd", "/%2e%2e/serve.py", "/page/index.html", "/chat.js/", "/./health", "/health%00", "/v1/../health", "/HEALTH",
-                 "/%68ealth", "/chat.js%20", "http://localhost/health", "/page/../app.py", "*"):  # fmt: skip
+    for path in (
+        "/../serve.py",
+        "//etc/passwd",
+        "/%2e%2e/serve.py",
+        "/page/index.html",
+        "/chat.js/",
+        "/./health",
+        "/health%00",
+        "/v1/../health",
+        "/HEALTH",
+        "/%68ealth",
+        "/chat.js%20",
+        "http://localhost/health",
+        "/page/../app.py",
+        "*",
+    ):
         got = chat.raw(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         assert got.startswith((b"HTTP/1.1 404 ", b"HTTP/1.1 400 ")), path
 
@@ -308,9 +464,15 @@ def trickle(served: Served, count: int, first: bytes, byte: bytes) -> list[float
     return lasted
 
 
-SLOW = {"head": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: ", b"y"), "nothing": (b"", b""),
-        "body": (request(b"", length=10**5), b" "),
-        "chunks": (b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n")}  # fmt: skip
+SLOW = {
+    "head": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: ", b"y"),
+    "nothing": (b"", b""),
+    "body": (request(b"", length=10**5), b" "),
+    "chunks": (
+        b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Transfer-Encoding: chunked\r\n\r\n",
+        b"1\r\nx\r\n",
+    ),
+}
 
 
 @pytest.mark.parametrize("way", SLOW)
@@ -405,8 +567,17 @@ def test_after_a_thousand_clients_that_vanish_everything_is_as_before(home):
         def many(count):
             for _ in range(count):
                 whole = rng.choice(data)
-                vanish(served, rng, rng.choice([(whole,), (whole[:50],), (whole[:-5],), (whole, TAIL), (whole[:90], whole[90:])]))
-            until(lambda: served.worker.busy == 0 and not served.worker.waiting and not served.server.server_state.connections, 30)
+                vanish(
+                    served,
+                    rng,
+                    rng.choice([(whole,), (whole[:50],), (whole[:-5],), (whole, TAIL), (whole[:90], whole[90:])]),
+                )
+            until(
+                lambda: (
+                    served.worker.busy == 0 and not served.worker.waiting and not served.server.server_state.connections
+                ),
+                30,
+            )
 
         many(200)
         files, memory = files_open(), memory_mb()
@@ -528,8 +699,14 @@ def test_a_minute_of_everything_at_once_and_honest_clients_are_still_served(home
         later_files, later_memory = attack(60)
         assert not failures and served.complete(max_tokens=5)
         served_well = [seconds for status, seconds in honest if status == 200]
-        told = {"honest": len(honest), "served": len(served_well), "slowest_s": max(served_well), "health_s": max(healthy),
-                "files": later_files - files, "mb": later_memory - memory}  # fmt: skip
+        told = {
+            "honest": len(honest),
+            "served": len(served_well),
+            "slowest_s": max(served_well),
+            "health_s": max(healthy),
+            "files": later_files - files,
+            "mb": later_memory - memory,
+        }
         print(told)
         assert len(served_well) > 0.9 * len(honest) > 50, told
         assert later_files <= files and later_memory - memory < 20 and max(healthy) < 2, told

@@ -29,8 +29,15 @@ def speakers(small, small_with_prefix, tmp_path_factory) -> list[Speaker]:
     """A base and a chat model of the same name, of other sizes and with other tokenizers, both random."""
     made, home = [], tmp_path_factory.mktemp("models")
     for width, text, about in ((32, small, {}), (48, small_with_prefix, {"chat_format": "bos"})):
-        config = ModelConfig(vocab_size=text.vocab_size, hidden_size=width, intermediate_size=40, num_hidden_layers=2,
-                             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+        config = ModelConfig(
+            vocab_size=text.vocab_size,
+            hidden_size=width,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
         folder = home / str(width) / "pretrain"
         checkpoint.save_model(folder, lively(config), text, about)
         made.append(Speaker(SpeakerConfig(model=str(folder), device="cpu")))
@@ -43,8 +50,9 @@ def cfg(tmp_path):
     (tmp_path / "a.txt").write_bytes(f"\ufeff{PROMPTS[0]}\r\n \r\n  {PROMPTS[1]} \r\n".encode())
     (tmp_path / "b.txt").write_text(PROMPTS[2], encoding="utf-8")
     (tmp_path / "text.txt").write_text("是非成败转头空，青山依旧在，几度夕阳红。" * 20, encoding="utf-8")
-    return SimpleNamespace(data=str(tmp_path / "text.txt"), prompts=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")),
-                           batch=2, limit=0)  # fmt: skip
+    return SimpleNamespace(
+        data=str(tmp_path / "text.txt"), prompts=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")), batch=2, limit=0
+    )
 
 
 def test_each_model_answers_each_prompt_with_its_own_tokenizer_and_format(speakers, cfg):
@@ -139,9 +147,17 @@ def test_the_shipped_prompts_are_twelve_different_questions(name, root):
 # The page -------------------------------------------------------------------------------------------------------------
 
 EVIL = [
-    "<script>alert(1)</script>", "</p></article><img src=x onerror=alert(1)>", "\"><svg onload='alert(1)'>", "&lt;b&gt; &amp; &#60;",
-    "</style><style>body{display:none}</style>", "<!-- ", "]]>", "</title><h1>", "a\n\n  b\ttab", "<a href='javascript:x'>y</a>",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    "</p></article><img src=x onerror=alert(1)>",
+    "\"><svg onload='alert(1)'>",
+    "&lt;b&gt; &amp; &#60;",
+    "</style><style>body{display:none}</style>",
+    "<!-- ",
+    "]]>",
+    "</title><h1>",
+    "a\n\n  b\ttab",
+    "<a href='javascript:x'>y</a>",
+]
 
 
 class Page(HTMLParser):
@@ -167,8 +183,10 @@ class Page(HTMLParser):
 
 def evil_report() -> Report:
     report = Report("compare", about={key: key for key in EVIL}, notes=list(EVIL))
-    report.tables = [Table("Models", ["model", *EVIL[:2]], [[text, 1234567, 1.5] for text in EVIL[:2]]),
-                     Table(side_by_side.ANSWERS, ["prompt", *EVIL[:2]], [[text, text, text + "!"] for text in EVIL])]  # fmt: skip
+    report.tables = [
+        Table("Models", ["model", *EVIL[:2]], [[text, 1234567, 1.5] for text in EVIL[:2]]),
+        Table(side_by_side.ANSWERS, ["prompt", *EVIL[:2]], [[text, text, text + "!"] for text in EVIL]),
+    ]
     return report
 
 
@@ -176,8 +194,27 @@ def test_texts_stay_texts_on_the_page_whatever_is_in_them():
     html = side_by_side.page(evil_report())
     page = Page(html)
     assert not page.open, "every tag is closed"
-    allowed = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "ul", "li", "div", "table", "tr", "th",
-               "td", "section", "article", "p"}  # fmt: skip
+    allowed = {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "h1",
+        "h2",
+        "h3",
+        "ul",
+        "li",
+        "div",
+        "table",
+        "tr",
+        "th",
+        "td",
+        "section",
+        "article",
+        "p",
+    }
     assert {tag for tag, _ in page.tags} <= allowed
     assert {key for _, attrs in page.tags for key in attrs} <= {
         "lang",

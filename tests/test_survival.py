@@ -36,8 +36,12 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def kill_runs(tmp_path, *words) -> dict:
-    done = subprocess.run([sys.executable, str(HERE / "kill_runs.py"), str(tmp_path), *map(str, words)], env=ONE_THREAD,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(HERE / "kill_runs.py"), str(tmp_path), *map(str, words)],
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
     return json.loads(done.stdout)
@@ -73,15 +77,34 @@ def rank(number: int, world: int, port: str, out_dir: Path, program: Path = HERE
     """One rank, started by hand: its exit code is not torchrun's."""
     small_run.bin_rows(out_dir.parent)  # or both would make it
     names = {"RANK": str(number), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.Popen([sys.executable, str(program / "small_run.py"), str(out_dir), json.dumps(options)],
-                            env=ONE_THREAD | names, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, str(program / "small_run.py"), str(out_dir), json.dumps(options)],
+        env=ONE_THREAD | names,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def torchrun(ranks: int, out_dir: Path, *flags: str, **options) -> subprocess.Popen:
     small_run.bin_rows(out_dir.parent)
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *flags,
-                             str(HERE / "small_run.py"), str(out_dir), json.dumps(options)], env=ONE_THREAD,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            *flags,
+            str(HERE / "small_run.py"),
+            str(out_dir),
+            json.dumps(options),
+        ],
+        env=ONE_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def until(true, seconds: float = 90) -> float:
@@ -215,7 +238,9 @@ BRIEF = {"batch_tokens": 2 * SEQ_LEN, "micro_batch": 2, "save_every": 1, "eval_e
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
-def test_a_disk_that_refuses_any_one_operation_of_a_save_costs_no_older_checkpoint_and_no_step(tmp_path, number, monkeypatch):
+def test_a_disk_that_refuses_any_one_operation_of_a_save_costs_no_older_checkpoint_and_no_step(
+    tmp_path, number, monkeypatch
+):
     options = BRIEF | {"val": False, "eval_every": 99, "min_lr": 3e-3}
     small_run.run(tmp_path / "unbroken", max_steps=4, **options)
     small_run.run(tmp_path / "begun", max_steps=2, **options)
@@ -311,7 +336,9 @@ def test_a_thousand_damages_of_checkpoint_files_are_named_and_the_one_before_is_
             path.write_bytes(data[:at] if damage == "cut" else data + b"x")
         said = []
         assert run.newest(said.append) == tmp_path / "run/checkpoint-1", (k, damage, path.name, at)
-        assert len(said) == 1 and str(folder) in said[0] and (path.name in said[0] or path.name == "manifest.json"), said
+        assert len(said) == 1 and str(folder) in said[0] and (path.name in said[0] or path.name == "manifest.json"), (
+            said
+        )
         path.write_bytes(data)
     assert run.newest(print) == folder
     run.close()
@@ -330,10 +357,18 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(tmp_path):
 def test_a_second_trainer_is_refused_with_the_process_of_the_first(tmp_path):
     small_run.run(tmp_path / "run", max_steps=1, val=False)
     run = checkpoint.Run(tmp_path / "run", {}, {}, None)
-    second = subprocess.run([sys.executable, str(HERE / "small_run.py"), str(tmp_path / "run"), "{}"], env=ONE_THREAD,
-                            capture_output=True, text=True, timeout=60)  # fmt: skip
+    second = subprocess.run(
+        [sys.executable, str(HERE / "small_run.py"), str(tmp_path / "run"), "{}"],
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     run.close()
-    assert second.returncode == 2 and second.stderr == f"error: {tmp_path}/run is in use by process {os.getpid()} -- another --out_dir?\n"
+    assert (
+        second.returncode == 2
+        and second.stderr == f"error: {tmp_path}/run is in use by process {os.getpid()} -- another --out_dir?\n"
+    )
 
 
 def test_a_copied_run_goes_on_bit_for_bit(tmp_path):
@@ -372,7 +407,14 @@ def test_other_batches_go_on_at_the_next_row_and_each_row_comes_once_an_epoch(tm
 
     for rows, micro in ((8, 2), (4, 4), (16, 2), (6, 3), (2, 1)):
         steps += rng.randint(1, 6)
-        small_run.run(tmp_path / "run", max_steps=steps, batch_tokens=rows * SEQ_LEN, micro_batch=micro, val=False, loss_fn=watching)
+        small_run.run(
+            tmp_path / "run",
+            max_steps=steps,
+            batch_tokens=rows * SEQ_LEN,
+            micro_batch=micro,
+            val=False,
+            loss_fn=watching,
+        )
     n = len(small_run.bin_rows(tmp_path))
     assert seen == step_rows(0, len(seen), n, seed=1)
     assert len(set(seen[:n])) == min(n, len(seen))
@@ -413,7 +455,10 @@ VALUES = (math.nan, math.inf, -math.inf)
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_250_bad_numbers_are_never_applied_and_told_with_all_there_is_to_know(tmp_path, dtype):
-    rng, options = random.Random(0), {"batch_tokens": 2 * SEQ_LEN, "micro_batch": 1, "val": False, "save_every": 99, "eval_every": 99}
+    rng, options = (
+        random.Random(0),
+        {"batch_tokens": 2 * SEQ_LEN, "micro_batch": 1, "val": False, "save_every": 99, "eval_every": 99},
+    )
     start = small_run.small_model()
     for k in range(250):
         model, steps = small_run.small_model(), rng.randint(1, 3)
@@ -434,7 +479,11 @@ def test_250_bad_numbers_are_never_applied_and_told_with_all_there_is_to_know(tm
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before["weights"])), (k, where)
         assert steps == 1 or not torch.equal(model.lm_head.weight, start.lm_head.weight)
         said, rows = str(caught.value), before["rows"][-2:]
-        assert said.startswith(f"step {steps}: loss ") and "gradient norm " in said and f"lr {min(steps, 2) * 1.5e-3:.1e}"[:6] in said
+        assert (
+            said.startswith(f"step {steps}: loss ")
+            and "gradient norm " in said
+            and f"lr {min(steps, 2) * 1.5e-3:.1e}"[:6] in said
+        )
         assert f"rows {rows}" in said and all(f"small.bin: tokens {i * SEQ_LEN} to" in said for i in rows)
         noted = json.loads((tmp_path / "run/diverged.json").read_text())
         assert list(noted["rows"]) == [str(i) for i in rows] and noted["what"] in said
@@ -459,8 +508,18 @@ def test_500_overflows_of_fp16_are_counted_and_never_applied(tmp_path, monkeypat
             return next_token_loss(model, batch)
         return injector(rng, model, rng.choice(("loss", "gradient")), 1, rng.choice(VALUES))(model, batch)
 
-    small_run.run(tmp_path / "run", model=model, dtype="fp16", loss_fn=loss_fn, max_steps=1001, val=False, save_every=9999,
-                  eval_every=9999, batch_tokens=SEQ_LEN, micro_batch=1)  # fmt: skip
+    small_run.run(
+        tmp_path / "run",
+        model=model,
+        dtype="fp16",
+        loss_fn=loss_fn,
+        max_steps=1001,
+        val=False,
+        save_every=9999,
+        eval_every=9999,
+        batch_tokens=SEQ_LEN,
+        micro_batch=1,
+    )
     assert checked >= 450 and len(outcomes) == 1001
 
 
@@ -497,7 +556,14 @@ def test_a_spike_is_told_and_stops_on_request(tmp_path):
 
         return loss_fn
 
-    options = {"val": False, "eval_every": 999, "save_every": 139, "batch_tokens": SEQ_LEN, "micro_batch": 1, "max_steps": 150}
+    options = {
+        "val": False,
+        "eval_every": 999,
+        "save_every": 139,
+        "batch_tokens": SEQ_LEN,
+        "micro_batch": 1,
+        "max_steps": 150,
+    }
     for name, at in (("early", 100), ("late", 140)):  # before the 129th there is too little to compare it with
         small_run.run(tmp_path / name / "run", loss_fn=spike_at(at), **options)
         told = [line for line in (tmp_path / name / "run/log.txt").read_text().splitlines() if "sigma" in line]
@@ -506,7 +572,9 @@ def test_a_spike_is_told_and_stops_on_request(tmp_path):
     mean, sigma = usual[:-1].mean(), usual[:-1].std(correction=0)
     plain = float(usual[-1]) / 3
     for sigmas in (5.9, 6.1):
-        small_run.run(tmp_path / f"{sigmas}/run", loss_fn=spike_at(140, float(mean + sigmas * sigma) / plain), **options)
+        small_run.run(
+            tmp_path / f"{sigmas}/run", loss_fn=spike_at(140, float(mean + sigmas * sigma) / plain), **options
+        )
         assert ("sigma" in (tmp_path / f"{sigmas}/run/log.txt").read_text()) == (sigmas > 6)
     model = small_run.small_model()
     with pytest.raises(Diverged, match=r"step 140: loss 1\d\.\d+ is above"):
@@ -540,7 +608,11 @@ def test_a_full_disk_under_the_log_does_not_stop_training(tmp_path):
         if calls == 6:
             for fd in os.listdir("/proc/self/fd"):
                 link = Path(f"/proc/self/fd/{fd}")
-                if link.is_symlink() and os.readlink(link).startswith(f"{tmp_path}/b/run/") and Path(os.readlink(link)).name in ("log.txt", "metrics.jsonl"):
+                if (
+                    link.is_symlink()
+                    and os.readlink(link).startswith(f"{tmp_path}/b/run/")
+                    and Path(os.readlink(link)).name in ("log.txt", "metrics.jsonl")
+                ):
                     os.dup2(full, int(fd))
         return next_token_loss(model, batch)
 
@@ -549,7 +621,9 @@ def test_a_full_disk_under_the_log_does_not_stop_training(tmp_path):
     os.close(full)
     assert_equal(state_of(tmp_path / "b/run", 5), state_of(tmp_path / "a/run", 5))
     assert metrics(tmp_path / "b/run") == metrics(tmp_path / "a/run")[:1]
-    (tmp_path / "b/run/metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo{"step": 1}\n\0\0\n{"step": 9')  # torn
+    (tmp_path / "b/run/metrics.jsonl").write_text(
+        '{"step": 1, "loss": 3.0}\n{"step": 2, "lo{"step": 1}\n\0\0\n{"step": 9'
+    )  # torn
     small_run.run(tmp_path / "b/run", max_steps=6)
     assert metrics(tmp_path / "b/run", "step")[0] == 1 and metrics(tmp_path / "b/run", "step")[-1] == 6
 
@@ -560,7 +634,9 @@ def test_output_that_goes_nowhere_does_not_stop_training(tmp_path, where):
     command = [sys.executable, str(HERE / "small_run.py"), str(out_dir), options]
     env = ONE_THREAD | ({"LANG": "C", "LC_ALL": "C"} if where == "LANG=C" else {})
     with open("/dev/full", "w") as full:
-        process = subprocess.Popen(command, env=env, stdout=full if where == "full disk" else subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command, env=env, stdout=full if where == "full disk" else subprocess.PIPE, stderr=subprocess.PIPE
+        )
         if where == "nobody reads":
             process.stdout.close()
             process.stdout = None
@@ -570,17 +646,32 @@ def test_output_that_goes_nowhere_does_not_stop_training(tmp_path, where):
     assert (process.returncode, err) == (0, b"")
 
 
-@pytest.mark.parametrize(("names", "device", "says"), [
-    ({"RANK": "0"}, "cpu", "RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not -- start with torchrun"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "cpu", "RANK is set but MASTER_PORT is not"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "taken"}, "cpu", "in use.* -- a free MASTER_PORT"),
-    ({"RANK": "zero", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "cpu", "rank zero of 2 does not meet the others"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free"}, "cpu", "rank 0 of 2 does not meet the others at 127"),
-    ({}, "cuda", "no device cuda:0, 0 CUDA devices are there -- --device cpu"),
-    ({}, "cuda:7", "no device cuda:7"),
-    ({}, "mps", "'mps' is not a device of this machine"),
-    ({}, "gpu", "'gpu' is not a device of this machine"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "device", "says"),
+    [
+        ({"RANK": "0"}, "cpu", "RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not -- start with torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "cpu", "RANK is set but MASTER_PORT is not"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "taken"},
+            "cpu",
+            "in use.* -- a free MASTER_PORT",
+        ),
+        (
+            {"RANK": "zero", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "cpu",
+            "rank zero of 2 does not meet the others",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "free"},
+            "cpu",
+            "rank 0 of 2 does not meet the others at 127",
+        ),
+        ({}, "cuda", "no device cuda:0, 0 CUDA devices are there -- --device cpu"),
+        ({}, "cuda:7", "no device cuda:7"),
+        ({}, "mps", "'mps' is not a device of this machine"),
+        ({}, "gpu", "'gpu' is not a device of this machine"),
+    ],
+)
 def test_a_start_that_cannot_work_is_one_line_with_the_cure(monkeypatch, names, device, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -272,7 +272,7 @@ BREAKS = {
     "setting 44 should be a text": lambda m: change(m, trainer=(*m.trainer, (44, 0, 1))),
     "setting 48 should be a text": lambda m: change(m, trainer=(*m.trainer, (48, 0, 1))),
     "normaliser table": lambda m: change(m, normalizer=(*m.normalizer, (2, 2, BAD_TABLE))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reason", BREAKS)

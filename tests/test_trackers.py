@@ -57,8 +57,17 @@ class Fake:
 
 @pytest.fixture(autouse=True)
 def nobody_is_logged_in(monkeypatch, tmp_path):
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "NETRC", "SWANLAB_MODE",
-                 "SWANLAB_API_KEY", "SWANLAB_ROOT", "SWANLAB_SAVE_DIR"):  # fmt: skip
+    for name in (
+        "WANDB_MODE",
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_BASE_URL",
+        "NETRC",
+        "SWANLAB_MODE",
+        "SWANLAB_API_KEY",
+        "SWANLAB_ROOT",
+        "SWANLAB_SAVE_DIR",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # HOME of Windows
@@ -121,8 +130,10 @@ def test_tensorboard_forgets_what_a_killed_run_had_sent_after_its_checkpoint(tmp
     # validation of step 6.
     for name, made_up in (("a", []), ("b", [{"step": 6, "val_loss": 60.0}])):
         (tmp_path / name).mkdir()
-        for records in ([{"step": s, "loss": float(s)} for s in range(1, 10)],
-                        [*made_up, *({"step": s, "loss": 100.0 + s} for s in range(7, 12))]):  # fmt: skip
+        for records in (
+            [{"step": s, "loss": float(s)} for s in range(1, 10)],
+            [*made_up, *({"step": s, "loss": 100.0 + s} for s in range(7, 12))],
+        ):
             sink = open_tracker(TrackConfig("tensorboard"), tmp_path / name, {}, print)
             for record in records:
                 sink(record)
@@ -192,14 +203,19 @@ def fail():
     raise ConnectionError("no\nnetwork")
 
 
-@pytest.mark.parametrize("way", [{"log": fail}, {"init": fail}, {"log": lambda: sys.exit(1)}], ids=["log", "init", "exit"])
+@pytest.mark.parametrize(
+    "way", [{"log": fail}, {"init": fail}, {"log": lambda: sys.exit(1)}], ids=["log", "init", "exit"]
+)
 @pytest.mark.parametrize("tracker", ["swanlab", "wandb", "trackio"])
 def test_a_tracker_that_fails_is_told_once_and_not_used_any_more(monkeypatch, tracker, way):
     fake = Fake(**way)
     warnings = run(monkeypatch, tracker, fake, RECORDS * 20)
     assert len(warnings) == 1 and len(fake.threads) <= 1
-    assert re.fullmatch(rf"warning: tracker {tracker} failed: (ConnectionError: no network|SystemExit: 1); "
-                        "it is not used any more, metrics.jsonl has it all", warnings[0])  # fmt: skip
+    assert re.fullmatch(
+        rf"warning: tracker {tracker} failed: (ConnectionError: no network|SystemExit: 1); "
+        "it is not used any more, metrics.jsonl has it all",
+        warnings[0],
+    )
 
 
 def test_a_failure_in_the_middle_is_told_while_the_run_goes_on(monkeypatch):
@@ -270,6 +286,12 @@ sink = trackers.open_tracker(trackers.TrackConfig("trackio"), ".", {}, print)
 sink({"step": 1, "loss": 1.0})
 sink.close()
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, timeout=60,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "is not done after 0.1 s" in done.stdout, done.stderr

@@ -95,7 +95,9 @@ def test_the_index_names_every_chapter_in_both_languages():
 def test_every_figure_is_shown_in_both_languages_and_is_small():
     for language in ("zh", "en"):
         text = "".join(chapters.chapter(number, language).read_text(encoding="utf-8") for number in NUMBERS)
-        assert {f"../img/{p.name}" for p in (TUTORIAL / "img").iterdir()} == {k for k in LINK.findall(text) if k.endswith(".png")}
+        assert {f"../img/{p.name}" for p in (TUTORIAL / "img").iterdir()} == {
+            k for k in LINK.findall(text) if k.endswith(".png")
+        }
     assert max(p.stat().st_size for p in (TUTORIAL / "img").iterdir()) < 60_000
 
 
@@ -129,13 +131,16 @@ def test_a_chapter_that_is_not_there_is_one_line():
         chapters.chapter(12)
 
 
-@pytest.mark.parametrize("printed, expected, equal", [
-    ("loss 0.523\n", "loss 0.518\n", True),
-    ("loss 0.53\n", "loss 0.51\n", False),
-    ("3 rows\n", "4 rows\n", False),
-    ("a 1.0\n", "b 1.0\n", False),
-    ("[1.0, 2.0]\n", "[1.0]\n", False),
-    ("x\n", "", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "printed, expected, equal",
+    [
+        ("loss 0.523\n", "loss 0.518\n", True),
+        ("loss 0.53\n", "loss 0.51\n", False),
+        ("3 rows\n", "4 rows\n", False),
+        ("a 1.0\n", "b 1.0\n", False),
+        ("[1.0, 2.0]\n", "[1.0]\n", False),
+        ("x\n", "", False),
+    ],
+)
 def test_only_numbers_with_a_point_may_differ_and_only_a_little(printed, expected, equal):
     assert same(printed, expected) == equal

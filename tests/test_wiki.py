@@ -71,13 +71,22 @@ def test_a_declared_encoding_is_used():
 
 
 def test_redirects_are_marked_by_element_or_text():
-    xml = dump(page(more='<redirect title="丙" />'), page(text="#重定向 [[丙]]"), page(text="#REDIRECT: [[丙]]"), page())
+    xml = dump(
+        page(more='<redirect title="丙" />'), page(text="#重定向 [[丙]]"), page(text="#REDIRECT: [[丙]]"), page()
+    )
     assert [p.redirect for p in read(xml)] == [True, True, True, False]
 
 
 def test_the_newest_revision_is_the_page():
-    assert read(dump("<page><title>甲</title><ns>0</ns><revision><text>旧</text></revision>"
-                     "<revision><text>新</text></revision></page>"))[0].text == "新"  # fmt: skip
+    assert (
+        read(
+            dump(
+                "<page><title>甲</title><ns>0</ns><revision><text>旧</text></revision>"
+                "<revision><text>新</text></revision></page>"
+            )
+        )[0].text
+        == "新"
+    )
 
 
 def test_a_page_without_text_is_a_page():
@@ -123,9 +132,12 @@ def test_a_damaged_compressed_file_is_said(cut, tmp_path):
 
 @pytest.mark.parametrize(
     "declaration",
-    ['<!DOCTYPE a [<!ENTITY b "c">]>', '<!DOCTYPE a SYSTEM "file:///etc/passwd">',
-     '<!DOCTYPE a [<!ENTITY b "bbbbbbbb"><!ENTITY c "&b;&b;&b;&b;"><!ENTITY d "&c;&c;&c;&c;">]>'],
-)  # fmt: skip
+    [
+        '<!DOCTYPE a [<!ENTITY b "c">]>',
+        '<!DOCTYPE a SYSTEM "file:///etc/passwd">',
+        '<!DOCTYPE a [<!ENTITY b "bbbbbbbb"><!ENTITY c "&b;&b;&b;&b;"><!ENTITY d "&c;&c;&c;&c;">]>',
+    ],
+)
 def test_declarations_are_refused(declaration):
     with pytest.raises(UserError, match=r"x\.xml:1: a document type declaration"):
         read(dump(page(text="&d;"), head=declaration))
@@ -170,33 +182,69 @@ GOLDEN = [
     ("-{zh-cn;zh-hans|丁}-、-{|戊}-", "丁、戊"),
     # templates
     ("'''鲁迅'''{{bd|1881年|9月25日|1936年|10月19日|L}}", "鲁迅（1881年9月25日－1936年10月19日）"),
-    ("{{bd|1950年|3月3日}}、{{BD|||1980年|}}、{{bd|[[1900年]]|[[1月1日]]|1980年|2月2日}}{{bd}}", "（1950年3月3日－）、（？－1980年）、（1900年1月1日－1980年2月2日）"),
-    ("法国（{{lang-fr|'''[[France]]'''}}，{{IPA-fr|fʁɑ̃s}}）、{{lang|fr|{{lang|de|x}}}}、{{langx|en|b}}", "法国（France）、x、b"),
-    ("{{le|中文|English}}、{{link-en|甲|A|乙}}、{{tsl|en|Original|中文}}、{{tsl|en|O|甲|乙}}、{{tsl|en|Interix}}", "中文、乙、中文、乙、Interix"),
-    ("{{Internal link helper/en|甲|A}}、{{internal link helper|乙|B|lang-code=en}}、{{Link_ja|x}}{{ill|丙|en|C|lt=丁}}", "甲、乙、丁"),
-    ("{{nihongo|东京|東京|Tōkyō}}、{{nihongo|Tokyo|東京}}、{{ruby|漢字|かな}}", "东京（東京，Tōkyō）、Tokyo (東京)、漢字（かな）"),
+    (
+        "{{bd|1950年|3月3日}}、{{BD|||1980年|}}、{{bd|[[1900年]]|[[1月1日]]|1980年|2月2日}}{{bd}}",
+        "（1950年3月3日－）、（？－1980年）、（1900年1月1日－1980年2月2日）",
+    ),
+    (
+        "法国（{{lang-fr|'''[[France]]'''}}，{{IPA-fr|fʁɑ̃s}}）、{{lang|fr|{{lang|de|x}}}}、{{langx|en|b}}",
+        "法国（France）、x、b",
+    ),
+    (
+        "{{le|中文|English}}、{{link-en|甲|A|乙}}、{{tsl|en|Original|中文}}、{{tsl|en|O|甲|乙}}、{{tsl|en|Interix}}",
+        "中文、乙、中文、乙、Interix",
+    ),
+    (
+        "{{Internal link helper/en|甲|A}}、{{internal link helper|乙|B|lang-code=en}}、{{Link_ja|x}}{{ill|丙|en|C|lt=丁}}",
+        "甲、乙、丁",
+    ),
+    (
+        "{{nihongo|东京|東京|Tōkyō}}、{{nihongo|Tokyo|東京}}、{{ruby|漢字|かな}}",
+        "东京（東京，Tōkyō）、Tokyo (東京)、漢字（かな）",
+    ),
     ("<ruby><rb>漢</rb><rp>(</rp><rt>かん</rt><rp>)</rp></ruby>", "漢（かん）"),
-    ("{{NoteTA|1=zh-cn:甲;zh-tw:乙|G1=IT}}{{Infobox|a=[[b]]|c={{d|e={{f}}}}\n|g=<ref>{{h}}</ref>}}甲{{CURRENTYEAR}}", "甲"),
-    ("{{quote|甲{{lang|la|乙}}}}、{{nowrap|1=丙=丁}}、{{formatnum:1234}}、{{convert|5|to|10|km}}、{{frac|1|2}}", "甲乙、丙=丁、1234、5 to 10 km、1/2"),
+    (
+        "{{NoteTA|1=zh-cn:甲;zh-tw:乙|G1=IT}}{{Infobox|a=[[b]]|c={{d|e={{f}}}}\n|g=<ref>{{h}}</ref>}}甲{{CURRENTYEAR}}",
+        "甲",
+    ),
+    (
+        "{{quote|甲{{lang|la|乙}}}}、{{nowrap|1=丙=丁}}、{{formatnum:1234}}、{{convert|5|to|10|km}}、{{frac|1|2}}",
+        "甲乙、丙=丁、1234、5 to 10 km、1/2",
+    ),
     ("甲{{{1|乙}}}丙{{{2}}}丁", "甲乙丙丁"),
     # what dropped templates leave
     ("空（{{x}}）的（{{a}}；{{b}}）和main()与（{{a}}，甲；{{b}}）乙「{{x}}」", "空的和main()与（甲）乙"),
     ("甲，{{x}}，乙<ref>a</ref>。 <ref>b</ref> 丙 {{x}}{{y}}。a {{x}}, b", "甲，乙。丙。a, b"),
     # links, files, categories
-    ("[[File:a.jpg|thumb|200px|说明[[乙]]和[[丙|丁]]]]甲[[文件:b.png]][[檔案:c.png|x]][[图像:d.png]][[分类:甲]][[分類:乙]]", "甲"),
-    ("[[:Category:乙|丙]]、[[:分类:丁]]、[[#节]]、[[ 戊 ]]、[[[己]]]、[[en:Foo]][[zh-min-nan:Bar]]", "丙、分类:丁、#节、戊、[己]、"),
+    (
+        "[[File:a.jpg|thumb|200px|说明[[乙]]和[[丙|丁]]]]甲[[文件:b.png]][[檔案:c.png|x]][[图像:d.png]][[分类:甲]][[分類:乙]]",
+        "甲",
+    ),
+    (
+        "[[:Category:乙|丙]]、[[:分类:丁]]、[[#节]]、[[ 戊 ]]、[[[己]]]、[[en:Foo]][[zh-min-nan:Bar]]",
+        "丙、分类:丁、#节、戊、[己]、",
+    ),
     ("[http://a.b/c 甲]、[https://a {{lang|en|b}} [[c]]]、http://x.y/z", "甲、b c、http://x.y/z"),
     # tags
-    ("甲<ref>[[a]]{{b|c}}</ref>乙<ref name=\"x\" />丙<ref name=y>q<br/></ref>丁<!-- [[x]]\n -->戊", "甲乙丙丁戊"),
+    ('甲<ref>[[a]]{{b|c}}</ref>乙<ref name="x" />丙<ref name=y>q<br/></ref>丁<!-- [[x]]\n -->戊', "甲乙丙丁戊"),
     ("<gallery>\nFile:a.jpg|甲\n</gallery>乙<timeline>x</timeline><imagemap>y</imagemap>", "乙"),
     ("甲<nowiki>[[乙]] '''丙''' &lt;ref {{丁}}</nowiki>戊", "甲[ [乙] ] '''丙''' < ref { {丁} }戊"),
-    ("设<math display=\"inline\">f(x)=\\frac{1}{\\sqrt{x}}\n-{a}</math>为函数，H<sub>2</sub>O，10<sup>6</sup>", "设$f(x)=\\frac{1}{\\sqrt{x} } - {a}$为函数，H2O，10^6"),
-    ("a<b and c>d, List<String> <span style=\"x\">x</span><br />y", "a<b and c>d, List<String> x\ny"),
+    (
+        '设<math display="inline">f(x)=\\frac{1}{\\sqrt{x}}\n-{a}</math>为函数，H<sub>2</sub>O，10<sup>6</sup>',
+        "设$f(x)=\\frac{1}{\\sqrt{x} } - {a}$为函数，H2O，10^6",
+    ),
+    ('a<b and c>d, List<String> <span style="x">x</span><br />y', "a<b and c>d, List<String> x\ny"),
     ("<pre>\n# x\n  * y[[0]]\n</pre>", "# x\n  * y[ [0] ]"),
     # tables, headings, lists
     ("{| class=x\n|a||b\n|-\n|\n{|\n|c\n|}\n|{{d|e}}\n|}\n甲", "甲"),
-    ("== [[历史]]{{anchor|x}} ==\n文\n=== -{zh-cn:子;zh-tw:丑}- ===\n节\n=== 空 ===\n{{x}}\n== 后 ==\n丙", "历史\n\n文\n\n子\n\n节\n\n后\n\n丙"),
-    ("* 甲\n** 乙\n# 丙\n# 丁\n## 戊\n# 己\n; 词\n: 解\n:* 庚\n\n# 辛\n* {{cite|x}}.", "- 甲\n  - 乙\n1. 丙\n2. 丁\n  1. 戊\n3. 己\n词\n解\n- 庚\n\n1. 辛"),
+    (
+        "== [[历史]]{{anchor|x}} ==\n文\n=== -{zh-cn:子;zh-tw:丑}- ===\n节\n=== 空 ===\n{{x}}\n== 后 ==\n丙",
+        "历史\n\n文\n\n子\n\n节\n\n后\n\n丙",
+    ),
+    (
+        "* 甲\n** 乙\n# 丙\n# 丁\n## 戊\n# 己\n; 词\n: 解\n:* 庚\n\n# 辛\n* {{cite|x}}.",
+        "- 甲\n  - 乙\n1. 丙\n2. 丁\n  1. 戊\n3. 己\n词\n解\n- 庚\n\n1. 辛",
+    ),
     ("''斜''、'''粗'''、'''''都'''''、&nbsp;&lt;乙&gt;&amp;amp;\u200b", "斜、粗、都、<乙>&amp;"),
     ("__NOTOC__甲__不转换__乙 __init__\n----\n丙\n\n\n\n丁", "甲乙 __init__\n丙\n\n丁"),
     ("* {{cite|x}}. 甲\n* <ref>x</ref> 乙", "- 甲\n- 乙"),
@@ -206,7 +254,7 @@ GOLDEN = [
     ("{{lang|en|甲\n\n乙\n== 标题 ==\n丙}}", "lang|en|甲\n\n乙\n\n标题\n\n丙"),
     ("{|\n! a !! b\n|-\n| c\n甲\n== 标题 ==\n乙\n|}", "甲\n\n标题\n\n乙"),
     ("&#91;&#91;甲&#93;&#93;&lt;ref&gt;乙", "甲>乙"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("wikitext", "text"), GOLDEN)
@@ -216,9 +264,29 @@ def test_golden(wikitext, text, parser):
 
 @pytest.mark.parametrize(
     "heading",
-    ["注释", "註釋", "参考文献", "參考文獻", "参考资料", "參考資料", "外部链接", "外部連結", "外部連接", "参见", "參見", "相关条目", "注释与参考资料",
-     "References", "External links", "Notes", "See also", "Further reading", "Bibliography", "Notes and references"],
-)  # fmt: skip
+    [
+        "注释",
+        "註釋",
+        "参考文献",
+        "參考文獻",
+        "参考资料",
+        "參考資料",
+        "外部链接",
+        "外部連結",
+        "外部連接",
+        "参见",
+        "參見",
+        "相关条目",
+        "注释与参考资料",
+        "References",
+        "External links",
+        "Notes",
+        "See also",
+        "Further reading",
+        "Bibliography",
+        "Notes and references",
+    ],
+)
 def test_sections_without_prose_go_with_their_subsections(heading, parser):
     text = f"甲\n== {heading} ==\n* 去\n=== 子 ===\n去\n== 后 ==\n乙\n=={heading}==\n* 去"
     assert to_text(text) == "甲\n\n后\n\n乙"
@@ -258,12 +326,78 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
 # The promise ----------------------------------------------------------------------------------------------------------
 
 FRAGMENTS = [
-    "{{", "}}", "[[", "]]", "{|", "\n{|", "|}", "\n|}", "-{", "}-", "{{{", "}}}", "{", "}", "[", "]", "<", "-", "|", "=", ";", ":",
-    "<ref>", "</ref>", "<ref name=a/>", "<!--", "-->", "<nowiki>", "</nowiki>", "<math>", "</math>", "<br/>", "<b>", "<r", "ef",
-    "'''", "''", "[http://x.y ", "http://", "\n", "\n== a ==\n", "\n* ", "\n# ", "\n|-\n", " ", "中文", "a", "（", "）", "(", ")",
-    "lang|en|", "{{lang|en|", "{{tsl|en|", "{{bd|", "zh-cn:", "zh-tw:", "H|", "&#91;", "&#93;", "&#123;", "&#125;", "&lt;ref", "&amp;",
-    "File:", "分类:", "formatnum:", "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd03\ufdd1",
-]  # fmt: skip
+    "{{",
+    "}}",
+    "[[",
+    "]]",
+    "{|",
+    "\n{|",
+    "|}",
+    "\n|}",
+    "-{",
+    "}-",
+    "{{{",
+    "}}}",
+    "{",
+    "}",
+    "[",
+    "]",
+    "<",
+    "-",
+    "|",
+    "=",
+    ";",
+    ":",
+    "<ref>",
+    "</ref>",
+    "<ref name=a/>",
+    "<!--",
+    "-->",
+    "<nowiki>",
+    "</nowiki>",
+    "<math>",
+    "</math>",
+    "<br/>",
+    "<b>",
+    "<r",
+    "ef",
+    "'''",
+    "''",
+    "[http://x.y ",
+    "http://",
+    "\n",
+    "\n== a ==\n",
+    "\n* ",
+    "\n# ",
+    "\n|-\n",
+    " ",
+    "中文",
+    "a",
+    "（",
+    "）",
+    "(",
+    ")",
+    "lang|en|",
+    "{{lang|en|",
+    "{{tsl|en|",
+    "{{bd|",
+    "zh-cn:",
+    "zh-tw:",
+    "H|",
+    "&#91;",
+    "&#93;",
+    "&#123;",
+    "&#125;",
+    "&lt;ref",
+    "&amp;",
+    "File:",
+    "分类:",
+    "formatnum:",
+    "\ufdd0",
+    "\ufdd1",
+    "\ufdd2",
+    "\ufdd03\ufdd1",
+]
 
 
 @settings(max_examples=600)
@@ -274,8 +408,25 @@ def test_no_markup_is_left_whatever_comes_in(wikitext, title):
 
 
 PARAGRAPHS = "甲段开头。\n\n乙段（一）在[[中]]间{{lang|en|Q}}。\n\n* 丙项\n\n丁段结尾。"
-STRAY = ["{{", "}}", "[[", "]]", "{|", "|}", "-{", "}-", "<ref>", "</ref>", "<ref name=x>", "<!--", "<nowiki>", "<gallery>", "</math>",
-         "<table>", "<div>"]  # fmt: skip
+STRAY = [
+    "{{",
+    "}}",
+    "[[",
+    "]]",
+    "{|",
+    "|}",
+    "-{",
+    "}-",
+    "<ref>",
+    "</ref>",
+    "<ref name=x>",
+    "<!--",
+    "<nowiki>",
+    "<gallery>",
+    "</math>",
+    "<table>",
+    "<div>",
+]
 
 
 @given(st.sampled_from(STRAY), st.integers(0, 3), st.booleans())
@@ -289,16 +440,40 @@ def test_one_stray_mark_costs_no_paragraph(mark, where, at_end):
 
 
 SLOW = {
-    "open templates": ("{{", 100_000), "templates with argument": ("{{a|", 50_000), "open links": ("[[a|", 50_000),
-    "open tables": ("{|\n", 50_000), "open tags": ("<b>", 50_000), "open refs": ("<ref>", 30_000), "attributes": ("<b a=", 30_000),
-    "open comments": ("<!--", 100_000), "open urls": ("[http://a ", 20_000), "styles": ("<div style='", 15_000), "lists": ("#*", 50_000),
-    "quotes": ("'''a''", 30_000), "sweep": ("[{{[{", 30_000), "entities": ("&#91;&#123;", 15_000), "parentheses": ("({{a}},", 20_000),
-    "variant": ("-{", 50_000), "headings": ("== a ==\n", 15_000), "blanks": (" ", 150_000),
-    "arguments": ("{{{", 50_000), "mixed": ("{{a|[[b|-{c", 10_000), "links": ("[[a|b]]", 15_000), "equals": ("=", 100_000),
-    "newlines in names": ("{{a\nb|" * 14 + "}}" * 14, 800), "nested, many": ("{{lang|en|" * 14 + "x" + "}}" * 14, 700),
-}  # fmt: skip
-CLOSED = {"templates": ("{{a|", "}}"), "links": ("[[a|", "]]"), "shown": ("{{lang|en|", "}}"), "variants": ("-{zh-tw:b;zh-cn:a", "}-"),
-          "tables": ("{|\n|", "\n|}\n"), "both": ("{{a|[[b|", "]]}}"), "tags": ("<b>", "</b>")}  # fmt: skip
+    "open templates": ("{{", 100_000),
+    "templates with argument": ("{{a|", 50_000),
+    "open links": ("[[a|", 50_000),
+    "open tables": ("{|\n", 50_000),
+    "open tags": ("<b>", 50_000),
+    "open refs": ("<ref>", 30_000),
+    "attributes": ("<b a=", 30_000),
+    "open comments": ("<!--", 100_000),
+    "open urls": ("[http://a ", 20_000),
+    "styles": ("<div style='", 15_000),
+    "lists": ("#*", 50_000),
+    "quotes": ("'''a''", 30_000),
+    "sweep": ("[{{[{", 30_000),
+    "entities": ("&#91;&#123;", 15_000),
+    "parentheses": ("({{a}},", 20_000),
+    "variant": ("-{", 50_000),
+    "headings": ("== a ==\n", 15_000),
+    "blanks": (" ", 150_000),
+    "arguments": ("{{{", 50_000),
+    "mixed": ("{{a|[[b|-{c", 10_000),
+    "links": ("[[a|b]]", 15_000),
+    "equals": ("=", 100_000),
+    "newlines in names": ("{{a\nb|" * 14 + "}}" * 14, 800),
+    "nested, many": ("{{lang|en|" * 14 + "x" + "}}" * 14, 700),
+}
+CLOSED = {
+    "templates": ("{{a|", "}}"),
+    "links": ("[[a|", "]]"),
+    "shown": ("{{lang|en|", "}}"),
+    "variants": ("-{zh-tw:b;zh-cn:a", "}-"),
+    "tables": ("{|\n|", "\n|}\n"),
+    "both": ("{{a|[[b|", "]]}}"),
+    "tags": ("<b>", "</b>"),
+}
 
 MEASURE = """
 import json, sys, time
@@ -314,11 +489,22 @@ for name, text in json.load(sys.stdin).items():
 @pytest.mark.heavy
 def test_pathological_pages_take_less_than_two_seconds(root, parser):
     cases = {name: unit * n for name, (unit, n) in SLOW.items()}
-    cases |= {"pauses": "甲" + "{{a}}," * 20_000 + "乙", "long url": "[http://" + "a" * 100_000, "deep list": "#*" * 50_000 + "x",
-              "variant flags": "-{" + "zh   " * 1000 + "x}-"}  # fmt: skip
+    cases |= {
+        "pauses": "甲" + "{{a}}," * 20_000 + "乙",
+        "long url": "[http://" + "a" * 100_000,
+        "deep list": "#*" * 50_000 + "x",
+        "variant flags": "-{" + "zh   " * 1000 + "x}-",
+    }
     cases |= {f"nested {name}": a * 10_000 + b * 10_000 for name, (a, b) in CLOSED.items()}
-    result = subprocess.run([sys.executable, "-c", MEASURE], input=json.dumps(cases), cwd=root, capture_output=True,
-                            text=True, timeout=120, check=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        input=json.dumps(cases),
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rows) == len(cases)
     assert not [(name, seconds) for name, seconds, _ in rows if seconds > 2]
@@ -330,10 +516,16 @@ def test_pathological_pages_take_less_than_two_seconds(root, parser):
 
 def test_the_stage_accounts_for_every_page(parser):
     account = Account("wiki")
-    docs = [page_doc(p) for p in (
-        Page("甲", "'''甲'''是[[字]]。", "x:1"), Page("乙", "#REDIRECT [[甲]]", "x:2", redirect=True),
-        Page("Talk:甲", "说", "x:3", namespace=1), Page("丙", "{{stub}}", "x:4"), Page("丁", "有<math>x</math>。", "x:5"),
-    )]  # fmt: skip
+    docs = [
+        page_doc(p)
+        for p in (
+            Page("甲", "'''甲'''是[[字]]。", "x:1"),
+            Page("乙", "#REDIRECT [[甲]]", "x:2", redirect=True),
+            Page("Talk:甲", "说", "x:3", namespace=1),
+            Page("丙", "{{stub}}", "x:4"),
+            Page("丁", "有<math>x</math>。", "x:5"),
+        )
+    ]
     assert list(wiki(docs, account, WikiConfig())) == [Doc("甲\n\n甲是字。", "x:1"), Doc("丁\n\n有$x$。", "x:5")]
     assert account.rejected == {"redirect": 1, "not an article": 1, "empty": 1}
     assert (account.seen, account.kept, account.missing) == (5, 2, 0)
@@ -372,16 +564,23 @@ def test_real_dumps(name, shared_data, parser):
     assert (account.kept, account.missing) == (DUMPS[name][2], 0)
     for doc in texts:
         assert not left_over(doc.text)
-        assert not re.search(r"<br|</?span|&nbsp;|'''|\[https?:|style=\"|^\s*(?:\||!.*!!)|（）|\ufdd0", doc.text, re.M), doc.where
+        assert not re.search(
+            r"<br|</?span|&nbsp;|'''|\[https?:|style=\"|^\s*(?:\||!.*!!)|（）|\ufdd0", doc.text, re.M
+        ), doc.where
         assert not re.search(r"^(References|External links|See also)$", doc.text, re.M), doc.where
 
 
 def test_the_chinese_page(shared_data, parser):
-    text = to_text(next((shared_data / "wiki").glob("zhwiki_*.wikitext")).read_text(encoding="utf-8"), "微软POSIX子系统")
+    text = to_text(
+        next((shared_data / "wiki").glob("zhwiki_*.wikitext")).read_text(encoding="utf-8"), "微软POSIX子系统"
+    )
     paragraphs = text.split("\n\n")
     assert paragraphs[0] == "微软POSIX子系统" and len(paragraphs) == 5
     assert paragraphs[1].endswith("Windows NT家族操作系统的三个子系统之一（另两个是OS/2和Windows子系统）。")
-    assert "FIPS）151-2中列出的要求。Windows NT 3.5、Windows NT 3.51和Windows NT 4被认定完全兼容FIPS 151-2。" in paragraphs[2]
+    assert (
+        "FIPS）151-2中列出的要求。Windows NT 3.5、Windows NT 3.51和Windows NT 4被认定完全兼容FIPS 151-2。"
+        in paragraphs[2]
+    )
     assert paragraphs[4].endswith("它被使用Interix子系统的“Windows Services for UNIX”取代。")
     assert not left_over(text) and not re.search("参见|注释|Category|Russinovich|Reflist", text)
 

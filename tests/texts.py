@@ -23,10 +23,30 @@ BOOK = [
 ] * 20
 
 HARD = [
-    "", " ", "  ", "\n", "\0", "a\0b", SPACE, f"a{SPACE}b", f"{SPACE} {SPACE}", "  两头有空格  ",
-    "\t\r\n\x0b\u2028", "\ufffd", "\ufeff", "e\u0301", "Ａ１　", "\U0010ffff",
-    "😀👨‍👩‍👧", "𠀀龘䶮", "<s>", "</s>", "<|im_start|>user", "<0xE4>", "<unk>",
-]  # fmt: skip
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\0",
+    "a\0b",
+    SPACE,
+    f"a{SPACE}b",
+    f"{SPACE} {SPACE}",
+    "  两头有空格  ",
+    "\t\r\n\x0b\u2028",
+    "\ufffd",
+    "\ufeff",
+    "e\u0301",
+    "Ａ１　",
+    "\U0010ffff",
+    "😀👨‍👩‍👧",
+    "𠀀龘䶮",
+    "<s>",
+    "</s>",
+    "<|im_start|>user",
+    "<0xE4>",
+    "<unk>",
+]
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.text(st.sampled_from(f"  {SPACE}a:.。=h\n汉😀<s>|0"))
 RELAXED = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

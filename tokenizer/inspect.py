@@ -181,9 +181,11 @@ def main() -> None:
     for path in cfg.text:
         for tok in tokenizers:
             found = fit(tok, read_lines([path]))
-            print(f"{path}: {found.chars:,} characters, {found.counts.sum():,} tokens of {tok.path}: "
-                  f"{found.chars_per_token:.4f} characters each, {found.bytes_per_token:.4f} bytes each, "
-                  f"{(found.counts > 0).sum():,} pieces in use")  # fmt: skip
+            print(
+                f"{path}: {found.chars:,} characters, {found.counts.sum():,} tokens of {tok.path}: "
+                f"{found.chars_per_token:.4f} characters each, {found.bytes_per_token:.4f} bytes each, "
+                f"{(found.counts > 0).sum():,} pieces in use"
+            )
 
 
 def describe(tok: Tokenizer, pieces: int = 0) -> list[str]:
@@ -191,16 +193,22 @@ def describe(tok: Tokenizer, pieces: int = 0) -> list[str]:
     name = KNOWN.get(tok.sha256)
     lines = [f"{tok.path}: {tok.vocab_size:,} ids, {tok.dtype}", f"sha256 {tok.sha256}" + f" ({name})" * bool(name)]
     ids = {"bos": tok.bos_id, "eos": tok.eos_id, "pad": tok.pad_id}
-    lines.append(", ".join(f"{role} {i}" for role, i in ids.items())
-                 + "; " + " ".join(f"{text}={i}" for text, i in tok.special_ids.items()))  # fmt: skip
+    lines.append(
+        ", ".join(f"{role} {i}" for role, i in ids.items())
+        + "; "
+        + " ".join(f"{text}={i}" for text, i in tok.special_ids.items())
+    )
     if (model := tok.model) is None:
         return [*lines, "a tokenizer.json: only .model files are taken apart further"]
     kind = {1: "unigram", 2: "BPE", 3: "words", 4: "characters"}[model.model_type]
     lost = unreachable(model)
-    lines += [f"{kind}, byte fallback {'on' if model.byte_fallback else 'off'}, normaliser {model.normalizer_name}, "
-              f"dummy prefix {'on' if model.add_dummy_prefix else 'off'}",
-              f"{len(lost)} pieces that no text reaches" + ": " * bool(lost)
-              + " ".join(f"{model.pieces[i].text}({i})" for i in lost[:10])]  # fmt: skip
+    lines += [
+        f"{kind}, byte fallback {'on' if model.byte_fallback else 'off'}, normaliser {model.normalizer_name}, "
+        f"dummy prefix {'on' if model.add_dummy_prefix else 'off'}",
+        f"{len(lost)} pieces that no text reaches"
+        + ": " * bool(lost)
+        + " ".join(f"{model.pieces[i].text}({i})" for i in lost[:10]),
+    ]
     for name, count in count_classes(model).items():
         examples = [p.text for p in model.pieces if pieces and piece_class(p) == name][:pieces]
         lines.append(f"{count:>8,} {name} " + " ".join(examples))

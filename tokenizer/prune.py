@@ -253,8 +253,10 @@ def pruned(model: Model, kept: Sequence[int]) -> Model:
 def id_map(old: Tokenizer, new: Tokenizer) -> list[int | list[int]]:
     """For each old id the id of the same piece, or the ids that its text has now."""
     ids = {p.text: i for i, p in enumerate(new.model.pieces)}
-    return [ids[p.text] if p.text in ids else new.encode(p.text.replace(SPACE, " "), continues=True)
-            for p in old.model.pieces]  # fmt: skip
+    return [
+        ids[p.text] if p.text in ids else new.encode(p.text.replace(SPACE, " "), continues=True)
+        for p in old.model.pieces
+    ]
 
 
 def report(old: Tokenizer, new: Tokenizer, texts: dict[str, tuple[Fit, Fit]]) -> dict:
@@ -372,8 +374,10 @@ def save(model: Model, old: Tokenizer, folder: Path) -> Tokenizer:
         (Path(temporary) / "pruned.model").write_bytes(data)
         new = load(Path(temporary) / "pruned.model")
         new.save(Path(temporary) / "files")
-        _write_json(Path(temporary) / "files/id_map.json",
-                    {"from_sha256": old.sha256, "to_sha256": new.sha256, "ids": id_map(old, new)})  # fmt: skip
+        _write_json(
+            Path(temporary) / "files/id_map.json",
+            {"from_sha256": old.sha256, "to_sha256": new.sha256, "ids": id_map(old, new)},
+        )
         for file in sorted((Path(temporary) / "files").iterdir(), key=lambda f: f.name == "tokenizer.model"):
             os.replace(file, folder / file.name)
     return load(path)

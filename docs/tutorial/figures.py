@@ -35,16 +35,21 @@ def pyplot():
 def mask(plt):
     """Which positions of a row see which: documents of 6, 3, 8, 5 and 2 tokens packed into 24 positions (chapter 3)."""
     docs = torch.repeat_interleave(torch.arange(5), torch.tensor([6, 3, 8, 5, 2]))[None]  # (1, T)
-    model = Llama(ModelConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_hidden_layers=1,
-                              num_attention_heads=1))  # fmt: skip
+    model = Llama(
+        ModelConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1)
+    )
     positions, seen = model._positions_and_mask(docs, docs, None)  # (1, T), (1, 1, T, T)
     fig, ax = plt.subplots(figsize=(4.6, 4.4))
     ax.pcolormesh(seen[0, 0].flip(0).numpy(), cmap="Blues", vmax=1.3, edgecolors="lightgrey", linewidth=0.4)
     size = docs.shape[1]
     ax.set_xticks([i + 0.5 for i in range(size)], positions[0].tolist(), fontsize=7)
     ax.set_yticks([size - i - 0.5 for i in range(size)], positions[0].tolist(), fontsize=7)
-    ax.set(xlabel="key, by its position in its document", ylabel="query, by its position in its document",
-           title="five documents in one row", aspect="equal")  # fmt: skip
+    ax.set(
+        xlabel="key, by its position in its document",
+        ylabel="query, by its position in its document",
+        title="five documents in one row",
+        aspect="equal",
+    )
     return fig
 
 
@@ -121,8 +126,13 @@ def draw(folder: Path) -> list[Path]:
     with chapters.empty_folder():
         for _ in chapters.run(chapters.chapter(7), trained):
             pass
-        drawn = {"mask": mask(plt), "attention": attention(plt, trained), "rope": rope(plt),
-                 "schedule": schedule(plt), "loss": loss(plt, trained)}  # fmt: skip
+        drawn = {
+            "mask": mask(plt),
+            "attention": attention(plt, trained),
+            "rope": rope(plt),
+            "schedule": schedule(plt),
+            "loss": loss(plt, trained),
+        }
     folder.mkdir(parents=True, exist_ok=True)
     for name, fig in drawn.items():
         # Without the writer's version: the same numbers give the same file.

@@ -102,8 +102,14 @@ class Account:
         # In an order that does not depend on which process was first.
         counts = (self.rejected, self.changed)
         rejected, changed = (dict(sorted(c.items(), key=lambda pair: (-pair[1], pair[0]))) for c in counts)
-        return {"stage": self.stage, "in": self.seen, "kept": self.kept, "out": self.out, "rejected": rejected,
-                "changed": changed}  # fmt: skip
+        return {
+            "stage": self.stage,
+            "in": self.seen,
+            "kept": self.kept,
+            "out": self.out,
+            "rejected": rejected,
+            "changed": changed,
+        }
 
 
 def each(docs: Iterable[Doc], account: Account, work) -> Iterator[Doc]:

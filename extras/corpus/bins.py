@@ -96,9 +96,12 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
     """
     least, account = 1.0, books.accounts["tokenize"]
     with ExitStack() as stack:
-        bins = [stack.enter_context(data.BinWriter(folder / name, tokenizer.vocab_size, tokenizer.eos_id,
-                                                   tokenizer.sha256, source))
-                for name in ("train.bin", "val.bin")]  # fmt: skip
+        bins = [
+            stack.enter_context(
+                data.BinWriter(folder / name, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, source)
+            )
+            for name in ("train.bin", "val.bin")
+        ]
         with tqdm(desc=str(folder), unit="doc", unit_scale=True, disable=None) as bar:
             for rows, smallest, number in results:
                 for held_out, file, ids, text_bytes, documents in rows:
@@ -117,8 +120,10 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
         for bin in bins:
             bin.flush()
     lines = ["too few documents to hold one out: the last 5 % of each are"] if split.cut else []
-    return lines + [f"{b.path}: {b.documents:,} documents, {b.tokens:,} tokens, "
-                    f"{b.text_bytes / b.tokens:.2f} bytes each" for b in bins]  # fmt: skip
+    return lines + [
+        f"{b.path}: {b.documents:,} documents, {b.tokens:,} tokens, {b.text_bytes / b.tokens:.2f} bytes each"
+        for b in bins
+    ]
 
 
 # ---------------------------------------------------------------- looking into files
@@ -152,13 +157,18 @@ def _inspect_bin(path: Path, tokenizer: Tokenizer | None, show: int) -> list[str
     ends = np.concatenate([np.zeros(0, np.int64), *ends])
     lengths = np.diff(ends, prepend=-1)
     text = tokenizer.decode if tokenizer else lambda ids: " ".join(map(str, ids))
-    lines = [f"{path}: {bin.tokens:,} tokens, {bin.dtype.name}, {len(ends):,} documents",
-             *(f"  {key} {about[key]}" for key in ("source", "vocab_size", "tokenizer_sha256", "text_bytes")
-               if key in about),
-             f"  {np.count_nonzero(counts):,} of {size:,} ids occur, the highest is {highest:,}",
-             f"  first: {text(bin.read(0, min(show, bin.tokens)).tolist())!r}",
-             f"  last:  {text(bin.read(max(0, bin.tokens - show), min(show, bin.tokens)).tolist())!r}",
-             *_histogram(lengths, "tokens")]  # fmt: skip
+    lines = [
+        f"{path}: {bin.tokens:,} tokens, {bin.dtype.name}, {len(ends):,} documents",
+        *(
+            f"  {key} {about[key]}"
+            for key in ("source", "vocab_size", "tokenizer_sha256", "text_bytes")
+            if key in about
+        ),
+        f"  {np.count_nonzero(counts):,} of {size:,} ids occur, the highest is {highest:,}",
+        f"  first: {text(bin.read(0, min(show, bin.tokens)).tolist())!r}",
+        f"  last:  {text(bin.read(max(0, bin.tokens - show), min(show, bin.tokens)).tolist())!r}",
+        *_histogram(lengths, "tokens"),
+    ]
     return lines + _shares(about.get("sources", {}), "tokens")
 
 
@@ -176,11 +186,14 @@ def _inspect_jsonl(path: Path) -> list[str]:
         found["characters"] += size
     if first is None:
         return [f"{path}: no documents"]
-    return [f"{path}: {len(lengths):,} documents",
-            "  fields: " + ", ".join(f"{k} ({n:,})" for k, n in keys.most_common()),
-            f"  first: {json.dumps(first, ensure_ascii=False)[:300]}",
-            f"  last:  {json.dumps(last, ensure_ascii=False)[:300]}",
-            *_histogram(np.array(lengths), "characters"), *_shares(sources, "characters")]  # fmt: skip
+    return [
+        f"{path}: {len(lengths):,} documents",
+        "  fields: " + ", ".join(f"{k} ({n:,})" for k, n in keys.most_common()),
+        f"  first: {json.dumps(first, ensure_ascii=False)[:300]}",
+        f"  last:  {json.dumps(last, ensure_ascii=False)[:300]}",
+        *_histogram(np.array(lengths), "characters"),
+        *_shares(sources, "characters"),
+    ]
 
 
 def _histogram(lengths: np.ndarray, unit: str) -> list[str]:
@@ -188,14 +201,18 @@ def _histogram(lengths: np.ndarray, unit: str) -> list[str]:
     if not len(lengths):
         return []
     classes, counts = np.unique(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
-    return [f"  up to {1 << c:>9,} {unit}: {n:>9,} {'#' * max(1, round(40 * n / counts.max()))}"
-            for c, n in zip(classes.tolist(), counts.tolist())]  # fmt: skip
+    return [
+        f"  up to {1 << c:>9,} {unit}: {n:>9,} {'#' * max(1, round(40 * n / counts.max()))}"
+        for c, n in zip(classes.tolist(), counts.tolist())
+    ]
 
 
 def _shares(sources: dict, unit: str) -> list[str]:
     total = sum(s[unit] for s in sources.values())
-    return [f"  {s[unit] / max(1, total):>6.1%} {name or '?'}: {s['documents']:,} documents, {s[unit]:,} {unit}"
-            for name, s in sorted(sources.items(), key=lambda pair: -pair[1][unit])]  # fmt: skip
+    return [
+        f"  {s[unit] / max(1, total):>6.1%} {name or '?'}: {s['documents']:,} documents, {s[unit]:,} {unit}"
+        for name, s in sorted(sources.items(), key=lambda pair: -pair[1][unit])
+    ]
 
 
 def verify(path: Path) -> str:

@@ -62,8 +62,16 @@ class BadChat(Exception):
 
 Turn = tuple[str, str, object]  # the field it comes from, its role, its content before any check
 # sys is the system that answers (CrossWOZ). Where it stands for "system" it comes first and is rejected, not mistaken.
-ROLES = {"user": "user", "human": "user", "usr": "user", "assistant": "assistant", "gpt": "assistant",
-         "bot": "assistant", "sys": "assistant", "system": "system"}  # fmt: skip
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "usr": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "sys": "assistant",
+    "system": "system",
+}
 
 
 def _pair(question: str, answer: str) -> Callable[[dict], Iterator[Turn]]:
@@ -248,8 +256,15 @@ DISORDER = {
 }
 
 
-def convert(item: dict, chat_format: str = "auto", *, max_prompt_chars: int = 0, max_answer_chars: int = 0,
-            allow_empty_prompt: bool = False, system: str = "") -> dict:  # fmt: skip
+def convert(
+    item: dict,
+    chat_format: str = "auto",
+    *,
+    max_prompt_chars: int = 0,
+    max_answer_chars: int = 0,
+    allow_empty_prompt: bool = False,
+    system: str = "",
+) -> dict:
     """Bring one item into the one chat format.
 
     Args:
@@ -379,9 +394,14 @@ def chats(docs: Iterable[Doc], account: Account, options: ChatsConfig) -> Iterat
 
     def work(doc: Doc) -> Iterator[Doc]:
         try:
-            chat = convert(_parse(doc.text), options.sft_format, max_prompt_chars=options.max_prompt_chars,
-                           max_answer_chars=options.max_answer_chars, system=options.system,
-                           allow_empty_prompt=options.allow_empty_prompt)  # fmt: skip
+            chat = convert(
+                _parse(doc.text),
+                options.sft_format,
+                max_prompt_chars=options.max_prompt_chars,
+                max_answer_chars=options.max_answer_chars,
+                system=options.system,
+                allow_empty_prompt=options.allow_empty_prompt,
+            )
             if options.augment:
                 account.changed["augmented"] += _augment_questions(chat["messages"], doc.where, options)
             line = as_line(chat)

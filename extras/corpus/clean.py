@@ -19,11 +19,15 @@ RULES = {
     "url": re.compile(r"(?:https?://|ftp://|www\.)[\w\-.~:/?#\[\]@!$&'()*+,;=%]+", re.ASCII | re.IGNORECASE),
     "email": re.compile(r"[\w.+\-]+@[\w\-]+(?:\.[\w\-]+)+", re.ASCII),
     "html": re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-z][^<>\n]{0,500}>", re.DOTALL | re.IGNORECASE),
-    "phone": re.compile(r"(?<![\d.])(?:(?:\+?86[\- ]?)?1[3-9]\d[\- ]?\d{4}[\- ]?\d{4}|0\d{2,3}[\-－ ]\d{7,8})(?![\d.])",
-                        re.ASCII),
-    "contact": re.compile(r"(?:加|＋)?(?:QQ|扣扣|企鹅|微信|weixin|wechat|\bVX)(?:群|号|号码|公众号)*\s*[:：是为]?\s*"
-                          r"(?<![0-9])(?:[1-9]\d{4,11}|[a-zA-Z][\w\-]{5,19})(?!\d)", re.ASCII | re.IGNORECASE),
-}  # fmt: skip
+    "phone": re.compile(
+        r"(?<![\d.])(?:(?:\+?86[\- ]?)?1[3-9]\d[\- ]?\d{4}[\- ]?\d{4}|0\d{2,3}[\-－ ]\d{7,8})(?![\d.])", re.ASCII
+    ),
+    "contact": re.compile(
+        r"(?:加|＋)?(?:QQ|扣扣|企鹅|微信|weixin|wechat|\bVX)(?:群|号|号码|公众号)*\s*[:：是为]?\s*"
+        r"(?<![0-9])(?:[1-9]\d{4,11}|[a-zA-Z][\w\-]{5,19})(?!\d)",
+        re.ASCII | re.IGNORECASE,
+    ),
+}
 REPEATED = re.compile(r"([^\w\s])\1{3,}")  # the same mark four times or more: three say as much
 BLANK = (re.compile(r"[ \t\u3000\xa0]+$", re.MULTILINE), re.compile(r"\n{3,}"))
 # Full-width letters, digits and the marks among digits; Chinese punctuation is full-width by right and stays.
@@ -79,8 +83,11 @@ def rewrite(doc: Doc, account: Account, cfg: CleanConfig, simplify: Callable[[st
     changes.append(("unseen characters", lambda t: UNSEEN.sub("", t)))
     if cfg.half_width:
         changes.append(("half_width", lambda t: t.translate(HALF_WIDTH)))
-    changes += [(rule, lambda t, rule=rule: RULES[rule].sub(lambda m: _take(doc, account, rule, m), t))
-                for rule in RULES if rule in cfg.remove]  # fmt: skip
+    changes += [
+        (rule, lambda t, rule=rule: RULES[rule].sub(lambda m: _take(doc, account, rule, m), t))
+        for rule in RULES
+        if rule in cfg.remove
+    ]
     if "html" in cfg.remove:
         changes.append(("html entities", html.unescape))  # after the tags: &lt;b&gt; is meant to be read
     if cfg.repeated:

@@ -231,8 +231,10 @@ class Books:
         """The accounts for people."""
         lines = []
         for account in self.accounts.values():
-            lines.append(f"{account.stage}: {account.seen:,} in, {account.kept:,} kept"
-                         + f" (as {account.out:,})" * (account.out != account.kept))  # fmt: skip
+            lines.append(
+                f"{account.stage}: {account.seen:,} in, {account.kept:,} kept"
+                + f" (as {account.out:,})" * (account.out != account.kept)
+            )
             for reason, count in account.rejected.most_common():
                 lines.append(f"  {count:,} rejected: {reason} (first: {self.first[account.stage, reason]})")
             lines += [f"  {count:,} changed: {rule}" for rule, count in account.changed.most_common()]

@@ -39,8 +39,16 @@ CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ARCHIVES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".7z", ".rar")
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-           ".xml": "wiki", ".wikitext": "wikitext"}  # fmt: skip
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".xml": "wiki",
+    ".wikitext": "wikitext",
+}
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
 
 # Which fields of a well-known corpus hold its text; several are joined by a line break, empty ones passed over.
@@ -75,9 +83,12 @@ class ReadConfig:
     keep_going: bool = False  # a file that is missing or damaged is reported and the others go on
 
     def __post_init__(self):
-        for name, known in (("split", ("file", "line", "blank")), ("errors", ("reject", "replace")),
-                            ("format", ("auto", "text", *dict.fromkeys(FORMATS.values()))),
-                            ("adapter", ("", *ADAPTERS))):  # fmt: skip
+        for name, known in (
+            ("split", ("file", "line", "blank")),
+            ("errors", ("reject", "replace")),
+            ("format", ("auto", "text", *dict.fromkeys(FORMATS.values()))),
+            ("adapter", ("", *ADAPTERS)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(filter(None, known))}")
         if self.encoding != "auto":
@@ -273,8 +284,10 @@ def _blocks_of(path: str, suffixes: list[str], stream: BinaryIO, cfg: ReadConfig
         yield from _parquet(path, stream)
         return
     if kind == "wiki":
-        pages = ((n, wiki.page_doc(page).text.encode("utf-8", "surrogatepass"))
-                 for n, page in enumerate(wiki.pages(stream, path), 1))  # fmt: skip
+        pages = (
+            (n, wiki.page_doc(page).text.encode("utf-8", "surrogatepass"))
+            for n, page in enumerate(wiki.pages(stream, path), 1)
+        )
         yield from _grouped(path, "items", pages)
         return
     stream, head = _as_utf8(path, stream, cfg.encoding, account)
@@ -525,8 +538,9 @@ def _array(path: str, stream: BinaryIO, cfg: ReadConfig, account: Account) -> It
         raise UserError(f"{path}:{line}: the JSON array is cut short")
 
 
-def _item(path: str, line: int, text: bytes, skipping: bool, cfg: ReadConfig,
-          account: Account) -> Iterator[tuple[int, bytes]]:  # fmt: skip
+def _item(
+    path: str, line: int, text: bytes, skipping: bool, cfg: ReadConfig, account: Account
+) -> Iterator[tuple[int, bytes]]:
     line += text.count(b"\n", 0, len(text) - len(text.lstrip()))
     if skipping or len(text) > cfg.max_doc_bytes:
         account.seen += 1
@@ -539,8 +553,10 @@ def _object(path: str, stream: BinaryIO, cfg: ReadConfig) -> Iterator[tuple[int,
     """The items of a JSON object over several lines: of its one list of objects, or its values if all are objects."""
     text = _read_fully(stream, 4 * cfg.max_doc_bytes + 1)
     if len(text) > 4 * cfg.max_doc_bytes:
-        raise UserError(f"{path}: one JSON object of more than {4 * cfg.max_doc_bytes} bytes",
-                        "convert it to JSON lines, or --max_doc_bytes")  # fmt: skip
+        raise UserError(
+            f"{path}: one JSON object of more than {4 * cfg.max_doc_bytes} bytes",
+            "convert it to JSON lines, or --max_doc_bytes",
+        )
     try:
         whole = data.parse_object(text)
     except ValueError as e:
@@ -561,8 +577,9 @@ def _is_object(line: bytes) -> bool:
     return True
 
 
-def _csv(path: str, stream: BinaryIO, head: bytes, suffixes: list[str], cfg: ReadConfig,
-         account: Account) -> Iterator[tuple[int, dict]]:  # fmt: skip
+def _csv(
+    path: str, stream: BinaryIO, head: bytes, suffixes: list[str], cfg: ReadConfig, account: Account
+) -> Iterator[tuple[int, dict]]:
     """(line, row) with the first line's names; all values stay strings, also "NA" and "null"."""
     first = head.split(b"\n", 1)[0]
     tab = suffixes[-1:] == [".tsv"] or (b"\t" in first and b"," not in first)

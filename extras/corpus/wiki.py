@@ -114,13 +114,16 @@ def pages(stream: BinaryIO, path: str) -> Iterator[Page]:
             more = bool(chunk)
             parser.Parse(chunk, not more)
         except expat.ExpatError as e:
-            raise UserError(f"{path}:{e.lineno}: damaged XML: {expat.ErrorString(e.code)}",
-                            "if the file is cut short, download it again") from None  # fmt: skip
+            raise UserError(
+                f"{path}:{e.lineno}: damaged XML: {expat.ErrorString(e.code)}",
+                "if the file is cut short, download it again",
+            ) from None
         except (EOFError, OSError) as e:  # from the decompressor under the stream
             if isinstance(e, OSError) and e.errno:
                 raise  # the disk's, not the file's
-            raise UserError(f"{path}:{parser.CurrentLineNumber}: the compressed file is cut short or damaged",
-                            "download it again") from None  # fmt: skip
+            raise UserError(
+                f"{path}:{parser.CurrentLineNumber}: the compressed file is cut short or damaged", "download it again"
+            ) from None
         except (LookupError, ValueError) as e:  # an encoding that Python or expat does not have
             raise UserError(f"{path}:{parser.CurrentLineNumber}: {e}", "convert the file to UTF-8") from None
         yield from ready
@@ -190,8 +193,20 @@ SHOWN = {
     }.items()
     for name in names.split("|")
 }
-SIGNS = {"!": "|", "=": "=", "'": "'", "·": "·", "•": "•", "dot": "·", "nbsp": " ", "ndash": "–", "mdash": "—",
-         "--": "—", "snd": " – ", "spaced ndash": " – "}  # fmt: skip
+SIGNS = {
+    "!": "|",
+    "=": "=",
+    "'": "'",
+    "·": "·",
+    "•": "•",
+    "dot": "·",
+    "nbsp": " ",
+    "ndash": "–",
+    "mdash": "—",
+    "--": "—",
+    "snd": " – ",
+    "spaced ndash": " – ",
+}
 
 # Sections without prose. See also / 参见 / 相关条目 are among them: a list of titles, which teaches a model to list.
 # A bare 来源 is not: it is as often the origin of a thing as the sources of the page.

@@ -22,8 +22,11 @@ class WindowConfig:
 
 def window(docs: Iterable[Doc], account: Account, cfg: WindowConfig) -> Iterator[Doc]:
     """The stage; short documents pass as they are."""
-    return each(docs, account, lambda doc: (Doc(text, doc.where) for text in
-                                            windows(doc.text, cfg.window_chars, cfg.window_step)))  # fmt: skip
+    return each(
+        docs,
+        account,
+        lambda doc: (Doc(text, doc.where) for text in windows(doc.text, cfg.window_chars, cfg.window_step)),
+    )
 
 
 def windows(text: str, size: int, step: int) -> Iterator[str]:

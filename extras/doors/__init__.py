@@ -46,8 +46,10 @@ def open_folder(path: str | Path) -> tuple[Path, Llama, Tokenizer]:
     text, model = tokenizer.load(folder), checkpoint.load_model(folder)
     kind, rope = model.config.model_type, model.config.rope_type
     if (kind, rope) != ("llama", "default"):
-        raise UserError(f"{folder}: {kind} with rope_type {rope}, only plain Llama models are written for others",
-                        "transformers reads the folder as it is, llama.cpp's own converter too")  # fmt: skip
+        raise UserError(
+            f"{folder}: {kind} with rope_type {rope}, only plain Llama models are written for others",
+            "transformers reads the folder as it is, llama.cpp's own converter too",
+        )
     checkpoint.check_tokenizer(folder, model, text)
     return folder, model, text
 

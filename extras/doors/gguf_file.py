@@ -22,11 +22,19 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # The largest weight each can hold: fp16's largest number, with q8_0 and q4_0 as a scale times 127 or 8.
 LARGEST = {"f32": np.inf, "f16": 65504.0, "bf16": 3.3895e38, "q8_0": 127 * 65504.0, "q4_0": 8 * 65504.0}
 NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 def library():
@@ -162,8 +170,13 @@ def modelfile(gguf_name: str, text: Tokenizer, context: int, chat_format: str | 
     Source: https://github.com/ollama/ollama/blob/main/docs/modelfile.md, docs/template.md
     """
     sampling = SamplingConfig()
-    options = {"num_ctx": context, "temperature": sampling.temperature, "top_k": sampling.top_k,
-               "top_p": sampling.top_p, "repeat_penalty": sampling.repetition_penalty}  # fmt: skip
+    options = {
+        "num_ctx": context,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "repeat_penalty": sampling.repetition_penalty,
+    }
     lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{_template(text, chat_format)}"""']
     return "\n".join([*lines, *(f"PARAMETER {key} {value}" for key, value in options.items())]) + "\n"
 

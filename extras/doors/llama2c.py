@@ -42,8 +42,17 @@ from tokenizer.sentencepiece_model import (
 HEADER = struct.Struct("<7i")
 MAGIC = int.from_bytes(b"24ka", "little")  # begins the later versions
 ROPE = "cosines and sines"  # of each position; run.c skips them, since it computes its own
-LAYER = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-         "post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj")  # fmt: skip
+LAYER = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.down_proj",
+    "mlp.up_proj",
+)
 
 
 def order(config: ModelConfig) -> Iterator[str]:
@@ -91,8 +100,17 @@ def write_weights(path: Path, model: Llama) -> None:
 
     def fill(temporary: Path) -> None:
         with open(temporary, "wb") as f:
-            f.write(HEADER.pack(c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads,
-                                c.num_key_value_heads, vocab_size, c.max_position_embeddings))  # fmt: skip
+            f.write(
+                HEADER.pack(
+                    c.hidden_size,
+                    c.intermediate_size,
+                    c.num_hidden_layers,
+                    c.num_attention_heads,
+                    c.num_key_value_heads,
+                    vocab_size,
+                    c.max_position_embeddings,
+                )
+            )
             for name in order(c):
                 weight = _rope(c) if name == ROPE else weights[name].detach().float().cpu()
                 weight = interleaved(weight, heads(name, c)) if heads(name, c) else weight
@@ -125,8 +143,10 @@ def write_tokenizer(path: Path, text: Tokenizer, size: int) -> list[str]:
     first_byte = next(i for i, p in enumerate(pieces) if p.text == "<0x00>")
     notes = []
     if first_byte != 3:
-        notes.append(f"run.c takes ids 3 to 258 for bytes, here they begin at {first_byte}: of a prompt's characters "
-                     "without a token of their own it makes wrong ids")  # fmt: skip
+        notes.append(
+            f"run.c takes ids 3 to 258 for bytes, here they begin at {first_byte}: of a prompt's characters "
+            "without a token of their own it makes wrong ids"
+        )
     if not text.model.add_dummy_prefix:
         notes.append("run.c puts a space in front of every prompt, this tokenizer does not")
     return notes
@@ -174,15 +194,26 @@ def _config(path: str | Path, head: bytes) -> ModelConfig:
     if len(head) < HEADER.size:
         raise UserError(f"{path}: {len(head)} bytes are no header of llama2.c", "is the file whole?")
     if int.from_bytes(head[:4], "little") == MAGIC:
-        raise UserError(f"{path}: version {int.from_bytes(head[4:8], 'little')} of llama2.c's format, only 0 is read",
-                        "llama2.c's export.py --version 0 writes it")  # fmt: skip
+        raise UserError(
+            f"{path}: version {int.from_bytes(head[4:8], 'little')} of llama2.c's format, only 0 is read",
+            "llama2.c's export.py --version 0 writes it",
+        )
     hidden, intermediate, layers, of_queries, of_keys, vocab_size, positions = HEADER.unpack(head)
     try:
         if of_keys < 1 or vocab_size == 0:  # ModelConfig takes zero for "the usual"
             raise ValueError(f"{of_keys} key/value heads, {vocab_size} pieces")
-        return ModelConfig(abs(vocab_size), hidden, intermediate, layers, of_queries, of_keys,
-                           max_position_embeddings=positions, rms_norm_eps=1e-5, rope_theta=10000.0,
-                           tie_word_embeddings=vocab_size > 0)  # fmt: skip
+        return ModelConfig(
+            abs(vocab_size),
+            hidden,
+            intermediate,
+            layers,
+            of_queries,
+            of_keys,
+            max_position_embeddings=positions,
+            rms_norm_eps=1e-5,
+            rope_theta=10000.0,
+            tie_word_embeddings=vocab_size > 0,
+        )
     except ValueError as e:
         raise UserError(f"{path}: no header of llama2.c: {e}", "is it a model.bin?") from None
 
@@ -209,10 +240,19 @@ def read_tokenizer(path: str | Path, size: int) -> bytes:
             raise UserError(f"{path}: piece {len(pieces)} is not UTF-8") from None
         at += 8 + length
     if len(pieces) < size or at < len(data):
-        raise UserError(f"{path}: {len(pieces)} of the model's {size} pieces end at byte {at} of {len(data)}",
-                        "are the two files of one model, and whole?")  # fmt: skip
-    trainer = ((3, 0, BPE), (4, 0, size), (35, 0, 1), (40, 0, 0), (41, 0, 1), (42, 0, 2),
-               *((45 + i, 2, piece.text.encode()) for i, piece in enumerate(pieces[:3])))  # fmt: skip
+        raise UserError(
+            f"{path}: {len(pieces)} of the model's {size} pieces end at byte {at} of {len(data)}",
+            "are the two files of one model, and whole?",
+        )
+    trainer = (
+        (3, 0, BPE),
+        (4, 0, size),
+        (35, 0, 1),
+        (40, 0, 0),
+        (41, 0, 1),
+        (42, 0, 2),
+        *((45 + i, 2, piece.text.encode()) for i, piece in enumerate(pieces[:3])),
+    )
     # As run.c: a space in front of a prompt, and nothing of the text changed.
     normalizer = ((1, 2, b"identity"), (3, 0, 1), (4, 0, 0), (5, 0, 1))
     model = write_model(Model(pieces, trainer, normalizer))

@@ -57,13 +57,17 @@ def of_text(speaker, cfg, progress: Progress) -> Report:
             number, part, size = number + 1, [], 0
     nats += finished(progress, number, measure) if part else 0.0
     seen = counts.seen / max(1, counts.tokens)
-    notes = [f"Windows of {speaker.context:,} tokens, one behind the other: a token saw {seen:.1f} others on average; "
-             "a document's end is not predicted."]  # fmt: skip
+    notes = [
+        f"Windows of {speaker.context:,} tokens, one behind the other: a token saw {seen:.1f} others on average; "
+        "a document's end is not predicted."
+    ]
     if counts.empty:
         notes.append(f"{counts.empty:,} documents without text were passed over.")
     if counts.changed:
-        notes.append(f"{counts.changed:,} of {counts.documents:,} documents do not come back from the tokenizer as they"
-                     " were: what it cannot write costs no bits here, so the number is too low.")  # fmt: skip
+        notes.append(
+            f"{counts.changed:,} of {counts.documents:,} documents do not come back from the tokenizer as they"
+            " were: what it cannot write costs no bits here, so the number is too low."
+        )
     return report(cfg, counts, nats, notes)
 
 
@@ -127,8 +131,10 @@ def of_bin(speaker, cfg, progress: Progress) -> Report:
     positions = min(number * rows.seq_len, bin.tokens)
     documents = data.read_sidecar(cfg.data).get("documents", 0)
     counts = Counts(documents, bytes=positions * rows.bytes_per_token, tokens=tokens)
-    notes = [f"Rows of {speaker.context:,} tokens, one behind the other; a document's end is predicted, its first token"
-             " is not, as in training's validation."]  # fmt: skip
+    notes = [
+        f"Rows of {speaker.context:,} tokens, one behind the other; a document's end is predicted, its first token"
+        " is not, as in training's validation."
+    ]
     if number < len(rows):
         notes.append(f"The first {number:,} of {len(rows):,} rows; a token is taken to have as many bytes as the mean.")
         counts.documents = 0

@@ -58,19 +58,39 @@ class Exam:
 
 EXAMS = {
     "ceval": Exam(
-        "C-Eval", subjects.CEVAL, ("Hard", subjects.CEVAL_HARD), "val", ("question", "a", "b", "c", "d", "answer"),
-        "以下是中国关于{}考试的单项选择题，请选出其中的正确答案。\n\n", "", "答案：", "",
+        "C-Eval",
+        subjects.CEVAL,
+        ("Hard", subjects.CEVAL_HARD),
+        "val",
+        ("question", "a", "b", "c", "d", "answer"),
+        "以下是中国关于{}考试的单项选择题，请选出其中的正确答案。\n\n",
+        "",
+        "答案：",
+        "",
     ),
     "cmmlu": Exam(
-        "CMMLU", subjects.CMMLU, ("China specific", subjects.CMMLU_CHINA), "test",
+        "CMMLU",
+        subjects.CMMLU,
+        ("China specific", subjects.CMMLU_CHINA),
+        "test",
         ("question", "a", "b", "c", "d", "answer"),
-        "以下是关于{}的单项选择题，请直接给出正确答案的选项。\n\n", "题目：", "答案是：", "",
+        "以下是关于{}的单项选择题，请直接给出正确答案的选项。\n\n",
+        "题目：",
+        "答案是：",
+        "",
     ),
     "mmlu": Exam(
-        "MMLU", subjects.MMLU, ("", set()), "test", (),
-        "The following are multiple choice questions (with answers) about {}.\n\n", "", "Answer:", " ",
+        "MMLU",
+        subjects.MMLU,
+        ("", set()),
+        "test",
+        (),
+        "The following are multiple choice questions (with answers) about {}.\n\n",
+        "",
+        "Answer:",
+        " ",
     ),
-}  # fmt: skip
+}
 
 
 def run(kind: str, speaker, cfg, sampling, progress: Progress) -> Report:
@@ -207,8 +227,9 @@ def alike(rows: list[list[int]]) -> int:
     return next((k for k, ids in enumerate(zip(*rows)) if len(set(ids)) > 1), min(map(len, rows)))
 
 
-def fitting(exam: Exam, speaker, subject: str, examples: list[Question],
-            question: Question) -> tuple[int, list[likelihood.Request]]:  # fmt: skip
+def fitting(
+    exam: Exam, speaker, subject: str, examples: list[Question], question: Question
+) -> tuple[int, list[likelihood.Request]]:
     """As many of the examples, the last ones, as the context has room for, and the requests; none: (0, [])."""
     # First by adding up, so that what is far too long is not encoded; where parts meet, they may share some ids.
     size, most = len(speaker.text.encode(prompt(exam, subject, [], question))) - JOINT, 0
@@ -242,8 +263,13 @@ def of_subject(exam: Exam, speaker, subject: str, examples: list[Question], aske
         chosen += LETTERS[found.index(max(found))] if found else UNASKED
         ties += bool(found) and found.count(max(found)) > 1
     garbled = sum(not writes(speaker, "\n".join([q.text, *q.answers])) for q in asked)
-    return {"right": "".join(q.right for q in asked), "chosen": chosen, "shots": list(shots), "ties": ties,
-            "garbled": garbled}  # fmt: skip
+    return {
+        "right": "".join(q.right for q in asked),
+        "chosen": chosen,
+        "shots": list(shots),
+        "ties": ties,
+        "garbled": garbled,
+    }
 
 
 def writes(speaker, text: str) -> bool:
@@ -297,18 +323,30 @@ def report(exam: Exam, found: dict[str, dict], speaker, cfg) -> Report:
     chosen = Counter("".join(r["chosen"] for r in found.values()))
     answers = Counter("".join(r["right"] for r in found.values()))
     mean, low, high = mean_of_shares(list(counts.values()))
-    scores = {"mean_of_subjects": mean, "mean_low": low, "mean_high": high, "chance": CHANCE,
-              "accuracy_of_questions": right / asked, "accuracy_low": wilson(right, asked)[0],
-              "accuracy_high": wilson(right, asked)[1], "questions": asked, "right": right,
-              "not_asked": total - asked}  # fmt: skip
+    scores = {
+        "mean_of_subjects": mean,
+        "mean_low": low,
+        "mean_high": high,
+        "chance": CHANCE,
+        "accuracy_of_questions": right / asked,
+        "accuracy_low": wilson(right, asked)[0],
+        "accuracy_high": wilson(right, asked)[1],
+        "questions": asked,
+        "right": right,
+        "not_asked": total - asked,
+    }
     interval = ["from", "to", "beside 25 %"]
     tables = [
         Table("Categories", ["category", "subjects", "questions", "mean of subjects", *interval], by_category),
         Table("Subjects", ["subject", "category", "questions", "right", "accuracy", *interval], by_subject),
         Table("Letters", ["letter", "chosen", "right answers"], [[a, chosen[a], answers[a]] for a in LETTERS]),
-    ]  # fmt: skip
-    return Report(f"{exam.title}, {cfg.shots}-shot, split {exam.scored}", scores=scores, tables=tables,
-                  notes=[verdict_line(scores), *left_out(exam, found, total - asked, asked, speaker, cfg)])  # fmt: skip
+    ]
+    return Report(
+        f"{exam.title}, {cfg.shots}-shot, split {exam.scored}",
+        scores=scores,
+        tables=tables,
+        notes=[verdict_line(scores), *left_out(exam, found, total - asked, asked, speaker, cfg)],
+    )
 
 
 def mean_row(counts: list[tuple[int, int]]) -> list:
@@ -324,14 +362,19 @@ def verdict(low: float, high: float) -> str:
 def verdict_line(scores: dict) -> str:
     mean, low, high = (scores[name] for name in ("mean_of_subjects", "mean_low", "mean_high"))
     words = {"above": "above", "below": "below", "not told apart": "not told apart from"}
-    return (f"Mean of the subjects {mean:.1%}, 95 % interval {low:.1%} to {high:.1%}: {words[verdict(low, high)]} the "
-            "25 % of guessing. The interval is that of the choice of questions, not that of prompts.")  # fmt: skip
+    return (
+        f"Mean of the subjects {mean:.1%}, 95 % interval {low:.1%} to {high:.1%}: {words[verdict(low, high)]} the "
+        "25 % of guessing. The interval is that of the choice of questions, not that of prompts."
+    )
 
 
 def left_out(exam: Exam, found: dict[str, dict], unasked: int, asked: int, speaker, cfg) -> list[str]:
     """Notes on all that was not as it was asked for."""
-    notes = [f"Asked in the chat format {speaker.chat_format}, examples and question in one message."
-             if speaker.chat_format else "Asked as a text to continue."]  # fmt: skip
+    notes = [
+        f"Asked in the chat format {speaker.chat_format}, examples and question in one message."
+        if speaker.chat_format
+        else "Asked as a text to continue."
+    ]
     if cfg.limit:
         notes.append(f"With limit {cfg.limit:,}: only the first questions of each subject.")
     lacking = sum(map(len, exam.categories.values())) - len(found)
@@ -339,11 +382,15 @@ def left_out(exam: Exam, found: dict[str, dict], unasked: int, asked: int, speak
         notes.append(f"{lacking} of {exam.title}'s subjects are not in {Path(cfg.data).name}.")
     shots = [s for r in found.values() for s, letter in zip(r["shots"], r["chosen"]) if letter != UNASKED]
     if dropped := sum(s < cfg.shots for s in shots):
-        notes.append(f"Shots dropped in {dropped:,} of {asked:,} questions, the first ones first, to fit into the "
-                     f"{speaker.context:,} positions: {sum(shots) / asked:.2f} were shown on average.")  # fmt: skip
+        notes.append(
+            f"Shots dropped in {dropped:,} of {asked:,} questions, the first ones first, to fit into the "
+            f"{speaker.context:,} positions: {sum(shots) / asked:.2f} were shown on average."
+        )
     if unasked:
-        notes.append(f"{unasked:,} of {asked + unasked:,} questions were not asked, since they do not fit into the "
-                     f"{speaker.context:,} positions even without shots; they are in no share.")  # fmt: skip
+        notes.append(
+            f"{unasked:,} of {asked + unasked:,} questions were not asked, since they do not fit into the "
+            f"{speaker.context:,} positions even without shots; they are in no share."
+        )
     if garbled := sum(r["garbled"] for r in found.values()):
         notes.append(f"{garbled:,} questions have characters that the tokenizer cannot write and the model never saw.")
     letter, most = Counter("".join(r["chosen"] for r in found.values()).replace(UNASKED, "")).most_common(1)[0]

@@ -87,8 +87,10 @@ def compare(answers: Sequence[str], references: Sequence[str]) -> dict[str, floa
     """All scores of a list of answers: BLEU of the whole, of the others the mean."""
     pairs = list(zip(answers, references, strict=True))
     rouges = [metrics.rouge(metrics.characters(a), metrics.characters(r)) for a, r in pairs]
-    each = [score | {"exact_match": metrics.exact_match(a, r), "char_f1": metrics.char_f1(a, r)}
-            for score, (a, r) in zip(rouges, pairs)]  # fmt: skip
+    each = [
+        score | {"exact_match": metrics.exact_match(a, r), "char_f1": metrics.char_f1(a, r)}
+        for score, (a, r) in zip(rouges, pairs)
+    ]
     means = {name: sum(score[name] for score in each) / len(each) for name in each[0]}
     return {"bleu": metrics.corpus_bleu(answers, references)} | means
 
@@ -106,16 +108,19 @@ def read(path: str) -> list[Question]:
             last = messages[-1] if isinstance(messages[-1], dict) else {}
             prompt, reference = messages[:-1], last.get("content") if last.get("role") == "assistant" else None
         if not isinstance(prompt, (str, list)) or not prompt or not isinstance(reference, str) or not reference.strip():
-            raise UserError(f"{where}: needs messages that end with the assistant's turn, or a prompt and a target",
-                            f"keys here: {', '.join(item)}")  # fmt: skip
+            raise UserError(
+                f"{where}: needs messages that end with the assistant's turn, or a prompt and a target",
+                f"keys here: {', '.join(item)}",
+            )
         questions.append(Question(where, prompt, reference, str(item.get("kind", ""))))
     if not questions:
         raise UserError(f"{path}: no questions in it")
     return questions
 
 
-def ask(speaker, prompts: Sequence[tuple[str, str | list[dict]]], batch: int, sampling: SamplingConfig,
-        progress: Progress) -> list[Answer]:  # fmt: skip
+def ask(
+    speaker, prompts: Sequence[tuple[str, str | list[dict]]], batch: int, sampling: SamplingConfig, progress: Progress
+) -> list[Answer]:
     """The model's answers, in the prompts' order; those that `progress` has are not asked again.
 
     Args:
@@ -142,8 +147,9 @@ def ask(speaker, prompts: Sequence[tuple[str, str | list[dict]]], batch: int, sa
         for at in range(0, len(left), 4 * batch):
             some = left[at : at + 4 * batch]
             begun = time.perf_counter()
-            groups = continued(speaker.model, [ids[k] for k in some], sampling, speaker.stop_ids, rows=batch,
-                               compiled=speaker.compile)  # fmt: skip
+            groups = continued(
+                speaker.model, [ids[k] for k in some], sampling, speaker.stop_ids, rows=batch, compiled=speaker.compile
+            )
             seconds = (time.perf_counter() - begun) / len(some)
             for k, (text,) in zip(some, groups):
                 said, made = speaker.told(ids[k], text.added), len(text.added) + (text.end == "stop")
@@ -159,10 +165,14 @@ def notes_on(answers: Sequence[Answer]) -> list[str]:
     cut, out = ends.count("length"), ends.count("no room")
     lost = [answer.lost for answer in answers if answer.lost]
     notes = [f"{cut} of {len(ends)} answers were cut off by max_new_tokens or the end of the context."] if cut else []
-    notes += [f"{len(lost)} of {len(ends)} prompts were asked without their first tokens, {sum(lost):,} altogether, "
-              "as they are longer than the model's context."] * bool(lost)  # fmt: skip
-    return notes + [f"{out} of {len(ends)} prompts are longer than the model's context: their answer counts as empty "
-                    "(--truncate left asks with the end of the prompt)."] * bool(out)  # fmt: skip
+    notes += [
+        f"{len(lost)} of {len(ends)} prompts were asked without their first tokens, {sum(lost):,} altogether, "
+        "as they are longer than the model's context."
+    ] * bool(lost)
+    return notes + [
+        f"{out} of {len(ends)} prompts are longer than the model's context: their answer counts as empty "
+        "(--truncate left asks with the end of the prompt)."
+    ] * bool(out)
 
 
 def told(prompt: str | list[dict]) -> str:

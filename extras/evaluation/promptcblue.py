@@ -172,9 +172,12 @@ def score_labels(said: Sequence[str | None], wanted: Sequence[str]) -> dict[str,
     right = Counter(a for a, b in zip(said, wanted) if a == b)
     made, there = Counter(a for a in said if a is not None), Counter(wanted)
     f1 = {name: 2 * right[name] / (made[name] + there[name]) for name in {*made, *there}}
-    return {"accuracy": right.total() / len(wanted), "micro_f1": 2 * right.total() / (made.total() + there.total()),
-            "macro_f1": sum(f1.values()) / len(f1),
-            "weighted_f1": sum(f1[name] * there[name] for name in there) / len(wanted)}  # fmt: skip
+    return {
+        "accuracy": right.total() / len(wanted),
+        "micro_f1": 2 * right.total() / (made.total() + there.total()),
+        "macro_f1": sum(f1.values()) / len(f1),
+        "weighted_f1": sum(f1[name] * there[name] for name in there) / len(wanted),
+    }
 
 
 def score_texts(said: Sequence[str | None], wanted: Sequence[str]) -> dict[str, float]:

@@ -74,8 +74,11 @@ def run(speakers: Iterable, cfg, sampling: SamplingConfig, progress: Progress) -
     if not prompts and not cfg.data:
         raise UserError("nothing to compare", "--prompts configs/prompts/daily.txt, or --data with a text")
     report = Report("Models side by side")
-    models = Table("Models", ["model", "parameters", "vocabulary", "context", "speaks as", "bits per byte",
-                              "tokens per second"], [])  # fmt: skip
+    models = Table(
+        "Models",
+        ["model", "parameters", "vocabulary", "context", "speaks as", "bits per byte", "tokens per second"],
+        [],
+    )
     names, columns = [], []
     for speaker in speakers:
         number = len(names)
@@ -90,16 +93,27 @@ def run(speakers: Iterable, cfg, sampling: SamplingConfig, progress: Progress) -
             report.scores[f"{name} bits_per_byte"] = bits_per_byte
         seconds, made = sum(a.seconds for a in answers), sum(a.tokens for a in answers)
         speed = round(made / seconds) if seconds else ""
-        models.rows.append([name, parameters(speaker.model), speaker.text.vocab_size, speaker.context,
-                            speaker.chat_format or "base", bits_per_byte, speed])  # fmt: skip
+        models.rows.append(
+            [
+                name,
+                parameters(speaker.model),
+                speaker.text.vocab_size,
+                speaker.context,
+                speaker.chat_format or "base",
+                bits_per_byte,
+                speed,
+            ]
+        )
         notes = measured.notes[1:] if measured else []  # the first says the number that the table has
         report.notes += [f"{name}: {note}" for note in [*notes, *notes_on(answers)]]
         names.append(name)
         columns.append([answer.text for answer in answers])
         del speaker  # before the next one is loaded
     if prompts:
-        report.notes.append(f"tokens per second: in batches of {cfg.batch}, reading the prompts included; tokens of "
-                            "different vocabularies are not equally long.")  # fmt: skip
+        report.notes.append(
+            f"tokens per second: in batches of {cfg.batch}, reading the prompts included; tokens of "
+            "different vocabularies are not equally long."
+        )
     report.notes.insert(0, f"Models: {len(names)}, prompts: {len(prompts)}.")
     rows = [[prompt, *answers] for (_, prompt), *answers in zip(prompts, *columns)]
     report.tables = [models, *([Table(ANSWERS, ["prompt", *names], rows)] if prompts else [])]

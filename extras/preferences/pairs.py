@@ -110,8 +110,10 @@ def read_pairs(paths: Sequence[str], text, chat_format: str, length: int, intro:
             if isinstance(other, dict):
                 other = other.get("content", other.get("value"))
             if not isinstance(messages, list) or not messages or not isinstance(other, str) or not other.strip():
-                raise UserError(f"{where}: no messages with a rejected answer beside them",
-                                "python data_process.py sft --input FILE makes them of preference files")  # fmt: skip
+                raise UserError(
+                    f"{where}: no messages with a rejected answer beside them",
+                    "python data_process.py sft --input FILE makes them of preference files",
+                )
             worse = [*messages[:-1], {"role": "assistant", "content": other.strip()}]
             try:
                 texts = [chat.render(m, text, chat_format, train_on="last") for m in (messages, worse)]
@@ -122,8 +124,10 @@ def read_pairs(paths: Sequence[str], text, chat_format: str, length: int, intro:
             size = max(len(ids) for ids, _ in texts)
             long.append((where, size)) if size > length + 1 else pairs.append((*texts, where))
     if long:
-        intro.append(f"{len(long)} pairs longer than {length} tokens left out: "
-                     + ", ".join(f"{where} ({size} tokens)" for where, size in long[:10]))  # fmt: skip
+        intro.append(
+            f"{len(long)} pairs longer than {length} tokens left out: "
+            + ", ".join(f"{where} ({size} tokens)" for where, size in long[:10])
+        )
     if not pairs:
         raise UserError(f"{', '.join(paths)}: no pairs that fit into {length} tokens")
     return pairs
@@ -174,8 +178,9 @@ def dpo_loss(beta: float, label_smoothing: float) -> Callable[[nn.Module, PairBa
 
 
 @torch.no_grad()
-def over_pairs(rows: PairRows, micro: int, device: torch.device, score: Callable[[PairBatch], Tensor],
-               numbers: Sequence[int]) -> Tensor:  # fmt: skip
+def over_pairs(
+    rows: PairRows, micro: int, device: torch.device, score: Callable[[PairBatch], Tensor], numbers: Sequence[int]
+) -> Tensor:
     """`score`, (B, ...), of the pairs with these numbers, `micro` at a time, together on the CPU."""
     parts = [score(data.batch(rows, numbers[at : at + micro]).to(device)) for at in range(0, len(numbers), micro)]
     return torch.cat(parts).float().cpu()
@@ -184,5 +189,7 @@ def over_pairs(rows: PairRows, micro: int, device: torch.device, score: Callable
 def told(rows: PairRows, micro: int, device: torch.device, score: Callable[[PairBatch], Tensor]) -> str:
     """A line on held-out pairs: which way round they are, and how far apart; `score` (B,) is above 0 where right."""
     found = over_pairs(rows, micro, device, score, range(len(rows)))
-    return (f"held-out pairs the right way round: {(found > 0).float().mean():.1%} of {len(found)}, "
-            f"margin {found.mean():.4f}")  # fmt: skip
+    return (
+        f"held-out pairs the right way round: {(found > 0).float().mean():.1%} of {len(found)}, "
+        f"margin {found.mean():.4f}"
+    )

@@ -49,8 +49,10 @@ class RewardConfig:
         except re.error as e:
             raise ValueError(f"pattern = {self.pattern!r}: {e}") from None
         if self.group < 2 or self.max_new_tokens < 1 or not 0 < self.temperature <= 10 or not 0 <= self.kl < 100:
-            raise ValueError(f"group = {self.group}, max_new_tokens = {self.max_new_tokens}, temperature = "
-                             f"{self.temperature}, kl = {self.kl}: at least 2, 1, above 0, from 0")  # fmt: skip
+            raise ValueError(
+                f"group = {self.group}, max_new_tokens = {self.max_new_tokens}, temperature = "
+                f"{self.temperature}, kl = {self.kl}: at least 2, 1, above 0, from 0"
+            )
 
 
 @dataclass
@@ -106,8 +108,10 @@ def judge(cfg: RewardConfig, text, model: scalar.RewardModel | None = None) -> J
     if model is not None:
         return lambda texts, _: scalar.rewards(model, [t.prompt + t.added for t in texts], batch=64)
     pattern = re.compile(cfg.pattern, re.DOTALL)
-    rules = {"exact": lambda said, wanted: float(said.strip() == wanted.strip()),
-             "format": lambda said, _: float(pattern.fullmatch(said.strip()) is not None)}  # fmt: skip
+    rules = {
+        "exact": lambda said, wanted: float(said.strip() == wanted.strip()),
+        "format": lambda said, _: float(pattern.fullmatch(said.strip()) is not None),
+    }
     chosen = [rules[name] for name in (("exact", "format") if cfg.reward == "both" else (cfg.reward,))]
 
     def by_rule(texts: Sequence[Text], wanted: Sequence[str]) -> list[float]:
@@ -117,8 +121,9 @@ def judge(cfg: RewardConfig, text, model: scalar.RewardModel | None = None) -> J
     return by_rule
 
 
-def answered(model: nn.Module, batch: QuestionBatch, stop_ids: set[int], sampling: SamplingConfig,
-             n: int) -> list[list[Text]]:  # fmt: skip
+def answered(
+    model: nn.Module, batch: QuestionBatch, stop_ids: set[int], sampling: SamplingConfig, n: int
+) -> list[list[Text]]:
     """n answers of the model to each question; with their stop ids in `tokens`."""
     training = model.training
     model.eval()
@@ -135,8 +140,9 @@ def advantages(rewards: Tensor) -> Tensor:
     return torch.where(spread > 1e-6, (rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-6), 0.0)
 
 
-def grpo_loss(cfg: RewardConfig, stop_ids: set[int], reward: Judge,
-              reference: nn.Module | None) -> Callable[[nn.Module, QuestionBatch], Tensor]:  # fmt: skip
+def grpo_loss(
+    cfg: RewardConfig, stop_ids: set[int], reward: Judge, reference: nn.Module | None
+) -> Callable[[nn.Module, QuestionBatch], Tensor]:
     """The loss, summed over questions. Without gradients it is what greedy answers miss: 1 - reward of each.
 
     Args:

@@ -64,8 +64,12 @@ class RewardFolder(checkpoint.WholeModel):
     def save(self, folder: Path, model: RewardModel, tokenizer, about: dict, weights: dict[str, Tensor]) -> None:
         super().save(folder, model, tokenizer, about, weights)
         # transformers reads the number behind the last id that is not this one: the rest of a row is filled with it.
-        own = {"architectures": [ARCHITECTURE], "id2label": {"0": "reward"}, "label2id": {"reward": 0},
-               "pad_token_id": tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id}  # fmt: skip
+        own = {
+            "architectures": [ARCHITECTURE],
+            "id2label": {"0": "reward"},
+            "label2id": {"reward": 0},
+            "pad_token_id": tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
+        }
         path = folder / "config.json"
         files.write_json(path, checkpoint.read_json(path) | own)
 

@@ -152,8 +152,12 @@ class TextAnswer(Answer):
         if not self.logprobs:
             return None
         tops = [{spelled(token): logprob for token, logprob in [*t.top, (t.token, t.logprob)]} for t in tokens]
-        return {"tokens": [spelled(t.token) for t in tokens], "token_logprobs": [t.logprob for t in tokens],
-                "top_logprobs": tops, "text_offset": [t.at for t in tokens]}  # fmt: skip
+        return {
+            "tokens": [spelled(t.token) for t in tokens],
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": tops,
+            "text_offset": [t.at for t in tokens],
+        }
 
 
 def spelled(token: bytes) -> str:

@@ -30,11 +30,14 @@ PAGE = {
 }
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
-    (b"content-security-policy", b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-                                 b"base-uri 'none'; frame-ancestors 'none'"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        b"base-uri 'none'; frame-ancestors 'none'",
+    ),
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-cache"),
-]  # fmt: skip
+]
 
 
 def is_loopback(host: str) -> bool:
@@ -67,8 +70,14 @@ class App:
         text = self.speaker.text
         # No token stands for more bytes of text than its entry has: what is far too long is refused unread.
         self.longest = max(len(text.id_to_piece(id).encode()) for id in range(text.vocab_size))
-        model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local",
-                 "max_model_len": worker.context, "chat": bool(self.speaker.chat_format)}  # fmt: skip
+        model = {
+            "id": name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "local",
+            "max_model_len": worker.context,
+            "chat": bool(self.speaker.chat_format),
+        }
 
         def always(response):
             async def answer(request, send):
@@ -87,8 +96,11 @@ class App:
             await self._answer(request, send, chat=False)
 
         page = Path(__file__).parent / "page"
-        self.routes = {path: ("GET", always(Response((page / file).read_bytes(), media_type=kind)))
-                       for path, (file, kind) in PAGE.items() if (page / file).is_file()}  # fmt: skip
+        self.routes = {
+            path: ("GET", always(Response((page / file).read_bytes(), media_type=kind)))
+            for path, (file, kind) in PAGE.items()
+            if (page / file).is_file()
+        }
         self.routes |= {
             "/health": ("GET", health),
             "/v1/models": ("GET", always(JSONResponse({"object": "list", "data": [model]}))),
@@ -129,8 +141,12 @@ class App:
         finally:
             # Neither the query nor the body: a prompt is nobody's business, and a key might stand there.
             told = path[:200].encode("unicode_escape").decode()
-            print(f"{(scope.get('client') or ['-'])[0]} {scope['method']} {told} {status or 'gone'} "
-                  f"{time.monotonic() - began:.2f} s", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"{(scope.get('client') or ['-'])[0]} {scope['method']} {told} {status or 'gone'} "
+                f"{time.monotonic() - began:.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _route(self, path: str, request):
         """Who answers; `Refused` where the one who asks may not, or nobody does."""
@@ -144,8 +160,9 @@ class App:
         if self.key and path not in PAGE and path != "/health":
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if not hmac.compare_digest(key.strip().encode("latin-1"), self.key.encode()) or scheme.lower() != "bearer":
-                raise Refused(401, "the API key is missing or wrong", None, "invalid_api_key",
-                              {"WWW-Authenticate": "Bearer"})  # fmt: skip
+                raise Refused(
+                    401, "the API key is missing or wrong", None, "invalid_api_key", {"WWW-Authenticate": "Bearer"}
+                )
         if path not in self.routes:
             raise Refused(404, "there is nothing under this path", None, "not_found")
         method, answer = self.routes[path]
@@ -168,16 +185,19 @@ class App:
         from starlette.responses import JSONResponse, StreamingResponse
 
         if chat and not self.speaker.chat_format:
-            raise Refused(400, f"{self.name} is a base model: it continues texts, under /v1/completions", None,
-                          "no_chat_model")  # fmt: skip
+            raise Refused(
+                400, f"{self.name} is a base model: it continues texts, under /v1/completions", None, "no_chat_model"
+            )
         body, worker = await read_body(request), self.worker
-        asked = fields.read(body, chat, self.name, self.speaker.text.vocab_size, worker.rows, worker.queue,
-                            worker.context)  # fmt: skip
+        asked = fields.read(
+            body, chat, self.name, self.speaker.text.vocab_size, worker.rows, worker.queue, worker.context
+        )
         inbox = Inbox(asked.stream)
         jobs = [self._job(prompt, asked, k, chat, inbox) for k, prompt in enumerate(asked.prompts)]
         count = len(jobs) * asked.n
-        answer = (ChatAnswer if chat else TextAnswer)(self.name, asked.stream, asked.usage, asked.logprobs is not None,
-                                                      sum(len(job.prompt) for job in jobs))  # fmt: skip
+        answer = (ChatAnswer if chat else TextAnswer)(
+            self.name, asked.stream, asked.usage, asked.logprobs is not None, sum(len(job.prompt) for job in jobs)
+        )
         try:
             worker.submit(jobs)
         except Full:

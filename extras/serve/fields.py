@@ -32,8 +32,14 @@ class Refused(Exception):
         headers: of the answer.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
-                 headers: dict[str, str] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
 
@@ -99,8 +105,16 @@ def read(body: bytes, chat: bool, model: str, vocab: int, rows: int, queue: int,
     # Each request draws anew unless it says a seed. Texts of one request have seed, seed + 1 ...
     got.setdefault("seed", secrets.randbits(32))
     sampling = SamplingConfig(**{name: got[name] for name in SAMPLING if name in got})
-    return Asked(prompts, sampling, min(limits, default=None), got.get("n", 1), logprobs, got.get("stop", ()),
-                 got.get("stream", False), got.get("stream_options", {}).get("include_usage", False))  # fmt: skip
+    return Asked(
+        prompts,
+        sampling,
+        min(limits, default=None),
+        got.get("n", 1),
+        logprobs,
+        got.get("stop", ()),
+        got.get("stream", False),
+        got.get("stream_options", {}).get("include_usage", False),
+    )
 
 
 def parsed(body: bytes) -> dict:
@@ -269,8 +283,10 @@ def texts(got: dict, vocab: int, most: int, context: int) -> list[str | list[int
         return [ids("prompt", said, vocab, context)]
     if len(said) > most:
         raise wrong("prompt", f"has {len(said)} prompts, at most {most} can wait")
-    return [text(f"prompt[{k}]", item) if isinstance(item, str) else ids(f"prompt[{k}]", item, vocab, context)
-            for k, item in enumerate(said)]  # fmt: skip
+    return [
+        text(f"prompt[{k}]", item) if isinstance(item, str) else ids(f"prompt[{k}]", item, vocab, context)
+        for k, item in enumerate(said)
+    ]
 
 
 def ids(name: str, value, vocab: int, context: int) -> list[int]:

@@ -37,8 +37,9 @@ def packages():
         import uvicorn
         from uvicorn.protocols.http.h11_impl import H11Protocol
     except ImportError:
-        raise UserError("the server needs the packages starlette, uvicorn and h11",
-                        "pip install -r requirements-serve.txt") from None  # fmt: skip
+        raise UserError(
+            "the server needs the packages starlette, uvicorn and h11", "pip install -r requirements-serve.txt"
+        ) from None
     return uvicorn, h11, H11Protocol
 
 
@@ -175,8 +176,12 @@ def make(app, worker: Worker):
             """An answer without the application."""
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
                 body = json.dumps(error(refused)).encode()
-                headers = [("content-type", "application/json"), ("content-length", str(len(body))),
-                           ("connection", "close"), ("retry-after", "1")]  # fmt: skip
+                headers = [
+                    ("content-type", "application/json"),
+                    ("content-length", str(len(body))),
+                    ("connection", "close"),
+                    ("retry-after", "1"),
+                ]
                 head = h11.Response(status_code=refused.status, headers=headers[: 4 if refused.status == 503 else 3])
                 parts = (head, h11.Data(data=body), h11.EndOfMessage())
                 self.transport.write(b"".join(self.conn.send(part) for part in parts))
@@ -202,10 +207,24 @@ def make(app, worker: Worker):
             await super().shutdown(sockets)
 
     # Its own log lines would be one per request that is no HTTP; ours are written where a request is answered.
-    return Server(uvicorn.Config(
-        app, http=Protocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="error",
-        access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=IDLE_S,
-        timeout_graceful_shutdown=int(END_S), h11_max_incomplete_event_size=MAX_HEAD_BYTES, backlog=2048))  # fmt: skip
+    return Server(
+        uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=IDLE_S,
+            timeout_graceful_shutdown=int(END_S),
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            backlog=2048,
+        )
+    )
 
 
 async def serve(server, sock: socket.socket, worker: Worker) -> None:

@@ -242,6 +242,10 @@ def logged(e: Exception) -> str:
     """
     name = secrets.token_hex(6)
     frames = "".join(traceback.format_tb(e.__traceback__))
-    print(f"error {name}: {type(e).__name__}: {str(e).encode('unicode_escape').decode()}\n{frames}", end="",
-          file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"error {name}: {type(e).__name__}: {str(e).encode('unicode_escape').decode()}\n{frames}",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
     return name
