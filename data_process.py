@@ -20,10 +20,10 @@ from itertools import chain, islice, takewhile
 from pathlib import Path
 
 import tokenizer
-from core import config, data, errors, files
+from core import bins, config, errors, files
 from core.errors import UserError
-from extras import sanguo
-from extras.corpus import Doc, bins, pipeline, readers
+from extras.corpus import pipeline, readers, sanguo, tokenize
+from extras.corpus.account import Doc
 from extras.corpus.journal import Journal
 from extras.corpus.stages import OF_ITEMS, STAGES
 from tokenizer.train import train as train_tokenizer
@@ -91,13 +91,13 @@ def inspect(cfg) -> None:
     for path in map(Path, cfg.read.input):
         beside = path.parent / "tokenizer"
         folder = cfg.process.tokenizer or (beside if beside.is_dir() else None)
-        print("\n".join(bins.inspect(path, tokenizer.load(folder) if folder and path.suffix != ".jsonl" else None)))
+        print("\n".join(tokenize.inspect(path, tokenizer.load(folder) if folder and path.suffix != ".jsonl" else None)))
 
 
 def verify(cfg) -> None:
     """Compare bins with their hashes; each is named, and the first damaged one ends it."""
     for path in map(Path, cfg.read.input):
-        print(bins.verify(path))
+        print(tokenize.verify(path))
 
 
 LOOKS = {"inspect": inspect, "verify": verify}
@@ -106,7 +106,7 @@ LOOKS = {"inspect": inspect, "verify": verify}
 def demo(cfg: ProcessConfig) -> None:
     """The novel 三国演义: chapters for the bins, chats on its facts for fine-tuning."""
     out = Path(cfg.out_dir)
-    if not cfg.overwrite and data.source_of(out / "train.bin") not in ("", DEMO):
+    if not cfg.overwrite and bins.source_of(out / "train.bin") not in ("", DEMO):
         raise UserError(f"{out / 'train.bin'} holds another text", "--overwrite replaces it; or another --out_dir")
     raw, entities = sanguo.read(sanguo.fetch(out / "cache"))
     chapters = [sanguo.clean(chapter) for chapter in raw]
@@ -135,11 +135,11 @@ def own_text(cfg, names: list[str]) -> None:
         else:
             text = trained_before(out / "tokenizer", journal) or make_tokenizer(cfg.process, texts_of(cfg, names))
             journal.open("tokenizer").append(text.sha256)
-            lines, split = [], bins.Split(cfg.process.val_share)
+            lines, split = [], tokenize.Split(cfg.process.val_share)
             while not lines:
                 try:
                     lines = write_bins(cfg, names, text, split, journal)
-                except bins.NothingHeldOut as e:
+                except tokenize.NothingHeldOut as e:
                     split = e.split
     print("\n".join(lines))
 
@@ -184,11 +184,11 @@ def texts_of(cfg, names: list[str]) -> Iterator[str]:
         books.check(([*books.accounts])[-2], ", ".join(cfg.read.input))  # the stage in front of tokenize
 
 
-def write_bins(cfg, names: list[str], text: tokenizer.Tokenizer, split: bins.Split, journal: Journal) -> list[str]:
+def write_bins(cfg, names: list[str], text: tokenizer.Tokenizer, split: tokenize.Split, journal: Journal) -> list[str]:
     records = partial(journal.open, f"{text.sha256[:16]}-{split.border!r}-{split.cut}")
     with open_books(cfg, names) as books:
-        results = documents(cfg, names, books, bins.Tokenize(text, split), records)
-        lines = bins.write(books.folder, text, split, results, books, ", ".join(cfg.read.input))
+        results = documents(cfg, names, books, tokenize.Tokenize(text, split), records)
+        lines = tokenize.write(books.folder, text, split, results, books, ", ".join(cfg.read.input))
     return books.lines() + lines
 
 
@@ -234,7 +234,7 @@ def make_tokenizer(cfg: ProcessConfig, texts: Iterator[str]):
 
 def write_bin(path: Path, texts: Iterable[str], text: tokenizer.Tokenizer, processes: int, source: str) -> None:
     """Tokenize documents into one bin, each as bos, its ids, eos."""
-    with data.BinWriter(path, text.vocab_size, text.eos_id, text.sha256, source) as out:
+    with bins.BinWriter(path, text.vocab_size, text.eos_id, text.sha256, source) as out:
         for ids, sizes, text_bytes in text.encode_chunks(texts, processes, bos=True, eos=True):
             out.add(ids, text_bytes, documents=len(sizes))
     print(f"{path}: {out.documents:,} documents, {out.tokens:,} tokens, {out.text_bytes / out.tokens:.2f} bytes each")

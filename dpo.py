@@ -16,10 +16,14 @@ from pathlib import Path
 
 import torch
 
-from core import checkpoint, config, distributed, engine, errors
+import trainer
+from core import config, distributed, errors, hf_folder
 from core.optim import OptimConfig
-from extras import estimate, families, lora, nf4, trackers
+from extras.estimate import report as estimate
+from extras.families import others as families
+from extras.finetune import lora, nf4
 from extras.preferences import open_chat_model, pairs
+from extras.tracking import trackers
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def main() -> None:
         "dpo": DpoConfig,
         "lora": lora.LoraConfig,
         "optim": OptimConfig,
-        "train": engine.TrainConfig,
+        "train": trainer.TrainConfig,
         "track": trackers.TrackConfig,
         "estimate": estimate.EstimateConfig,
     }
@@ -50,7 +54,7 @@ def main() -> None:
     rows, val_rows = pairs.pair_rows(cfg.pairs, cfg.train.seed, text, chat_format, length, intro)
     identity = {
         "tokenizer": text.sha256,
-        "base": checkpoint.weights_digest(folder),
+        "base": hf_folder.weights_digest(folder),
         "chat_format": chat_format,
         "beta": cfg.dpo.beta,
         "label_smoothing": cfg.dpo.label_smoothing,
@@ -65,7 +69,7 @@ def main() -> None:
     about = {"command": "dpo", "chat_format": chat_format, "options": options, "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
         loss = pairs.dpo_loss(cfg.dpo.beta, cfg.dpo.label_smoothing)
-        engine.train(
+        trainer.train(
             model,
             loss,
             rows,
@@ -88,13 +92,13 @@ def main() -> None:
 
 def refer(cfg, folder: Path, weights: str, parts: tuple, ranks) -> None:
     """Log-probabilities of the model as it is, into the rows: computed once, kept in out_dir for runs that go on."""
-    dtype = engine.choose_dtype(cfg.train.dtype, ranks.device)
+    dtype = trainer.choose_dtype(cfg.train.dtype, ranks.device)
     name = hashlib.sha256(" ".join([weights, str(dtype), *(rows.digest for rows in parts)]).encode()).hexdigest()[:16]
     path = Path(cfg.train.out_dir) / f"reference-{name}.safetensors"
     if ranks.agree(path.is_file()):
-        found = checkpoint.load_tensors(path)
+        found = hf_folder.load_tensors(path)
     else:
-        model = checkpoint.build(*checkpoint.open_model(folder), ranks.device).eval()
+        model = hf_folder.build(*hf_folder.open_model(folder), ranks.device).eval()
         found = {}
         for part, rows in zip(("train", "held_out"), parts):
             numbers = range(len(rows))[ranks.rank :: ranks.world]  # each rank its share
@@ -106,7 +110,7 @@ def refer(cfg, folder: Path, weights: str, parts: tuple, ranks) -> None:
             found[part] = ranks.sum(found[part].to(ranks.device)).cpu()
         if ranks.first:
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_tensors(path, found)
+            hf_folder.save_tensors(path, found)
     for part, rows in zip(("train", "held_out"), parts):
         rows.reference = found[part]
 

@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from core import checkpoint, config, errors, files
+from assembly.inference import Speaker, SpeakerConfig, newest_model
+from core import config, errors, files, hf_folder
 from core.errors import UserError
 from core.generate import SamplingConfig
-from extras import lora
 from extras.evaluation import bits, choices, generation, promptcblue, side_by_side
 from extras.evaluation.report import Progress
-from extras.speaker import Speaker, SpeakerConfig, newest_model
+from extras.finetune import lora
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def identity(kind: str, asked: list[SpeakerConfig], cfg) -> dict:
     found = {"kind": kind}
     for number, one in enumerate(asked, 1):
         base = one.model or (lora.base_of(one.adapter) if one.adapter else newest_model())
-        folder, end = checkpoint.model_folder(base), f" {number}" * (len(asked) > 1)
-        found |= {f"model{end}": str(folder), f"weights{end}": checkpoint.weights_digest(folder)[:16]}
+        folder, end = hf_folder.model_folder(base), f" {number}" * (len(asked) > 1)
+        found |= {f"model{end}": str(folder), f"weights{end}": hf_folder.weights_digest(folder)[:16]}
         found |= {f"{path.name}{end}": files.sha256(path)[:16] for path in sorted(folder.glob("tokenizer.*"))}
         if one.adapter:
             found |= {f"adapter{end}": one.adapter, f"adapter files{end}": digest(one.adapter)}

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizer
-from core import checkpoint, config, errors, files
+from core import config, errors, files, hf_folder
 from core.errors import UserError
-from extras import doors, families, lora, quantize
-from extras.doors import gguf_file, llama2c
+from extras.families import others as families
+from extras.finetune import lora
+from extras.formats import folders as doors
+from extras.formats import gguf_file, llama2c, quantize
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def gguf(cfg: GgufConfig) -> None:
         path /= f"{name}-{cfg.type}.gguf"
     beside = path.with_name("Modelfile")
     check_free([path, beside], cfg.overwrite)
-    chat_format = checkpoint.load_about(folder).get("chat_format")
+    chat_format = hf_folder.load_about(folder).get("chat_format")
     counts = gguf_file.write(path, model, text, cfg.type, name, chat_format)
     files.write_text(beside, gguf_file.modelfile(path.name, text, model.config.max_position_embeddings, chat_format))
     tensors = ", ".join(f"{number} {kind}" for kind, number in counts.items())
@@ -134,33 +136,33 @@ def from_llama2c(cfg: FromLlama2cConfig) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "tokenizer.model"
         path.write_bytes(llama2c.read_tokenizer(cfg.tokenizer, model.config.vocab_size))
-        checkpoint.save_model(folder, model, tokenizer.load(path), {"source": Path(cfg.model).name})
+        hf_folder.save_model(folder, model, tokenizer.load(path), {"source": Path(cfg.model).name})
     print(f"{folder}: {model.num_parameters()[0]:,} parameters; python sample.py --model {folder} --prompt ''")
 
 
 def merge(cfg: MergeConfig) -> None:
     """A plain model that computes what base and adapter do."""
-    base = checkpoint.model_folder(cfg.model or lora.base_of(cfg.adapter))
+    base = hf_folder.model_folder(cfg.model or lora.base_of(cfg.adapter))
     check_free([Path(cfg.output)], cfg.overwrite)
     text = tokenizer.load(base)
-    model, fill, adapter = lora.attach(*checkpoint.open_model(base), cfg.adapter, base)
-    checkpoint.check_tokenizer(base, model, text)
-    model = lora.merge(checkpoint.build(model, fill))
-    of_base, of_adapter = checkpoint.load_about(base), checkpoint.load_about(adapter)
+    model, fill, adapter = lora.attach(*hf_folder.open_model(base), cfg.adapter, base)
+    hf_folder.check_tokenizer(base, model, text)
+    model = lora.merge(hf_folder.build(model, fill))
+    of_base, of_adapter = hf_folder.load_about(base), hf_folder.load_about(adapter)
     merged = f"{of_base.get('merged_sha256', '')} {files.sha256(adapter / lora.Adapter.file)}".strip()
     about = of_base | of_adapter | {"merged_sha256": merged}
-    checkpoint.save_model(Path(cfg.output), model, text, about)
+    hf_folder.save_model(Path(cfg.output), model, text, about)
     print(f"{cfg.output}: {base} with {adapter} merged; python sample.py --model {cfg.output}")
 
 
 def quantized(cfg: QuantizeConfig) -> None:
     """A model folder with rounded weights, in compressed-tensors' format."""
-    folder, path = checkpoint.model_folder(cfg.model), Path(cfg.output)
+    folder, path = hf_folder.model_folder(cfg.model), Path(cfg.output)
     check_free([path], cfg.overwrite)
     text = tokenizer.load(folder)
-    model = quantize.build(*checkpoint.open_model(folder), cfg.type)
-    checkpoint.check_tokenizer(folder, model, text)
-    for note in quantize.save(path, model, cfg.type, text, checkpoint.load_about(folder)):
+    model = quantize.build(*hf_folder.open_model(folder), cfg.type)
+    hf_folder.check_tokenizer(folder, model, text)
+    for note in quantize.save(path, model, cfg.type, text, hf_folder.load_about(folder)):
         print(f"note: {note}: sample.py and serve.py read this folder, transformers and vLLM will not", file=sys.stderr)
     size = (path / "model.safetensors").stat().st_size
     print(f"{path}: {cfg.type}, {size:,} bytes; python sample.py --model {path}")

@@ -13,11 +13,14 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-from core import checkpoint, config, distributed, engine, errors
+import trainer
+from core import config, distributed, errors, hf_folder
 from core.generate import SamplingConfig
 from core.optim import OptimConfig
-from extras import families, lora, nf4, trackers
+from extras.families import others as families
+from extras.finetune import lora, nf4
 from extras.preferences import open_chat_model, questions, scalar
+from extras.tracking import trackers
 from tokenizer import chat
 
 
@@ -39,7 +42,7 @@ def main() -> None:
         "reward": questions.RewardConfig,
         "lora": lora.LoraConfig,
         "optim": OptimConfig,
-        "train": engine.TrainConfig,
+        "train": trainer.TrainConfig,
         "track": trackers.TrackConfig,
     }
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/grpo.toml")
@@ -58,20 +61,20 @@ def main() -> None:
     )
     identity = {
         "tokenizer": text.sha256,
-        "base": checkpoint.weights_digest(folder),
+        "base": hf_folder.weights_digest(folder),
         "chat_format": chat_format,
         "reward": config.as_dict(cfg)["reward"],
     }
     fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, {})
     reference = None
     if cfg.reward.kl:
-        reference = checkpoint.build(*checkpoint.open_model(folder), ranks.device).eval().requires_grad_(False)
+        reference = hf_folder.build(*hf_folder.open_model(folder), ranks.device).eval().requires_grad_(False)
     ends, judge = chat.end_ids(text, chat_format), questions.judge(cfg.reward, text, judging_model(cfg, text, ranks))
     loss = questions.grpo_loss(cfg.reward, ends, judge, reference)
     options = config.as_dict(cfg)
     about = {"command": "grpo", "chat_format": chat_format, "options": options, "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
-        engine.train(
+        trainer.train(
             model,
             loss,
             rows,
@@ -94,19 +97,19 @@ def judging_model(cfg, text, ranks):
     """The reward model that the options name, or None."""
     if not cfg.reward.reward_model:
         return None
-    folder = checkpoint.model_folder(cfg.reward.reward_model)
+    folder = hf_folder.model_folder(cfg.reward.reward_model)
     model, fill = scalar.open_reward(folder)
-    if (noted := checkpoint.load_about(folder).get("tokenizer_sha256")) != text.sha256:
+    if (noted := hf_folder.load_about(folder).get("tokenizer_sha256")) != text.sha256:
         raise errors.UserError(
             f"{folder}: made with tokenizer {str(noted)[:12]}, the model has {text.sha256[:12]}",
             "python reward.py --init_from the same model",
         )
-    return checkpoint.build(model, fill, ranks.device).eval().requires_grad_(False)
+    return hf_folder.build(model, fill, ranks.device).eval().requires_grad_(False)
 
 
 def told(model, rows, cfg, text, ends: set[int], judge: questions.Judge) -> str:
     """Greedy answers to three questions, with their rewards."""
-    batch = engine.batch(rows, range(min(3, len(rows))))
+    batch = trainer.batch(rows, range(min(3, len(rows))))
     groups = questions.answered(model, batch, ends, SamplingConfig(cfg.reward.max_new_tokens, 0.0), 1)
     said = [texts[0] for texts in groups]
     return "\n".join(

@@ -17,11 +17,15 @@ from functools import partial
 import torch
 
 import tokenizer
-from core import checkpoint, config, data, distributed, engine, errors
+import trainer
+from core import bins, config, data, distributed, errors, hf_config, hf_folder
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import estimate, families, longlora, lora, nf4, trackers
+from extras.estimate import report as estimate
+from extras.families import others as families
+from extras.finetune import longlora, lora, nf4
+from extras.tracking import trackers
 from model import Llama, ModelConfig, describe
 
 
@@ -50,7 +54,7 @@ def main() -> None:
         "lora": lora.LoraConfig,
         "long": longlora.LongConfig,
         "optim": OptimConfig,
-        "train": engine.TrainConfig,
+        "train": trainer.TrainConfig,
         "track": trackers.TrackConfig,
         "estimate": estimate.EstimateConfig,
     }
@@ -62,27 +66,27 @@ def main() -> None:
             model = Llama(cfg.model)
         print(estimate.report(model, cfg, None, cfg.data.seq_len or cfg.model.max_position_embeddings, ranks))
         return
-    base = cfg.data.init_from and checkpoint.model_folder(cfg.data.init_from)
+    base = cfg.data.init_from and hf_folder.model_folder(cfg.data.init_from)
     text = tokenizer.load(base or cfg.data.tokenizer)
-    model, fill = checkpoint.open_model(base, cfg.data.allow_pickle) if base else new_model(cfg, text)
+    model, fill = hf_folder.open_model(base, cfg.data.allow_pickle) if base else new_model(cfg, text)
     if base:
-        checkpoint.check_tokenizer(base, model, text)
+        hf_folder.check_tokenizer(base, model, text)
     intro = [config.show(cfg), describe(model)]
     identity = {
         "tokenizer": text.sha256,
         "docs": cfg.data.docs,
-        "base": checkpoint.weights_digest(base) if base else "",
+        "base": hf_folder.weights_digest(base) if base else "",
     }
     if cfg.long.context and not base:
         raise errors.UserError("context: a new model has max_position_embeddings", "--init_from DIR")
     changes = longlora.begin(model, cfg.long, identity)
     fill, saver = lora.tune(model, fill, cfg, base, identity, intro, nf4.Weight, changes)
-    identity["model"] = checkpoint.sizes(model.config)
+    identity["model"] = hf_config.sizes(model.config)
     seq_len = cfg.data.seq_len or cfg.long.context or model.config.max_position_embeddings
     train, shares = data.parse_mix(cfg.data.train)
 
     def open_rows(path: str, tail: bool) -> data.BinRows:
-        bin = data.TokenBin(path, model.config.vocab_size, text.sha256, trust=cfg.data.trust)
+        bin = bins.TokenBin(path, model.config.vocab_size, text.sha256, trust=cfg.data.trust)
         if cfg.data.verify:
             bin.verify()
         return data.BinRows(bin, seq_len, cfg.data.docs, text.eos_id, tail)
@@ -96,7 +100,7 @@ def main() -> None:
     intro.append(rows.describe())
     options = config.as_dict(cfg)
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
-        engine.train(
+        trainer.train(
             model,
             next_token_loss,
             rows,

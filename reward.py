@@ -17,11 +17,13 @@ from functools import partial
 from pathlib import Path
 
 import tokenizer
-from core import checkpoint, config, data, distributed, engine, errors, files
+import trainer
+from core import config, distributed, errors, files, hf_folder
 from core.errors import UserError
 from core.optim import OptimConfig
-from extras import lora, nf4, trackers
+from extras.finetune import lora, nf4
 from extras.preferences import open_chat_model, pairs, scalar
+from extras.tracking import trackers
 from tokenizer import chat
 
 
@@ -47,7 +49,7 @@ def main() -> None:
         "pairs": pairs.PairsConfig,
         "lora": lora.LoraConfig,
         "optim": OptimConfig,
-        "train": engine.TrainConfig,
+        "train": trainer.TrainConfig,
         "track": trackers.TrackConfig,
     }
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/reward.toml")
@@ -59,7 +61,7 @@ def main() -> None:
     rows, val_rows = pairs.pair_rows(cfg.pairs, cfg.train.seed, text, chat_format, length, intro)
     identity = {
         "tokenizer": text.sha256,
-        "base": checkpoint.weights_digest(folder),
+        "base": hf_folder.weights_digest(folder),
         "chat_format": chat_format,
         "reward": True,
     }
@@ -69,7 +71,7 @@ def main() -> None:
     fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, {})
     about = {"command": "reward", "chat_format": chat_format, "options": config.as_dict(cfg), "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, about["options"], ranks.first) as track:
-        engine.train(
+        trainer.train(
             model,
             scalar.pair_loss,
             rows,
@@ -91,16 +93,16 @@ def main() -> None:
 def score(cfg: ScoreConfig) -> None:
     """Rewards of all lines of a file; those that are kept into another, in their order."""
     is_adapter = not (Path(cfg.model) / "config.json").exists() and bool(lora.base_of(cfg.model))
-    folder = checkpoint.model_folder(lora.base_of(cfg.model) if is_adapter else cfg.model)
+    folder = hf_folder.model_folder(lora.base_of(cfg.model) if is_adapter else cfg.model)
     if is_adapter:
-        model, fill = scalar.begin(*checkpoint.open_model(folder), folder)
+        model, fill = scalar.begin(*hf_folder.open_model(folder), folder)
         model, fill, noted = lora.attach(model, fill, cfg.model, folder)
     else:
         (model, fill), noted = scalar.open_reward(folder), folder
-    text, chat_format = tokenizer.load(folder), checkpoint.load_about(noted).get("chat_format")
-    model = checkpoint.build(model, fill, distributed.start(cfg.device).device).eval()
+    text, chat_format = tokenizer.load(folder), hf_folder.load_about(noted).get("chat_format")
+    model = hf_folder.build(model, fill, distributed.start(cfg.device).device).eval()
     items, texts, long, context = [], [], [], model.config.max_position_embeddings
-    for where, item in data.read_jsonl(cfg.input):
+    for where, item in files.read_jsonl(cfg.input):
         try:
             ids = chat.render(messages_of(item, where), text, chat_format, train_on="last")[0][:-1]
         except tokenizer.TokenizerError as e:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizer
-from core import config, data, errors, files
+from assembly.inference import Speaker, SpeakerConfig
+from core import config, errors, files
 from core.errors import UserError
 from core.generate import SamplingConfig, beam_search, continued, fitting, generate
-from extras import retrieval
-from extras.speaker import Speaker, SpeakerConfig
+from extras.retrieval import bm25 as retrieval
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def read_prompts(path: str):
             raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
         yield from ((f"{path}:{n}", line.rstrip("\r"), None, "") for n, line in enumerate(lines, 1) if line.strip())
         return
-    for where, item in data.read_jsonl(path):
+    for where, item in files.read_jsonl(path):
         prompt, reference = item.get("prompt", item.get("messages")), None
         last = prompt[-1] if isinstance(prompt, list) and prompt else None
         if isinstance(last, dict) and last.get("role") == "assistant":

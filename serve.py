@@ -17,10 +17,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from assembly.inference import Speaker, SpeakerConfig
 from core import config, errors
 from core.errors import UserError
 from extras.serve import app, wire, worker
-from extras.speaker import Speaker, SpeakerConfig
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,15 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import tokenizer
-from core import checkpoint, config, data, distributed, engine, errors
+import trainer
+from core import config, data, distributed, errors, files, hf_folder
 from core.generate import SamplingConfig, complete
 from core.loss import next_token_loss
 from core.optim import OptimConfig
-from extras import estimate, families, longlora, lora, nf4, trackers
+from extras.estimate import report as estimate
+from extras.families import others as families
+from extras.finetune import longlora, lora, nf4
+from extras.tracking import trackers
 from model import Llama
 from tokenizer import chat
 
@@ -58,21 +62,21 @@ def main() -> None:
         "lora": lora.LoraConfig,
         "long": longlora.LongConfig,
         "optim": OptimConfig,
-        "train": engine.TrainConfig,
+        "train": trainer.TrainConfig,
         "track": trackers.TrackConfig,
         "estimate": estimate.EstimateConfig,
     }
     cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo-sft.toml")
     families.register()
     ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
-    folder = checkpoint.model_folder(cfg.chat.init_from)
+    folder = hf_folder.model_folder(cfg.chat.init_from)
     text = tokenizer.load(folder)
-    model, fill = checkpoint.open_model(folder, cfg.chat.allow_pickle)
-    checkpoint.check_tokenizer(folder, model, text)
+    model, fill = hf_folder.open_model(folder, cfg.chat.allow_pickle)
+    hf_folder.check_tokenizer(folder, model, text)
     intro = [config.show(cfg)]
     identity = {
         "tokenizer": text.sha256,
-        "base": checkpoint.weights_digest(folder),
+        "base": hf_folder.weights_digest(folder),
         "chat_format": cfg.chat.chat_format,
         "train_on": cfg.chat.train_on,
     }
@@ -94,7 +98,7 @@ def main() -> None:
     options = config.as_dict(cfg)
     about = {"command": "sft", "chat_format": cfg.chat.chat_format, "options": options, "intro": intro}
     with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
-        engine.train(
+        trainer.train(
             model,
             next_token_loss,
             rows,
@@ -123,7 +127,7 @@ def chat_rows(paths: tuple[str, ...], text, cfg: ChatConfig, seq_len: int, intro
         f"with an answer longer than {answer} tokens": answer or math.inf,
     }
     for path in paths:
-        for where, item in data.read_jsonl(path):
+        for where, item in files.read_jsonl(path):
             if "messages" not in item:
                 raise errors.UserError(f"{where}: messages is missing", f"keys here: {', '.join(item)}")
             try:

@@ -7,10 +7,14 @@ Knows no format.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from core.errors import UserError
+
+# Of any JSON that is read whole: names and shapes of 1,024 layers, the most that model.py builds, take 1.5 MB; and
+# Python makes at most some 60 MB of this many bytes.
+JSON_BYTES = 2 << 20
 
 
 def fsync_dir(folder: Path) -> None:
@@ -101,3 +105,59 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def parse_object(text: bytes | str) -> dict:
+    """A JSON object; ValueError where it is none, names a key twice (Python keeps the last), or holds a NaN."""
+
+    def no_twins(pairs: list) -> dict:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    def no_constant(name: str):
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, not an object")
+    return value
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("PATH:LINE", object) of each line of a JSONL file; only a newline ends a line, blank ones are passed over.
+
+    Raises:
+        UserError: no such file, a line that is not UTF-8, not JSON, not an object, or names a key twice.
+    """
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if not (line := line.strip()):
+                    continue
+                try:
+                    yield f"{path}:{number}", parse_object(line)
+                except ValueError as e:
+                    raise UserError(f"{path}:{number}: not a JSON object in UTF-8: {e}") from None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}", "make it with python data_process.py") from None
+
+
+def read_json(path: Path, hint: str = "") -> dict:
+    """A JSON object from a file; one that is huge, names a key twice or holds NaN is refused."""
+    try:
+        with open(path, "rb") as f:
+            text = f.read(JSON_BYTES + 1)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}", hint) from None
+    if len(text) > JSON_BYTES:
+        raise UserError(f"{path}: larger than {JSON_BYTES:,} bytes", hint)
+    try:
+        return parse_object(text)
+    except ValueError as e:
+        raise UserError(f"{path}: not a JSON object: {e}", hint) from None

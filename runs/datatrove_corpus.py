@@ -31,7 +31,8 @@ from pathlib import Path
 import tokenizer
 from core import config, errors, files
 from core.errors import UserError
-from extras.corpus import Account, Doc, bins, clean, dedup, each, readers
+from extras.corpus import clean, dedup, readers, tokenize
+from extras.corpus.account import Account, Doc, each
 from extras.corpus.journal import Records
 from extras.corpus.pipeline import Books
 
@@ -94,19 +95,23 @@ def mark_duplicates(cfg, _, rank: int, world_size: int) -> None:
 
 
 def encode_files(cfg, _, rank: int, world_size: int) -> None:
-    finish = bins.Tokenize(tokenizer_of(cfg), bins.Split(cfg.run.val_share))
+    finish = tokenize.Tokenize(tokenizer_of(cfg), tokenize.Split(cfg.run.val_share))
     for number, _ in dealt(cfg, rank, world_size):
         save(cfg, number, "ids", encode_file(cfg, number, finish))
 
 
 def write_bins(cfg, _, rank: int, world_size: int) -> None:
     text, numbers = tokenizer_of(cfg), range(len(cfg.read.input))
-    split, results, lines = bins.Split(cfg.run.val_share), (found for n in numbers for found in load(cfg, n, "ids")), []
+    split, results, lines = (
+        tokenize.Split(cfg.run.val_share),
+        (found for n in numbers for found in load(cfg, n, "ids")),
+        [],
+    )
     while not lines:
         try:
             lines = write(cfg, text, split, results)
-        except bins.NothingHeldOut as e:  # there are very few documents: once more, all of them here
-            split, finish = e.split, bins.Tokenize(text, e.split)
+        except tokenize.NothingHeldOut as e:  # there are very few documents: once more, all of them here
+            split, finish = e.split, tokenize.Tokenize(text, e.split)
             results = (found for n in numbers for found in encode_file(cfg, n, finish))
     print("\n".join(lines), flush=True)
 
@@ -125,7 +130,7 @@ def clean_file(cfg, path: str) -> Iterator:
     yield [], [("read", unread.entries())]
 
 
-def encode_file(cfg, number: int, finish: bins.Tokenize) -> Iterator:
+def encode_file(cfg, number: int, finish: tokenize.Tokenize) -> Iterator:
     """(what `finish` makes of the documents that stay, accounts) of each block of a file."""
     for (docs, accounts), reasons in zip(load(cfg, number, "docs"), load(cfg, number, "reasons"), strict=True):
         account, verdicts = Account("dedup", cfg.run.keep_rejected), iter(reasons)
@@ -140,7 +145,7 @@ def encode_file(cfg, number: int, finish: bins.Tokenize) -> Iterator:
         yield result, [*accounts, ("dedup", account.entries())]
 
 
-def write(cfg, text: tokenizer.Tokenizer, split: bins.Split, results: Iterator) -> list[str]:
+def write(cfg, text: tokenizer.Tokenizer, split: tokenize.Split, results: Iterator) -> list[str]:
     """The bins and the accounts of all that `encode_file` gave; lines on them."""
     with Books(Path(cfg.run.out_dir), ["read", "clean", "dedup", "tokenize"], cfg.run.keep_rejected) as books:
 
@@ -151,7 +156,7 @@ def write(cfg, text: tokenizer.Tokenizer, split: bins.Split, results: Iterator) 
                 books.write_rejects()
                 yield result
 
-        lines = bins.write(books.folder, text, split, booked(), books, ", ".join(cfg.read.input))
+        lines = tokenize.write(books.folder, text, split, booked(), books, ", ".join(cfg.read.input))
     return books.lines() + lines
 
 

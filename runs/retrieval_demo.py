@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from extras import sanguo
-from extras.retrieval import Index, augment
+from extras.corpus import sanguo
+from extras.retrieval.bm25 import Index, augment
 
 NOVELS = 60  # made-up ones; each fact of theirs is asked once, so only reading helps
 PASSAGES, CHARS = 3, 40  # the model has 256 positions

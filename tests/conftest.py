@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from core import hf_folder
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 
 import pytest
@@ -16,7 +18,6 @@ if str(ROOT) not in sys.path:  # a bare `pytest` puts only the tests' own folder
 
 from texts import BOOK, change  # noqa: E402
 
-from core import checkpoint  # noqa: E402
 from model import Llama, ModelConfig  # noqa: E402
 from tokenizer import load  # noqa: E402
 from tokenizer.sentencepiece_model import write_model  # noqa: E402
@@ -120,6 +121,6 @@ def home(small, tmp_path_factory) -> Path:
         )
         if name == "long":  # greedy, it goes on until the context is full
             model.model.embed_tokens.weight.data[[small.bos_id, small.eos_id]] = 0
-        checkpoint.save_model(home / name, model, small, {"chat_format": "bos"})
-        checkpoint.save_model(home / f"{name}-base", model, small, {})
+        hf_folder.save_model(home / name, model, small, {"chat_format": "bos"})
+        hf_folder.save_model(home / f"{name}-base", model, small, {})
     return home

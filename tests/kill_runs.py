@@ -32,7 +32,8 @@ import torch._dynamo  # optimizers import it when they are made: once here inste
 from faulty_disk import FaultyDisk
 from safetensors.torch import load_file
 
-from core import checkpoint, engine, errors
+import trainer
+from core import checkpoint, errors, hf_folder
 
 fork = multiprocessing.get_context("fork")
 SAVING, LISTENING = 0, 1  # places in `flags`, which parent and child share: inside a save; signals are taken
@@ -58,9 +59,9 @@ def assert_equal(a: tuple, b: tuple) -> None:
 
 def whole_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints, all of which are whole."""
-    steps = checkpoint.checkpoint_steps(folder)
+    steps = hf_folder.checkpoint_steps(folder)
     for step in steps:
-        assert checkpoint.verify(folder / f"checkpoint-{step}") is None, "a checkpoint that has its name must be whole"
+        assert hf_folder.verify(folder / f"checkpoint-{step}") is None, "a checkpoint that has its name must be whole"
     return steps
 
 
@@ -70,7 +71,7 @@ def live(folder: Path, flags: mmap.mmap, options: dict, at: int = 0) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    commit, enter, leave = checkpoint.Run._commit, engine.StopSignals.__enter__, engine.StopSignals.__exit__
+    commit, enter, leave = checkpoint.Run._commit, trainer.StopSignals.__enter__, trainer.StopSignals.__exit__
     disk = FaultyDisk(at)
 
     def saving(run, *args):
@@ -87,7 +88,7 @@ def live(folder: Path, flags: mmap.mmap, options: dict, at: int = 0) -> None:
         flags[LISTENING] = 0
         leave(stop, *error)
 
-    checkpoint.Run._commit, engine.StopSignals.__enter__, engine.StopSignals.__exit__ = saving, entered, left
+    checkpoint.Run._commit, trainer.StopSignals.__enter__, trainer.StopSignals.__exit__ = saving, entered, left
 
     def main() -> int:
         with disk:
@@ -125,7 +126,7 @@ def end(folder: Path, process, flags: mmap.mmap, signals: list, rng: random.Rand
         return bool(flags[SAVING])
     assert process.exitcode == errors.Interrupted.exit_code or not flags[LISTENING], f"it ended with {process.exitcode}"
     if process.exitcode == errors.Interrupted.exit_code:
-        saved = checkpoint.checkpoint_steps(folder)[-1]
+        saved = hf_folder.checkpoint_steps(folder)[-1]
         assert saved == last_step(folder) <= before + 2, "the step that ran and at most one that had just begun"
         seconds.append(time.monotonic() - began)
     return bool(flags[SAVING])

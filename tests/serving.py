@@ -12,8 +12,8 @@ import threading
 import time
 from pathlib import Path
 
+from assembly.inference import Speaker, SpeakerConfig
 from extras.serve import app, wire, worker
-from extras.speaker import Speaker, SpeakerConfig
 
 
 class Served:

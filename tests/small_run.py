@@ -18,8 +18,10 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from core import checkpoint, distributed, engine, errors
-from core.data import BinRows, BinWriter, ChatRows, TokenBin
+import trainer
+from core import distributed, errors, hf_folder
+from core.bins import BinWriter, TokenBin
+from core.data import BinRows, ChatRows
 from core.loss import next_token_loss
 from core.optim import OptimConfig
 from model import Llama, ModelConfig
@@ -105,7 +107,7 @@ def run(
         "dtype": "fp32",
         "timeout_s": 60,
     }
-    cfg = engine.TrainConfig(out_dir=str(out_dir), **defaults | options)
+    cfg = trainer.TrainConfig(out_dir=str(out_dir), **defaults | options)
     optim = OptimConfig(
         optimizer=optimizer, lr=lr, min_lr=lr / 10 if min_lr is None else min_lr, warmup_steps=2, grad_clip=grad_clip
     )
@@ -115,7 +117,7 @@ def run(
     train_rows = chat_rows() if rows == "chats" else bin_rows(out_dir.parent, seq_len=seq_len)
     val_rows = {"val": bin_rows(out_dir.parent, tail=True, seq_len=seq_len)} if val else {}
     about = {"options": {"train": dataclasses.asdict(cfg), "optim": dataclasses.asdict(optim)}}
-    engine.train(
+    trainer.train(
         model,
         loss_fn,
         train_rows,
@@ -138,7 +140,7 @@ def main() -> None:
     out_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     changes, meta = options.pop("model", {}), options.pop("meta", False)
     if fails := options.pop("no_room_for_models", 0):  # so many times the run folder's own model is not written
-        save = checkpoint.save_model
+        save = hf_folder.save_model
 
         def full_at_first(folder, *args):
             nonlocal fails
@@ -147,7 +149,7 @@ def main() -> None:
                 raise OSError(28, "No space left on device")
             save(folder, *args)
 
-        checkpoint.save_model = full_at_first
+        hf_folder.save_model = full_at_first
     rank, bad = int(os.environ.get("RANK", 0)), options.pop("bad", {})  # bad: the rank and call of a loss that is NaN
     out_dir.mkdir(parents=True, exist_ok=True)
     Path(f"{out_dir}.pid-{rank}").write_text(str(os.getpid()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from extras import peers
+from bench import peers
 from model import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,8 @@ def test_training_is_timed_beside_others_and_ends_in_json(tmp_path, how):
     done = subprocess.run(
         [
             sys.executable,
-            "bench.py",
+            "-m",
+            "bench",
             "train",
             "--model",
             str(tmp_path / "small.toml"),
@@ -74,7 +75,8 @@ def test_finetuning_is_measured_in_each_way_and_needs_less_the_less_it_trains(tm
     done = subprocess.run(
         [
             sys.executable,
-            "bench.py",
+            "-m",
+            "bench",
             "finetune",
             "--model",
             str(tmp_path / "wide.toml"),
@@ -101,7 +103,7 @@ def test_finetuning_is_measured_in_each_way_and_needs_less_the_less_it_trains(tm
 @pytest.mark.parametrize("bad", [["--peers", "ours", "nobody"], ["--dtype", "fp16"], ["--gradient_checkpointing", "x"]])
 def test_what_cannot_be_timed_is_refused_in_a_line(bad):
     done = subprocess.run(
-        [sys.executable, "bench.py", "train", "--model", "configs/demo.toml", *bad],
+        [sys.executable, "-m", "bench", "train", "--model", "configs/demo.toml", *bad],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -153,7 +155,8 @@ def test_decoding_is_timed_beside_transformers_and_ends_in_json(tmp_path, small)
     done = subprocess.run(
         [
             sys.executable,
-            "bench.py",
+            "-m",
+            "bench",
             "decode",
             "--model",
             str(tmp_path / "small.toml"),

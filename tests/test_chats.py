@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from core import config
-from extras.corpus import Account, Doc
+from extras.corpus.account import Account, Doc
 from extras.corpus.chats import FORMATS, ROLES, BadChat, ChatsConfig, augment, chats, convert, detect, flat
 from tokenizer import chat
 

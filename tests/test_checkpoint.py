@@ -14,7 +14,7 @@ import torch
 from kill_runs import assert_equal, state_of
 from safetensors.torch import load_file, save_file
 
-from core import checkpoint, files
+from core import checkpoint, files, hf_config, hf_folder
 from core.errors import Diverged, StorageError, UserError
 
 
@@ -55,7 +55,7 @@ def test_leftovers_of_a_kill_are_removed_and_the_last_k_are_kept(tmp_path):
     (tmp_path / "run/.tmp-99-checkpoint-7").mkdir(parents=True)
     (tmp_path / "run/.trash-99-checkpoint-1").mkdir()
     small_run.run(tmp_path / "run", max_steps=8, save_every=2, keep=3, val=False)
-    assert checkpoint.checkpoint_steps(tmp_path / "run") == [4, 6, 8]
+    assert hf_folder.checkpoint_steps(tmp_path / "run") == [4, 6, 8]
     assert not list((tmp_path / "run").glob(".t*"))
 
 
@@ -85,8 +85,8 @@ def test_resuming_another_run_is_refused_with_what_differs(tmp_path, change):
 def test_resume_no_keeps_the_earlier_run_aside(tmp_path):
     small_run.run(tmp_path / "run", max_steps=2, val=False)
     small_run.run(tmp_path / "run", max_steps=1, seed=5, resume="no", val=False)
-    assert checkpoint.verify(tmp_path / "run.1/checkpoint-2") is None
-    assert checkpoint.checkpoint_steps(tmp_path / "run") == [1]
+    assert hf_folder.verify(tmp_path / "run.1/checkpoint-2") is None
+    assert hf_folder.checkpoint_steps(tmp_path / "run") == [1]
 
 
 def test_a_checkpoint_of_another_format_is_refused_with_what_wrote_it(tmp_path, monkeypatch):
@@ -141,7 +141,7 @@ def test_a_failed_save_is_survived_twice_and_leaves_no_trace(tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoint.files, "replace", failing)
     small_run.run(tmp_path / "run", max_steps=5, save_every=1, keep=9, val=False)
-    assert checkpoint.checkpoint_steps(tmp_path / "run") == [1, 4, 5]
+    assert hf_folder.checkpoint_steps(tmp_path / "run") == [1, 4, 5]
     assert not list((tmp_path / "run").glob(".tmp*"))
     assert (tmp_path / "run/log.txt").read_text().count("could not be saved") == 2
 
@@ -178,7 +178,7 @@ def test_going_back_to_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path)
         tmp_path / "run", max_steps=6, save_every=2, keep=3, val=False, resume=str(tmp_path / "run/checkpoint-2")
     )
     assert len(list((tmp_path / "run").glob("set-aside-checkpoint-*"))) == 2
-    assert checkpoint.checkpoint_steps(tmp_path / "run") == [2, 4, 6]
+    assert hf_folder.checkpoint_steps(tmp_path / "run") == [2, 4, 6]
     assert_equal(unbroken, state_of(tmp_path / "run", 6))
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [s for s in steps if s <= 6] == [1, 2, 3, 4, 5, 6], "no step is recorded twice"
@@ -288,9 +288,9 @@ def test_a_run_saves_resumes_and_publishes_where_windows_rules_hold(tmp_path, mo
     small_run.run(tmp_path / "run", max_steps=9, **options)
     assert "resumed from" in (tmp_path / "run/log.txt").read_text()
     assert "could not be saved" not in (tmp_path / "run/log.txt").read_text()
-    assert checkpoint.checkpoint_steps(tmp_path / "run") == [8, 9]
-    small_run.run(tmp_path / "other", model=checkpoint.load_model(tmp_path / "run"), max_steps=1, eval_every=1)
-    checkpoint.save_model(tmp_path / "run", checkpoint.load_model(tmp_path / "run"), None, {})  # over what was read
+    assert hf_folder.checkpoint_steps(tmp_path / "run") == [8, 9]
+    small_run.run(tmp_path / "other", model=hf_folder.load_model(tmp_path / "run"), max_steps=1, eval_every=1)
+    hf_folder.save_model(tmp_path / "run", hf_folder.load_model(tmp_path / "run"), None, {})  # over what was read
 
 
 def test_a_rate_that_makes_weights_infinite_ends_as_divergence_and_saves_none(tmp_path):
@@ -304,7 +304,7 @@ def test_a_rate_that_makes_weights_infinite_ends_as_divergence_and_saves_none(tm
 
 def folder_with(tmp_path, **changes) -> Path:
     model = small_run.small_model()
-    checkpoint.save_model(tmp_path / "m", model, None, {})
+    hf_folder.save_model(tmp_path / "m", model, None, {})
     path = tmp_path / "m/config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in config.items() if v != "delete"}))
@@ -313,7 +313,7 @@ def folder_with(tmp_path, **changes) -> Path:
 
 def test_a_saved_model_loads_bit_equal(tmp_path):
     model = small_run.small_model()
-    loaded = checkpoint.load_model(folder_with(tmp_path))
+    loaded = hf_folder.load_model(folder_with(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
@@ -323,7 +323,7 @@ def test_tied_weights_load_under_either_name(tmp_path):
     state = load_file(folder / "model.safetensors")
     state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
     save_file(state, folder / "model.safetensors")
-    assert torch.equal(checkpoint.load_model(folder).lm_head.weight, state["lm_head.weight"])
+    assert torch.equal(hf_folder.load_model(folder).lm_head.weight, state["lm_head.weight"])
 
 
 def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
@@ -335,12 +335,12 @@ def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
     save_file({n: state[n] for n in names[1::2]}, folder / "b.safetensors")
     index = {"weight_map": {n: ("a", "b")[k % 2] + ".safetensors" for k, n in enumerate(names)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert torch.equal(checkpoint.load_model(folder).lm_head.weight, state["model.embed_tokens.weight"])
+    assert torch.equal(hf_folder.load_model(folder).lm_head.weight, state["model.embed_tokens.weight"])
     for bad in ("../b.safetensors", "/etc/passwd", "sub/b.safetensors", ".."):
         index["weight_map"][names[0]] = bad
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(UserError, match="plain file name"):
-            checkpoint.load_model(folder)
+            hf_folder.load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
 def test_a_config_that_cannot_be_is_refused_before_anything_is_allocated(tmp_path, changes, says):
     began = time.monotonic()
     with pytest.raises(UserError, match=says):
-        checkpoint.load_model(folder_with(tmp_path, **changes))
+        hf_folder.load_model(folder_with(tmp_path, **changes))
     assert time.monotonic() - began < 5
 
 
@@ -391,9 +391,9 @@ def test_what_a_resumed_run_must_share_names_later_fields_only_where_they_are_us
         "attention_bias",
         "tie_word_embeddings",
     }
-    assert checkpoint.sizes(small_run.small_model().config).keys() == before
+    assert hf_config.sizes(small_run.small_model().config).keys() == before
     qwen = dataclasses.replace(small_run.small_model().config, model_type="qwen3", rope_type="yarn", rope_factor=2.0)
-    assert checkpoint.sizes(qwen).keys() - before == {"model_type", "rope_type", "rope_factor"}
+    assert hf_config.sizes(qwen).keys() - before == {"model_type", "rope_type", "rope_factor"}
 
 
 def test_all_mismatches_of_weights_are_listed(tmp_path):
@@ -404,7 +404,7 @@ def test_all_mismatches_of_weights_are_listed(tmp_path):
     state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
     save_file(state, folder / "model.safetensors")
     with pytest.raises(UserError) as caught:
-        checkpoint.load_model(folder)
+        hf_folder.load_model(folder)
     for part in (
         "model.norm.weight is missing",
         "extra is unexpected",
@@ -419,7 +419,7 @@ def test_nan_in_weights_is_refused_by_name(tmp_path):
     state["model.norm.weight"][3] = float("nan")
     save_file(state, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN"):
-        checkpoint.load_model(folder)
+        hf_folder.load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -438,15 +438,15 @@ def test_a_file_that_is_not_safetensors_is_one_clear_error(tmp_path, content):
     folder = folder_with(tmp_path)
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        checkpoint.load_model(folder)
+        hf_folder.load_model(folder)
 
 
 def test_a_run_cut_short_before_its_first_model_is_found_through_its_checkpoint(tmp_path):
     small_run.run(tmp_path / "run", max_steps=2, save_every=1, val=False)
     os.remove(tmp_path / "run/config.json")
-    assert checkpoint.model_folder(tmp_path / "run") == tmp_path / "run/checkpoint-2"
+    assert hf_folder.model_folder(tmp_path / "run") == tmp_path / "run/checkpoint-2"
     with pytest.raises(UserError, match="no such model folder"):
-        checkpoint.model_folder(tmp_path / "nowhere")
+        hf_folder.model_folder(tmp_path / "nowhere")
 
 
 def test_transformers_loads_the_folder_with_equal_logits(tmp_path):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from core import checkpoint, data
-from extras.speaker import Speaker, SpeakerConfig
+from assembly.inference import Speaker, SpeakerConfig
+from core import data, hf_folder
 from tokenizer import chat, load
 from tokenizer.train import train
 
@@ -377,7 +377,7 @@ def test_training_goes_on_from_init_from_at_its_loss(chain):
 @pytest.mark.parametrize("name", ["out/pretrain", "out/sft"])
 def test_transformers_loads_the_run_folders_with_equal_logits_and_ids(chain, name):
     transformers = pytest.importorskip("transformers")
-    ours, text = checkpoint.load_model(chain / name).eval(), load(chain / name)
+    ours, text = hf_folder.load_model(chain / name).eval(), load(chain / name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(chain / name, dtype=torch.float32).eval()
     their_text = transformers.AutoTokenizer.from_pretrained(chain / name)
     ids = text.encode("第12天，雪是白的。English, 臺灣 too", bos=True)

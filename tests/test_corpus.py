@@ -23,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_process
-from core import checkpoint, config
+from core import bins, config, hf_folder
 from core.errors import UserError
-from extras.corpus import Account, Doc, bins, clean, pipeline, readers, stages, windows
+from extras.corpus import clean, pipeline, readers, stages, tokenize, windows
+from extras.corpus.account import Account, Doc
 from model import ModelConfig
 from tokenizer import TokenizerError
 from tokenizer.train import train
@@ -879,7 +880,7 @@ def test_the_filter_drops_what_a_trained_model_finds_too_surprising(tmp_path, ma
             max_position_embeddings=16,
         )
     )
-    checkpoint.save_model(tmp_path / "model", model, text, {})
+    hf_folder.save_model(tmp_path / "model", model, text, {})
     docs = ["天地玄黄，宇宙洪荒。" * n for n in (1, 2, 9)] + ["kwx@#%&zq", "天"]
     bits = []
     for doc in docs:
@@ -920,21 +921,20 @@ def test_inspect_and_verify_explain_a_bin_and_name_a_damaged_block(tmp_path, cor
         at = rng.randrange(len(raw))
         (out / "train.bin").write_bytes(raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :])
         with pytest.raises(UserError, match="damaged in 1 of 1 blocks: block 0"):
-            bins.verify(out / "train.bin")
+            tokenize.verify(out / "train.bin")
 
 
 def test_verify_names_the_block(tmp_path, monkeypatch):
-    from core import data
 
-    monkeypatch.setattr(data, "BLOCK_BYTES", 100)
-    with data.BinWriter(tmp_path / "x.bin", 300, 2, "0" * 64) as out:
+    monkeypatch.setattr(bins, "BLOCK_BYTES", 100)
+    with bins.BinWriter(tmp_path / "x.bin", 300, 2, "0" * 64) as out:
         out.add(list(range(3, 203)), 600)
-    assert "whole, 200 tokens in 4 blocks" in bins.verify(tmp_path / "x.bin")
+    assert "whole, 200 tokens in 4 blocks" in tokenize.verify(tmp_path / "x.bin")
     raw = bytearray((tmp_path / "x.bin").read_bytes())
     raw[250] ^= 1
     (tmp_path / "x.bin").write_bytes(raw)
     with pytest.raises(UserError, match=r"1 of 4 blocks: block 2 \(bytes 200 to 299\)"):
-        bins.verify(tmp_path / "x.bin")
+        tokenize.verify(tmp_path / "x.bin")
 
 
 # Limits ---------------------------------------------------------------------------------------------------------------

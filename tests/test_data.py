@@ -13,20 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import data, files
-from core.data import (
-    BinRows,
-    BinWriter,
-    ChatRows,
-    MixedRows,
-    TokenBin,
-    parse_mix,
-    permute,
-    read_jsonl,
-    row_number,
-    step_rows,
-)
+from core import bins, data, files
+from core.bins import BinWriter, TokenBin
+from core.data import BinRows, ChatRows, MixedRows, parse_mix, permute, row_number, step_rows
 from core.errors import UserError
+from core.files import read_jsonl
 from model import IGNORE
 
 EOS, VOCAB, SHA = 2, 100, "a" * 64
@@ -120,7 +111,7 @@ def test_a_bin_is_plain_numbers_that_numpy_reads(tmp_path, vocab, dtype):
 
 
 def test_the_sidecar_says_what_the_bin_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(bins, "BLOCK_BYTES", 8)
     path = write_bin(tmp_path / "x.bin")
     about, raw = json.loads((tmp_path / "x.json").read_text()), path.read_bytes()
     blocks = [hashlib.sha256(raw[i : i + 8]).hexdigest() for i in range(0, len(raw), 8)]
@@ -257,7 +248,7 @@ def test_a_bin_too_short_for_one_row_is_refused_with_the_minimum(tmp_path, token
 @pytest.mark.parametrize("at", [0, 5, 8, 16])
 def test_an_id_out_of_range_is_refused_before_the_model_sees_it(tmp_path, monkeypatch, at):
     """With a sidecar when its row is read, without one when the bin is opened."""
-    monkeypatch.setattr(data, "BLOCK_BYTES", 4)  # the scan takes several pieces
+    monkeypatch.setattr(bins, "BLOCK_BYTES", 4)  # the scan takes several pieces
     ids = list(range(1, 18))
     path = write_bin(tmp_path / "x.bin", [ids])
     ids[at] = 4001
@@ -284,7 +275,7 @@ def test_a_bin_of_a_larger_vocabulary_is_refused_and_of_a_smaller_one_read(tmp_p
 
 
 def test_a_bin_without_sidecar_is_scanned_and_accepted_with_one_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK_BYTES", 4)  # several pieces
+    monkeypatch.setattr(bins, "BLOCK_BYTES", 4)  # several pieces
     path, warnings = foreign(tmp_path / "x.bin", [*range(1, 19)]), []
     opened = open_bin(path, warnings=warnings)
     assert len(warnings) == 1 and str(path) in warnings[0] and "x.json" in warnings[0]
@@ -293,7 +284,7 @@ def test_a_bin_without_sidecar_is_scanned_and_accepted_with_one_warning(tmp_path
 
 
 def test_a_trusted_bin_is_not_read_whole_but_what_is_read_is_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(bins, "SAMPLE_TOKENS", 4)
     ids = list(range(1, 41))
     ids[20] = 4001
     path, warnings, reads = foreign(tmp_path / "x.bin", ids), [], []
@@ -307,7 +298,7 @@ def test_a_trusted_bin_is_not_read_whole_but_what_is_read_is_checked(tmp_path, m
 
 
 def test_the_digest_of_a_trusted_bin_tells_length_and_ends_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(bins, "SAMPLE_TOKENS", 4)
     ids = list(range(1, 41))
     digest = lambda ids: TokenBin(foreign(tmp_path / "x.bin", ids), VOCAB, SHA, [].append, trust=True).digest  # noqa: E731
     assert digest(ids) == digest(ids)
@@ -318,7 +309,7 @@ def test_the_digest_of_a_trusted_bin_tells_length_and_ends_apart(tmp_path, monke
 
 
 def test_verify_finds_a_hundred_flipped_bits_and_names_the_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(bins, "BLOCK_BYTES", 100)
     path = write_bin(tmp_path / "x.bin", [[3 + k % 90 for k in range(2020)]])  # the last block is not full
     raw, rng = path.read_bytes(), random.Random(0)
     assert open_bin(path).verify() == 41

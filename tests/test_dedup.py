@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import BOOK
 
-from extras.corpus import Account, Doc, dedup
+from extras.corpus import dedup
+from extras.corpus.account import Account, Doc
 from extras.corpus.dedup import DedupConfig, Index, Signed, sign, signatures
 from tokenizer.parallel import map_in_order
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_engine import metrics
 
 import dpo
-from core import checkpoint, data
+from core import data, files, hf_folder
 from core.errors import UserError
 from extras.preferences import pairs
 from model import ModelConfig
@@ -65,7 +65,7 @@ def place(small, tmp_path_factory) -> Path:
             max_position_embeddings=64,
         )
     )
-    checkpoint.save_model(place / "base", model, small, {"chat_format": "bos"})
+    hf_folder.save_model(place / "base", model, small, {"chat_format": "bos"})
     lines = [
         {
             "messages": [
@@ -123,7 +123,7 @@ def naive_loss(model, reference, pair, beta: float, smoothing: float) -> torch.T
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_and_gradient_are_those_of_the_formula(place, small, smoothing):
-    reference, model = checkpoint.load_model(place / "base"), checkpoint.load_model(place / "base")
+    reference, model = hf_folder.load_model(place / "base"), hf_folder.load_model(place / "base")
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
@@ -151,7 +151,7 @@ def test_it_begins_at_ln_2_and_learns_which_answers_are_preferred(place, small, 
     assert "held-out pairs the right way round: 100.0% of 2" in capsys.readouterr().out
     assert (tmp_path / "out" / ("adapter_model.safetensors" if words else "model.safetensors")).exists()
     if not words:  # against what it was: the preferred became likelier beside the other
-        before, after = checkpoint.load_model(place / "base"), checkpoint.load_model(tmp_path / "out")
+        before, after = hf_folder.load_model(place / "base"), hf_folder.load_model(tmp_path / "out")
         for good, bad, _ in rows_of(place, small).pairs[::5]:
             gains = [naive_log_probability(after, *t) - naive_log_probability(before, *t) for t in (good, bad)]
             assert gains[0] > gains[1] and gains[1] < 0
@@ -166,7 +166,7 @@ def test_the_reference_is_computed_once(place, small, tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "log_probabilities", never)
     train(place, tmp_path / "out")  # finished
     (kept,) = (tmp_path / "out").glob("reference-*.safetensors")
-    model, found = checkpoint.load_model(place / "base"), load_file(kept)
+    model, found = hf_folder.load_model(place / "base"), load_file(kept)
     assert found["train"].shape == (22, 2) and found["held_out"].shape == (2, 2)
     wanted = [[naive_log_probability(model, *text).item() for text in pair[:2]] for pair in rows_of(place, small).pairs]
     ours = torch.cat([found["train"], found["held_out"]]).tolist()
@@ -228,7 +228,7 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small, capsy
     with pytest.raises(UserError, match="too few pairs to hold some out"):
         train(place, tmp_path / "out", "--pairs.train", written(chat_of | {"rejected": "c"}))
     for (good, bad, _), (_, line) in zip(
-        rows_of(place, small).pairs, data.read_jsonl(place / "pairs.jsonl"), strict=True
+        rows_of(place, small).pairs, files.read_jsonl(place / "pairs.jsonl"), strict=True
     ):
         judged = [small.decode([i for i, m in zip(*text) if m]) for text in (good, bad)]
         assert judged == [line["messages"][-1]["content"], line["rejected"]]
@@ -237,7 +237,7 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small, capsy
             len(chat.render([*m[:-1], {"role": "assistant", "content": a}], small, "bos")[0])
             for a in (m[-1]["content"], other)
         )
-        for m, other in ((d["messages"], d["rejected"]) for _, d in data.read_jsonl(place / "pairs.jsonl"))
+        for m, other in ((d["messages"], d["rejected"]) for _, d in files.read_jsonl(place / "pairs.jsonl"))
     ]
     length, intro = sorted(set(sizes))[2] - 2, []  # some are longer by one than what fits
     found = pairs.read_pairs([str(place / "pairs.jsonl")], small, "bos", length, intro)

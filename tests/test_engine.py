@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core import engine
+import trainer
 from core.data import Batch
 from core.distributed import Ranks
 from core.errors import Diverged, Interrupted, UserError
@@ -202,8 +202,8 @@ class Rows:
     ],
 )
 def test_epochs_become_steps_and_micro_batches_divide_them(ranks, micro_batch, expected):
-    cfg = engine.TrainConfig(epochs=2, batch_tokens=320, micro_batch=micro_batch)
-    assert engine.plan(cfg, Rows(), Ranks(0, ranks, torch.device("cpu"))) == expected
+    cfg = trainer.TrainConfig(epochs=2, batch_tokens=320, micro_batch=micro_batch)
+    assert trainer.plan(cfg, Rows(), Ranks(0, ranks, torch.device("cpu"))) == expected
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path):
@@ -353,9 +353,9 @@ def test_a_log_line_says_loss_validation_rate_norm_speed_share_memory_and_time_l
     """The share is of a measured product; here the product is said to be twice as fast as the steps are."""
     flops = small_run.small_model().flops_per_token(small_run.SEQ_LEN)
     monkeypatch.setattr(
-        engine.time, "monotonic", partial(next, itertools.count(step=0.5))
+        trainer.time, "monotonic", partial(next, itertools.count(step=0.5))
     )  # each look half a second later
-    monkeypatch.setattr(engine.speed, "matmul_peak", lambda device, dtype: 2 * flops * 8 * small_run.SEQ_LEN / 0.5)
+    monkeypatch.setattr(trainer.speed, "matmul_peak", lambda device, dtype: 2 * flops * 8 * small_run.SEQ_LEN / 0.5)
     small_run.run(tmp_path / "run", max_steps=40)
     lines = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if line.startswith("step 6/40 loss")]
     value = metrics(tmp_path / "run", "val_loss")[0]

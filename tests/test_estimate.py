@@ -2,8 +2,8 @@
 
 import pytest
 
-from core import memory
-from extras import estimate
+from extras.estimate import memory
+from extras.estimate import report as estimate
 
 
 def test_days_are_those_of_a_known_example():

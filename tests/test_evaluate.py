@@ -24,15 +24,17 @@ from texts import BOOK
 from torch import nn
 
 import evaluate
-from core import checkpoint, distributed, engine, errors
-from core.data import BinRows, BinWriter, TokenBin
+import trainer
+from assembly.inference import Speaker, SpeakerConfig
+from core import distributed, errors, hf_folder
+from core.bins import BinWriter, TokenBin
+from core.data import BinRows
 from core.errors import UserError
 from core.generate import SamplingConfig
 from core.loss import next_token_loss
 from extras.evaluation import bits, choices, likelihood, subjects
 from extras.evaluation.likelihood import Request
 from extras.evaluation.report import Progress, Report, Table
-from extras.speaker import Speaker, SpeakerConfig
 from model import ModelConfig
 from tokenizer import chat
 
@@ -52,7 +54,7 @@ def folder(small, tmp_path_factory):
         max_position_embeddings=256,
     )
     path = tmp_path_factory.mktemp("evaluate") / "model"
-    checkpoint.save_model(path, lively(config), small, {})
+    hf_folder.save_model(path, lively(config), small, {})
     return path
 
 
@@ -166,8 +168,8 @@ def test_bits_per_byte_of_a_bin_is_what_training_calls_bits_per_byte(speaker, sm
         data=SimpleNamespace(world=1, rank=0),
         losses=lambda batch, loss: torch.stack([loss(speaker.model, batch), batch.count]),
     )
-    cfg = engine.TrainConfig(micro_batch=2, eval_tokens=1 << 30)
-    nats, targets, per_byte = engine.evaluate(spread, next_token_loss, rows, cfg, nullcontext())
+    cfg = trainer.TrainConfig(micro_batch=2, eval_tokens=1 << 30)
+    nats, targets, per_byte = trainer.evaluate(spread, next_token_loss, rows, cfg, nullcontext())
     speaker.model.eval()
     found = bits.run(speaker, config(tmp_path / "val.bin", batch=3), SamplingConfig(), quiet())
     assert found.scores["bits_per_byte"] == pytest.approx(per_byte, rel=1e-6)

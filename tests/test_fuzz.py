@@ -24,9 +24,10 @@ import pytest
 from small_run import small_model
 from test_chats import GOLDEN
 
-from core import checkpoint, data
+from core import bins, data, files, hf_folder
 from core.errors import UserError
-from extras.corpus import Account, Doc, bins, chats, readers, wiki
+from extras.corpus import chats, readers, tokenize, wiki
+from extras.corpus.account import Account, Doc
 from tokenizer import TokenizerError, chat, load
 
 pytestmark = pytest.mark.heavy
@@ -387,7 +388,7 @@ def test_damaged_chats_are_chats_or_counted_rejects_and_never_an_exception(cases
         out = list(chats.chats(docs, account, cfg))
         assert account.seen == len(docs) and account.missing == 0 and account.kept == account.out == len(out)
         for doc in out:
-            chat._check(data.parse_object(doc.text.encode())["messages"], False)  # what sft.py does with it
+            chat._check(files.parse_object(doc.text.encode())["messages"], False)  # what sft.py does with it
         for reject in account.take_rejects():
             assert len(reject.reason) < 300 and reject.reason.isprintable()
         results += [True] * len(out) + [False] * (len(docs) - len(out))
@@ -395,7 +396,7 @@ def test_damaged_chats_are_chats_or_counted_rejects_and_never_an_exception(cases
 
 
 def small_bin(path: Path) -> Path:
-    with data.BinWriter(path, 100, 2, "a" * 64, "x") as out:
+    with bins.BinWriter(path, 100, 2, "a" * 64, "x") as out:
         for n in range(40):
             out.add([1, *range(3, 3 + n % 60), 2], 50, source="f.txt")
     return path
@@ -404,7 +405,7 @@ def small_bin(path: Path) -> Path:
 def read_all(path: Path, rng: random.Random) -> bool:
     """Open a bin in some way and read it; was it accepted?"""
     try:
-        bin = data.TokenBin(
+        bin = bins.TokenBin(
             path,
             rng.choice((100, 100, 90, 70_000)),
             rng.choice(("", "a" * 64, "b" * 64)),
@@ -445,7 +446,7 @@ def test_damaged_sidecars_are_read_or_refused_and_never_an_exception(tmp_path, c
             sidecar.write_text(json.dumps(altered(about, rng)))
         results.append(read_all(path, rng))
         with contextlib.suppress(UserError):
-            assert bins.inspect(path, None, 5)
+            assert tokenize.inspect(path, None, 5)
     both(results)
 
 
@@ -476,8 +477,8 @@ def test_damaged_models_are_loaded_or_refused_and_never_an_exception(small, smal
 
 @pytest.fixture
 def folder(tmp_path):
-    checkpoint.save_model(tmp_path / "m", small_model(), None, {})
-    checkpoint.load_model(tmp_path / "m")  # what torch does once is not to be laid to a case
+    hf_folder.save_model(tmp_path / "m", small_model(), None, {})
+    hf_folder.load_model(tmp_path / "m")  # what torch does once is not to be laid to a case
     return tmp_path / "m"
 
 
@@ -493,7 +494,7 @@ def memory():
 
 def try_load(folder: Path) -> bool:
     try:
-        model = checkpoint.load_model(folder)
+        model = hf_folder.load_model(folder)
     except UserError as e:
         one_line(e)
         return False

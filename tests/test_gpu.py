@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 from test_engine import metrics
 
-from core import distributed, engine, errors, memory
+import trainer
+from core import distributed, errors
 from core.generate import SamplingConfig, continued
 from core.optim import OptimConfig
-from extras import lora, nf4, quantize
+from extras.estimate import memory
+from extras.finetune import lora, nf4
+from extras.formats import quantize
 from model import Llama, ModelConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
@@ -46,7 +49,7 @@ def test_auto_takes_the_gpu_and_bf16_where_the_card_has_it():
     device = distributed.start("auto").device
     assert device.type == "cuda"
     fast = torch.cuda.get_device_capability() >= (8, 0)
-    assert engine.choose_dtype("auto", device) == (torch.bfloat16 if fast else torch.float16)
+    assert trainer.choose_dtype("auto", device) == (torch.bfloat16 if fast else torch.float16)
 
 
 @pytest.mark.parametrize("rows", ["bin", "chats"])
@@ -195,7 +198,7 @@ def test_too_large_a_step_is_one_line_and_exit_code_2(tmp_path, capsys):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_greedy_texts_are_those_of_transformers(tmp_path, compiled):
     transformers = pytest.importorskip("transformers")
-    from core.checkpoint import sizes
+    from core.hf_config import sizes
 
     torch.manual_seed(0)
     model = wide_model().eval()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_engine import metrics
 
 import grpo
-from core import checkpoint, data
+from core import data, hf_folder
 from core.errors import UserError
 from core.generate import SamplingConfig, Text, Token
 from extras.preferences import questions, scalar
@@ -71,7 +71,7 @@ def place(small, tmp_path_factory) -> Path:
             max_position_embeddings=64,
         )
     )
-    checkpoint.save_model(place / "base", model, small, {"chat_format": "bos"})
+    hf_folder.save_model(place / "base", model, small, {"chat_format": "bos"})
     chats = [
         {"messages": [{"role": "user", "content": f"{q}？"}, {"role": "assistant", "content": q}]}
         for q in "曹刘孙关张赵马黄诸葛司马"
@@ -112,7 +112,7 @@ def naive_log_probabilities(model, question: list[int], answer: list[int]) -> li
 
 @pytest.mark.parametrize("kl", [0.0, 0.7])
 def test_loss_and_gradient_are_those_of_the_formula(place, small, monkeypatch, kl):
-    model, reference = checkpoint.load_model(place / "base"), checkpoint.load_model(place / "base")
+    model, reference = hf_folder.load_model(place / "base"), hf_folder.load_model(place / "base")
     with torch.no_grad():
         for p in reference.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
@@ -190,7 +190,7 @@ def test_an_untrained_model_earns_little(place, small):
     cfg = questions.RewardConfig(reward="format", pattern="[^\\ufffd]+", max_new_tokens=6)
     loss = questions.grpo_loss(cfg, {small.eos_id}, questions.judge(cfg, small), None)
     with torch.no_grad():
-        missed = loss(checkpoint.load_model(place / "base"), data.batch(rows, range(len(rows))))
+        missed = loss(hf_folder.load_model(place / "base"), data.batch(rows, range(len(rows))))
     assert missed.item() >= 0.5 * len(rows)
 
 
@@ -255,8 +255,8 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small):
 
 
 def test_a_reward_model_judges_question_and_answer(place, tmp_path, small, capsys):
-    base, fill = checkpoint.open_model(place / "base")
-    model = checkpoint.build(*scalar.begin(base, fill, place / "base")).eval()
+    base, fill = hf_folder.open_model(place / "base")
+    model = hf_folder.build(*scalar.begin(base, fill, place / "base")).eval()
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
     scalar.RewardFolder().save(
         tmp_path / "reward", model, small, {"chat_format": "bos"}, dict(model.named_parameters())
@@ -299,5 +299,5 @@ def test_a_reward_model_judges_question_and_answer(place, tmp_path, small, capsy
         None,
     )
     with torch.no_grad():
-        before = loss(checkpoint.load_model(place / "base"), data.batch(rows, range(len(rows)))).item() / len(rows)
+        before = loss(hf_folder.load_model(place / "base"), data.batch(rows, range(len(rows)))).item() / len(rows)
     assert metrics(tmp_path / "out", "val_loss")[-1] < before - 0.5

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 import export
 import pretrain
-from core import checkpoint
-from core.data import BinWriter
+from core import hf_config, hf_folder
+from core.bins import BinWriter
 from core.errors import UserError
-from extras import longlora, lora
-from extras.longlora import LongConfig
+from extras.finetune import longlora, lora
+from extras.finetune.longlora import LongConfig
 from model import Llama, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def test_rows_that_do_not_divide_and_contexts_that_are_none_are_refused():
 def test_transformers_reads_the_longer_model_with_the_same_logits(tmp_path, scaling):
     transformers = pytest.importorskip("transformers")
     model = model_of(context=64, scaling=scaling).eval()
-    checkpoint.save_model(tmp_path, model, None, {})
+    hf_folder.save_model(tmp_path, model, None, {})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.randint(0, 64, (1, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_base_is_brought_further_by_pretraining_and_its_adapter_says_so(tmp_pa
     config = replace(SIZES, vocab_size=small.vocab_size)
     base = Llama(config)
     base.init_weights(0)
-    checkpoint.save_model(tmp_path / "base", base, small, {})
+    hf_folder.save_model(tmp_path / "base", base, small, {})
     with BinWriter(tmp_path / "text.bin", small.vocab_size, small.eos_id, small.sha256) as out:
         for n in range(40):
             text = "天地玄黄，宇宙洪荒。" * (n % 7 + 1)
@@ -132,13 +132,13 @@ def test_a_base_is_brought_further_by_pretraining_and_its_adapter_says_so(tmp_pa
     trained = {name.removeprefix("base_model.model.").removesuffix(".weight") for name in values}
     assert {"model.embed_tokens", "model.norm", "model.layers.1.input_layernorm"} <= trained
     assert not torch.equal(values["base_model.model.model.norm.weight"], base.model.norm.weight)
-    model, fill, _ = lora.attach(*checkpoint.open_model("base"), "out/long", Path("base"))
+    model, fill, _ = lora.attach(*hf_folder.open_model("base"), "out/long", Path("base"))
     assert (model.config.rope_type, model.config.rope_factor, model.config.max_position_embeddings) == (
         "linear",
         4.0,
         64,
     )
-    tuned = checkpoint.build(model, fill).eval()
+    tuned = hf_folder.build(model, fill).eval()
     run(export, monkeypatch, "merge", "--adapter", "out/long", "--output", "merged")
     theirs = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
     ids = torch.randint(0, small.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
@@ -147,7 +147,7 @@ def test_a_base_is_brought_further_by_pretraining_and_its_adapter_says_so(tmp_pa
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     # the whole model instead of an adapter; and what cannot be
     run(pretrain, monkeypatch, *words, "--optimizer", "adamw", "--out_dir", "out/whole")
-    assert checkpoint.load_config("out/whole").rope_factor == 4.0
+    assert hf_config.load_config("out/whole").rope_factor == 4.0
     for bad, says in (
         (["--context", "32"], "cannot be resumed"),
         (["--init_from", "out/whole"], "rope_type linear"),

@@ -19,12 +19,13 @@ from test_engine import metrics
 import export
 import sft
 import tokenizer
-from core import checkpoint, engine
+import trainer
+from assembly.inference import Speaker, SpeakerConfig
+from core import hf_folder
 from core.errors import UserError
 from core.optim import OptimConfig, make_optimizers
-from extras import lora, nf4
-from extras.lora import LoraConfig, LoraLinear
-from extras.speaker import Speaker, SpeakerConfig
+from extras.finetune import lora, nf4
+from extras.finetune.lora import LoraConfig, LoraLinear
 from model import Llama, ModelConfig
 from tokenizer import chat
 
@@ -50,7 +51,7 @@ def place(tmp_path, small, make_model, monkeypatch) -> Path:
         ("other", sizes, 1),
         ("untied", replace(sizes, tie_word_embeddings=False), 2),
     ):
-        checkpoint.save_model(tmp_path / name, make_model(config, seed), small, {"chat_format": "bos"})
+        hf_folder.save_model(tmp_path / name, make_model(config, seed), small, {"chat_format": "bos"})
     chats = [
         {"messages": [{"role": "user", "content": f"{a}是什么？"}, {"role": "assistant", "content": f"{b}的。"}]}
         for a in "天火雪叶夜金木水"
@@ -124,8 +125,8 @@ def export_main(*words: str) -> None:
 
 
 def with_adapter(adapter: Path | str, base: str = "base") -> Llama:
-    model, fill, _ = lora.attach(*checkpoint.open_model(base), adapter, Path(base))
-    return checkpoint.build(model, fill).eval()
+    model, fill, _ = lora.attach(*hf_folder.open_model(base), adapter, Path(base))
+    return hf_folder.build(model, fill).eval()
 
 
 @torch.no_grad()
@@ -180,13 +181,13 @@ def test_logits_are_those_of_weights_with_the_products_added_number_by_number(ti
 
 def test_training_begins_at_the_base_from_numbers_that_only_the_seed_decides(place):
     def begun(seed, other=0):
-        model, fill = checkpoint.open_model(place / "base")
+        model, fill = hf_folder.open_model(place / "base")
         fill, _ = lora.begin(model, fill, LoraConfig(r=4), seed, place / "base")
         torch.manual_seed(other)  # which must not matter
-        return checkpoint.build(model, fill).eval()
+        return hf_folder.build(model, fill).eval()
 
     one, again, other = begun(1), begun(1, other=1), begun(2)
-    assert torch.equal(logits(one), logits(checkpoint.load_model(place / "base").eval()))
+    assert torch.equal(logits(one), logits(hf_folder.load_model(place / "base").eval()))
     a, b, c = ({n: p.detach() for n, p in m.named_parameters() if "lora_A" in n} for m in (one, again, other))
     assert len(a) == 14 and all(torch.equal(a[n], b[n]) and not torch.equal(a[n], c[n]) for n in a)
     first = a["model.layers.0.self_attn.q_proj.lora_A.weight"]
@@ -233,7 +234,7 @@ def test_dropout_zeroes_its_share_of_what_enters_a_and_scales_the_rest_only_whil
 def test_what_is_dropped_is_another_for_each_seed_step_and_micro_batch_whatever_came_before():
     def drawn(*place):
         seed, step, number = place
-        engine.seeded_batch(small_run.chat_rows(), list(range(8)), 2, number, seed, step)
+        trainer.seeded_batch(small_run.chat_rows(), list(range(8)), 2, number, seed, step)
         return torch.rand(4).tolist()
 
     places = [(seed, step, number) for seed in (1, 2) for step in (0, 1) for number in (0, 1, 3)]
@@ -262,9 +263,9 @@ def test_a_run_holds_the_adapter_only_and_its_base_is_untouched(place):
         config, about = (json.loads((folder / name).read_text()) for name in ("adapter_config.json", "run.json"))
         assert config["target_modules"] == BLOCKS and config["modules_to_save"] == ["model.norm"]
         assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (8, 16, "base")
-        assert about["base_sha256"] == checkpoint.weights_digest(place / "base") and about["chat_format"] == "bos"
+        assert about["base_sha256"] == hf_folder.weights_digest(place / "base") and about["chat_format"] == "bos"
         assert (folder / "tokenizer.model").read_bytes() == (place / "base/tokenizer.model").read_bytes()
-    assert checkpoint.verify(out / "checkpoint-6") is None
+    assert hf_folder.verify(out / "checkpoint-6") is None
     assert metrics(out)[-1] < metrics(out)[0]
 
 
@@ -333,7 +334,7 @@ def test_sample_answers_with_the_adapter_on_its_base(place, small):
     out = train("--lora.r", "16", "--max_steps", "3")
     speaker = Speaker(SpeakerConfig(adapter=str(out), device="cpu"))
     assert speaker.chat_format == "bos" and torch.equal(logits(speaker.model), logits(with_adapter(out)))
-    assert (logits(speaker.model) - logits(checkpoint.load_model("base").eval())).abs().max() > 0.01
+    assert (logits(speaker.model) - logits(hf_folder.load_model("base").eval())).abs().max() > 0.01
     for name in (ADAPTER, "adapter_config.json"):  # a run cut short
         (out / name).unlink()
     speaker = Speaker(SpeakerConfig(model="base", adapter=str(out), device="cpu"))
@@ -413,7 +414,7 @@ def test_adapters_of_peft_load_here_with_equal_logits_and_can_be_merged_once(pla
     scale = logits(model).abs().max()
     assert (logits(model) - logits(with_adapter("peft", base))).abs().max() <= 1e-5 * scale
     export_main("merge", "--model", base, "--adapter", "peft", "--output", "merged")
-    for merged in (checkpoint.load_model("merged").eval(), theirs("merged")):
+    for merged in (hf_folder.load_model("merged").eval(), theirs("merged")):
         assert (logits(model) - logits(merged)).abs().max() <= 1e-5 * scale
     refused(
         lambda: export_main("merge", "--model", "merged", "--adapter", "peft", "--output", "again"),
@@ -446,9 +447,9 @@ def test_a_merged_model_has_the_adapters_logits_and_is_not_merged_with_it_again(
     out = train("--modules_to_save", "norm")
     adapted = logits(with_adapter(out))
     export_main("merge", "--adapter", str(out), "--output", "merged")
-    for merged in (checkpoint.load_model("merged").eval(), theirs("merged")):
+    for merged in (hf_folder.load_model("merged").eval(), theirs("merged")):
         assert (logits(merged) - adapted).abs().max() <= 1e-5 * adapted.abs().max()
-    assert checkpoint.load_about("merged")["chat_format"] == "bos"
+    assert hf_folder.load_about("merged")["chat_format"] == "bos"
     assert (place / "merged/tokenizer.model").read_bytes() == (place / "base/tokenizer.model").read_bytes()
     refused(lambda: export_main("merge", "--adapter", str(out), "--output", "merged"), "merged exists")
     refused(
@@ -460,7 +461,7 @@ def test_a_merged_model_has_the_adapters_logits_and_is_not_merged_with_it_again(
 
 def test_an_adapter_for_another_base_is_refused_with_both_hashes(place):
     out = train("--max_steps", "2")
-    digests = [checkpoint.weights_digest(place / name)[:12] for name in ("base", "other")]
+    digests = [hf_folder.weights_digest(place / name)[:12] for name in ("base", "other")]
     refused(lambda: with_adapter(out, "other"), *digests)
     refused(lambda: export_main("merge", "--model", "other", "--adapter", str(out), "--output", "again"), *digests)
     refused(lambda: Speaker(SpeakerConfig(model="other", adapter=str(out))), *digests)

@@ -11,9 +11,9 @@ import pytest
 import small_run
 import torch
 
-from core import memory
 from core.errors import UserError
 from core.optim import OptimConfig
+from extras.estimate import memory
 from model import Llama, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import ANY_TEXT
 
-from core import checkpoint
+from assembly.inference import Speaker, SpeakerConfig
+from core import hf_folder
 from core.errors import UserError
 from core.generate import SamplingConfig, continued
 from extras.evaluation import generation, metrics, promptcblue
 from extras.evaluation.generation import Answer
 from extras.evaluation.report import Progress
-from extras.speaker import Speaker, SpeakerConfig
 from model import ModelConfig
 
 
@@ -212,7 +212,7 @@ def speaker(small, tmp_path_factory) -> Speaker:
         num_key_value_heads=2,
         max_position_embeddings=64,
     )
-    checkpoint.save_model(folder, lively(config), small, {"chat_format": "bos"})
+    hf_folder.save_model(folder, lively(config), small, {"chat_format": "bos"})
     return Speaker(SpeakerConfig(model=str(folder), device="cpu"))
 
 

@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 from test_engine import metrics
 from test_lora import ADAPTER, launch, logits, place, refused, train, with_adapter  # noqa: F401
 
-from core import checkpoint, engine, memory, parallel
+import trainer
+from core import hf_folder, parallel
 from core.data import Batch
 from core.distributed import Ranks
 from core.loss import next_token_loss
 from core.optim import OptimConfig, make_optimizers
-from extras import lora, nf4
-from extras.lora import LoraConfig, LoraLinear
+from extras.estimate import memory
+from extras.finetune import lora, nf4
+from extras.finetune.lora import LoraConfig, LoraLinear
 from model import Llama, ModelConfig
 
 QLORA = ("--quantize", "nf4")
@@ -143,15 +145,15 @@ def test_nothing_larger_than_the_packed_weight_waits_for_the_backward_pass():
 
 def begun(base: str = "base", cfg: LoraConfig = LoraConfig(r=4, quantize="nf4")) -> Llama:  # noqa: B008
     """As sft.py begins it, on one rank."""
-    model, fill = checkpoint.open_model(base)
+    model, fill = hf_folder.open_model(base)
     fill, _ = lora.begin(model, fill, cfg, 1, Path(base), nf4.Weight if cfg.quantize else None)
-    parallel.spread(model, engine.TrainConfig(), Ranks(0, 1, torch.device("cpu")), torch.float32, fill)
+    parallel.spread(model, trainer.TrainConfig(), Ranks(0, 1, torch.device("cpu")), torch.float32, fill)
     return model
 
 
 def unpacked(base: str, double_quant: bool = False) -> Llama:
     """A plain model whose blocks' matrices have been packed and unpacked."""
-    model = checkpoint.load_model(base)
+    model = hf_folder.load_model(base)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".layers." in name and p.ndim == 2:
@@ -168,7 +170,7 @@ def rows() -> Batch:
 @pytest.mark.parametrize("base, targets", [("base", ()), ("untied", ("lm_head", "q_proj"))])
 def test_training_begins_at_the_loss_of_the_packed_and_unpacked_base(place, base, targets, double_quant):  # noqa: F811
     model = begun(base, LoraConfig(r=4, quantize="nf4", double_quant=double_quant, target_modules=targets))
-    plain, expected = checkpoint.load_model(base), unpacked(base, double_quant)
+    plain, expected = hf_folder.load_model(base), unpacked(base, double_quant)
     packed = [name for name, m in model.named_modules() if isinstance(m, LoraLinear) and m.packed]
     assert len(packed) == (2 if targets else 14) and not any("lm_head" in name for name in packed)
     for name, p in expected.named_parameters():
@@ -182,7 +184,7 @@ def test_training_begins_at_the_loss_of_the_packed_and_unpacked_base(place, base
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_are_those_of_lora_beside_the_unpacked_base_and_change_a_and_b_only(place, kind, dtype):  # noqa: F811
-    checkpoint.save_model(place / "unpacked", unpacked("base"), None, {})
+    hf_folder.save_model(place / "unpacked", unpacked("base"), None, {})
     found = []
     for model in (begun("base"), begun("unpacked", LoraConfig(r=4))):
         model.gradient_checkpointing, before = kind, {n: p.clone() for n, p in model.named_parameters()}
@@ -208,7 +210,7 @@ def test_the_whole_base_never_stands_in_memory():
         model, plain = Llama(sizes), Llama(sizes)
     fill = lora.begun(model, partial(plain.init_weights, 0), LoraConfig(r=2, quantize="nf4"), 0, nf4.Weight)
     with memory._Live() as live:
-        parallel.spread(model, engine.TrainConfig(), Ranks(0, 1, torch.device("cpu")), torch.float32, fill)
+        parallel.spread(model, trainer.TrainConfig(), Ranks(0, 1, torch.device("cpu")), torch.float32, fill)
     whole, largest = 4 * plain.num_parameters()[0], 4 * 128 * 256
     held = sum(p.nbytes for p in model.parameters())
     assert held < 0.25 * whole and live.now == pytest.approx(held, rel=0.05)
@@ -227,7 +229,7 @@ def test_the_adapter_is_that_of_lora_and_speaks_beside_the_base_as_it_is_on_disk
     assert one == other
     assert json.loads((out / "run.json").read_text())["options"]["lora"]["quantize"] == "nf4"
     assert metrics(out)[-1] < metrics(out)[0] and metrics(out)[0] != metrics(Path("lora"))[0]
-    plain = checkpoint.load_model("base").eval()
+    plain = hf_folder.load_model("base").eval()
     with torch.no_grad():
         for name, p in plain.named_parameters():
             part = "base_model.model." + name.removesuffix("weight")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from core import hf_folder
 from extras.serve.app import HEADERS, PAGE
 
 CHROMIUM = "/usr/bin/chromium"
@@ -959,7 +960,6 @@ def test_the_page_speaks_with_serve_py(small, tmp_path, visit):
     pytest.importorskip("starlette")
     from conftest import lively
 
-    from core import checkpoint
     from model import ModelConfig
 
     config = ModelConfig(
@@ -973,7 +973,7 @@ def test_the_page_speaks_with_serve_py(small, tmp_path, visit):
     )
     model = lively(config)
     model.model.embed_tokens.weight.data[[small.bos_id, small.eos_id]] = 0  # greedy, it does not end
-    checkpoint.save_model(tmp_path / "toy", model, small, {"chat_format": "bos"})
+    hf_folder.save_model(tmp_path / "toy", model, small, {"chat_format": "bos"})
     process = subprocess.Popen(
         [
             sys.executable,

@@ -11,9 +11,9 @@ from test_engine import launch, metrics
 
 from core import data, parallel
 from core.distributed import Ranks
-from core.engine import TrainConfig
 from core.errors import UserError
 from core.loss import next_token_loss
+from trainer import TrainConfig
 
 STEPS = {"max_steps": 12, "save_every": 6, "eval_every": 6, "micro_batch": 2}
 UNTIED = {"model": {"tie_word_embeddings": False}}

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import ANY_TEXT, BOOK, DATA, HARD, RELAXED, change, real_model, real_texts
 
-from core import checkpoint, data
+from core import bins, hf_folder
 from core.errors import UserError
-from extras import remap
+from extras.vocabulary import inspect, prune, remap
 from model import ModelConfig
-from tokenizer import TokenizerError, inspect, load, prune
+from tokenizer import TokenizerError, load
 from tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, USER_DEFINED, Piece, parse_model, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -333,7 +333,7 @@ def test_transformers_gives_the_same_ids_after_pruning(small_with_prefix, tmp_pa
 
 
 def write_bin(path, tok, texts):
-    with data.BinWriter(path, tok.vocab_size, tok.eos_id, tok.sha256, "texts") as out:
+    with bins.BinWriter(path, tok.vocab_size, tok.eos_id, tok.sha256, "texts") as out:
         for chunk in tok.encode_chunks(texts, bos=True, eos=True):
             out.add(chunk.ids, chunk.text_bytes, len(chunk.sizes))
     return path
@@ -439,14 +439,14 @@ def test_a_remapped_model_gives_the_kept_ids_the_logits_they_had(small, make_mod
         tie_word_embeddings=tied,
     )
     model = make_model(config)  # 40 rows more than the tokenizer has ids: sizes are often rounded up
-    checkpoint.save_model(tmp_path / "old", model, small, {"chat_format": "chatml", "step": 7})
+    hf_folder.save_model(tmp_path / "old", model, small, {"chat_format": "chatml", "step": 7})
     kept = prune.choose(small.model, ["han"])
     new = prune.save(prune.pruned(small.model, kept), small, tmp_path / "new")
     remap.run(small, new, tmp_path / "new", [], [str(tmp_path / "old")], 1)
-    smaller = checkpoint.load_model(tmp_path / "new/old")
+    smaller = hf_folder.load_model(tmp_path / "new/old")
     assert smaller.config == dataclasses.replace(config, vocab_size=len(kept))
     assert load(tmp_path / "new/old").sha256 == new.sha256
-    about = checkpoint.load_about(tmp_path / "new/old")
+    about = hf_folder.load_about(tmp_path / "new/old")
     assert about["chat_format"] == "chatml" and about["pruned_from_tokenizer"] == small.sha256
     ids = torch.randint(len(kept), (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import tokenizer
-from core import checkpoint
+from core import hf_config, hf_folder
 from core.errors import UserError
 from core.generate import SamplingConfig, complete
-from extras import families, quantize
-from extras.quantize import FEW_ROWS, GROUP, DecodingLinear, Int4Linear, Int8Linear
+from extras.families import others as families
+from extras.formats import quantize
+from extras.formats.quantize import FEW_ROWS, GROUP, DecodingLinear, Int4Linear, Int8Linear
 from model import IGNORE, Llama, ModelConfig
 
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0)
@@ -173,7 +174,7 @@ def nats(model, ids, targets):
 )  # 656,000 parameters: the fewer, the more it shows
 def test_the_perplexity_of_a_real_model_stays(shared_data, kind, most):
     folder = shared_data / "weights/infinitensor-story"
-    model, text = checkpoint.load_model(folder).eval(), tokenizer.load(folder)
+    model, text = hf_folder.load_model(folder).eval(), tokenizer.load(folder)
     # Stories of its own, drawn: texts that it expects.
     prompt, rows = text.encode("Once upon a time", bos=True), []
     for seed in range(24):
@@ -202,7 +203,7 @@ def test_other_families_are_quantised_too(kind):
         max_position_embeddings=64,
         model_type="bloom",
     )
-    model = checkpoint.family_of(config).model(config)
+    model = hf_config.family_of(config).model(config)
     model.init_weights(0)
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -294,8 +295,8 @@ def same_state(one, other):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_weights_are_rounded_one_after_another_as_they_are_read(make_model, tmp_path, kind):
     plain = make_model(KIND_OF_MODEL["plain"])
-    checkpoint.save_model(tmp_path, plain, None, {})
-    model, fill = checkpoint.open_model(tmp_path)
+    hf_folder.save_model(tmp_path, plain, None, {})
+    model, fill = hf_folder.open_model(tmp_path)
 
     def watched(write):
         def write_one(name, values):
@@ -313,7 +314,7 @@ def test_weights_are_rounded_one_after_another_as_they_are_read(make_model, tmp_
 
 def exact(plain, quantised, folder, kind):
     """The plain model in fp32 with the weights that a folder's codes and scales stand for."""
-    family, stored = checkpoint.family_of(plain.config), load_file(folder / "model.safetensors")
+    family, stored = hf_config.family_of(plain.config), load_file(folder / "model.safetensors")
     stored = {family.ours(name): t for name, t in stored.items()}
     model = deepcopy(plain)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -351,8 +352,8 @@ def test_transformers_reads_what_is_saved_or_it_is_said_that_it_does_not(tmp_pat
         for p in original.parameters():
             p.normal_(1.0 if p.ndim == 1 else 0.0, 0.1)
     original.save_pretrained(tmp_path / "plain")
-    plain = checkpoint.load_model(tmp_path / "plain").eval()
-    model = quantize.build(*checkpoint.open_model(tmp_path / "plain"), kind).eval()
+    plain = hf_folder.load_model(tmp_path / "plain").eval()
+    model = quantize.build(*hf_folder.open_model(tmp_path / "plain"), kind).eval()
     told = quantize.save(tmp_path / "packed", model, kind, None, {})
     ids = torch.randint(0, 96, (2, 14), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -436,8 +437,8 @@ def test_what_is_damaged_or_foreign_is_one_line(make_model, tmp_path, damage, sa
 
 def test_a_plain_folder_is_none_and_a_quantised_one_is_no_base_for_training(make_model, tmp_path):
     model = make_model(KIND_OF_MODEL["plain"])
-    checkpoint.save_model(tmp_path / "plain", model, None, {})
+    hf_folder.save_model(tmp_path / "plain", model, None, {})
     assert quantize.kind_of(tmp_path / "plain") == "none"
     quantize.save(tmp_path / "packed", quantize.quantize(model, "int8"), "int8", None, {})
     with pytest.raises(UserError):
-        checkpoint.open_model(tmp_path / "packed")
+        hf_folder.open_model(tmp_path / "packed")

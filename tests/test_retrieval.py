@@ -15,8 +15,8 @@ import sample
 import tokenizer
 from core import errors
 from core.errors import UserError
-from extras import retrieval
-from extras.retrieval import Index, RetrievalConfig, Shelf, augment, read, terms, with_passages
+from extras.retrieval import bm25 as retrieval
+from extras.retrieval.bm25 import Index, RetrievalConfig, Shelf, augment, read, terms, with_passages
 from tokenizer import chat
 
 NOTES = ["刘表，字景升。", "李典，字曼成。", "孔融，字文举。", "张昭，字子布。", "曹操，字孟德。"]

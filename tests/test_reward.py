@@ -17,7 +17,7 @@ from test_engine import metrics
 
 import reward
 import tokenizer
-from core import checkpoint, data
+from core import data, files, hf_folder
 from core.errors import UserError
 from extras.preferences import scalar
 from tokenizer import chat
@@ -54,18 +54,18 @@ def trained(place, tmp_path_factory, request) -> Path:  # noqa: F811
 
 def opened(folder: Path, place: Path) -> scalar.RewardModel:  # noqa: F811
     if (folder / "config.json").exists():
-        return checkpoint.build(*scalar.open_reward(folder)).eval()
-    from extras import lora
+        return hf_folder.build(*scalar.open_reward(folder)).eval()
+    from extras.finetune import lora
 
-    model, fill = scalar.begin(*checkpoint.open_model(place / "base"), place / "base")
+    model, fill = scalar.begin(*hf_folder.open_model(place / "base"), place / "base")
     model, fill, _ = lora.attach(model, fill, folder, place / "base")
-    return checkpoint.build(model, fill).eval()
+    return hf_folder.build(model, fill).eval()
 
 
 def texts_of(place: Path) -> list[tuple[list[int], list[int]]]:  # noqa: F811
     """Both texts of each pair, without the id that ends the answer."""
     text, found = tokenizer.load(place / "base"), []
-    for _, line in data.read_jsonl(place / "pairs.jsonl"):
+    for _, line in files.read_jsonl(place / "pairs.jsonl"):
         both = (line["messages"][-1]["content"], line["rejected"])
         found.append(
             tuple(
@@ -123,7 +123,7 @@ def test_transformers_reads_the_same_rewards(trained, place):  # noqa: F811
 
 def test_a_filter_keeps_the_better_half_of_a_mixed_file_in_its_order(trained, place, tmp_path, capsys):  # noqa: F811
     lines = []
-    for _, line in data.read_jsonl(place / "pairs.jsonl"):
+    for _, line in files.read_jsonl(place / "pairs.jsonl"):
         for good in (True, False):
             answer = line["messages"][-1]["content"] if good else line["rejected"]
             lines.append({"messages": [*line["messages"][:-1], {"role": "assistant", "content": answer}], "good": good})
@@ -248,4 +248,4 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, capsys):  # 
         run("score", "--model", tmp_path / "out", "--input", tmp_path / "long.jsonl")
     assert "1 lines longer than 64 tokens left out" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"lm_head|missing"):  # it is no language model
-        checkpoint.open_model(tmp_path / "out")
+        hf_folder.open_model(tmp_path / "out")

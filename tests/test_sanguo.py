@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from extras import sanguo
+from extras.corpus import sanguo
 
 ROOT = Path(__file__).parent.parent
 HAN = re.compile("[\u3400-\u9fff\U00020000-\U0003ffff]")

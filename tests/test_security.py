@@ -30,8 +30,8 @@ import data_process
 import pretrain
 import sample
 import sft
-from core import checkpoint, errors
-from core.data import BinWriter
+from core import errors, files, hf_folder
+from core.bins import BinWriter
 from core.errors import UserError
 from model import Llama, ModelConfig
 
@@ -81,7 +81,7 @@ def home(small, tmp_path_factory) -> Path:
         )
     )
     model.init_weights(0)
-    checkpoint.save_model(home / "m", model, small, {"chat_format": "bos"})
+    hf_folder.save_model(home / "m", model, small, {"chat_format": "bos"})
     with BinWriter(home / "train.bin", small.vocab_size, small.eos_id, small.sha256) as out:
         for _ in range(20):
             ids = small.encode("话说天下大势，分久必合，合久必分。", bos=True, eos=True)
@@ -589,7 +589,7 @@ def entry(begin, end, shape="[1]", dtype="F32") -> str:
     return f'{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]}}'
 
 
-JSON = checkpoint.JSON_BYTES
+JSON = files.JSON_BYTES
 HEADERS = {
     "empty": "{}",
     "a list": "[]",
@@ -632,7 +632,7 @@ def test_a_header_that_claims_to_be_huge_is_refused_unread(place, length):
     with open("m/model.safetensors", "wb") as f:
         f.write(struct.pack("<Q", length) + b'{"a":[')
         f.truncate(200 << 20)
-    said, seconds, megabytes = measured(lambda: checkpoint.load_model("m"))
+    said, seconds, megabytes = measured(lambda: hf_folder.load_model("m"))
     assert "UserError" in said and "header would take" in said
     assert seconds < 1 and megabytes < 10, (seconds, megabytes)
 
@@ -641,7 +641,7 @@ def test_a_header_that_claims_to_be_huge_is_refused_unread(place, length):
 def test_a_header_that_lies_is_refused_in_a_second_and_200_megabytes(place, header):
     data = b"" if "[0]" in header or ",0," in header else bytes(16)
     Path("m/model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + data)
-    said, seconds, megabytes = measured(lambda: checkpoint.load_model("m"))
+    said, seconds, megabytes = measured(lambda: hf_folder.load_model("m"))
     print(said[:150], f"{seconds:.2f} s, {megabytes:.0f} MB")
     assert said.startswith("UserError: m/"), said[:300]
     # A header that lies is refused at once; one with tensors by the ten thousand is well-formed, and its library slow.
@@ -701,7 +701,7 @@ CONFIGS = {
 @pytest.mark.parametrize("content", CONFIGS.values(), ids=CONFIGS)
 def test_a_hostile_config_is_refused_before_anything_is_allocated(place, content):
     Path("m/config.json").write_bytes(content())
-    said, seconds, megabytes = measured(lambda: checkpoint.load_model("m"))
+    said, seconds, megabytes = measured(lambda: hf_folder.load_model("m"))
     assert said.startswith("UserError: m/") and len(said) < 2500, said[:3000]
     assert seconds < 1 and megabytes < 60, (said, seconds, megabytes)
 
@@ -783,7 +783,7 @@ def test_a_name_that_stands_twice_in_a_sound_header_is_refused(place):
     Path("m/model.safetensors").write_bytes(struct.pack("<Q", len(twice)) + twice + whole[end:])
     load_file("m/model.safetensors")  # the library takes one of the two
     with pytest.raises(UserError, match="a key stands twice"):
-        checkpoint.load_model("m")
+        hf_folder.load_model("m")
 
 
 def test_one_tensor_in_two_shards_is_refused(place):
@@ -793,7 +793,7 @@ def test_one_tensor_in_two_shards_is_refused(place):
     index = {"weight_map": dict.fromkeys(state, "a.safetensors") | {"model.norm.weight": "b.safetensors"}}
     Path("m/model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"model\.norm\.weight is in another"):
-        checkpoint.load_model("m")
+        hf_folder.load_model("m")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -825,7 +825,7 @@ def test_no_damage_to_a_weights_file_is_more_than_a_refusal(place, seed):
         if name == "m/config.json":
             Path("m/model.safetensors").write_bytes(sound["m/model.safetensors"])
         try:
-            loaded = checkpoint.load_model("m", allow_pickle=True)
+            loaded = hf_folder.load_model("m", allow_pickle=True)
             assert all(p.isfinite().all() for p in loaded.parameters())
         except UserError:
             pass
@@ -866,7 +866,7 @@ WRITERS = {
 def test_pickled_weights_are_read_where_the_user_allows_it_and_only_there(place, command, write):
     state = weights_of(place / "m")
     write(state, place / "m")
-    loaded = checkpoint.load_model("m", allow_pickle=True)
+    loaded = hf_folder.load_model("m", allow_pickle=True)
     assert same_weights(loaded, {k: v.half() for k, v in state.items()} if write is WRITERS["half"] else state)
     for way in ways_to_a_model():
         assert "--allow_pickle" in refused(command(*way))
@@ -878,14 +878,14 @@ def test_a_torch_whose_unpickler_has_a_known_hole_reads_no_pickle(place, monkeyp
     WRITERS["bin"](weights_of(place / "m"), place / "m")
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     with pytest.raises(UserError, match=r"needs torch 2\.10"):
-        checkpoint.load_model("m", allow_pickle=True)
+        hf_folder.load_model("m", allow_pickle=True)
 
 
 def test_an_environment_variable_does_not_open_the_unpickler(place, monkeypatch):
     zip_pickle(place / "m", place / "canary")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     with pytest.raises(UserError, match="more than weights"):
-        checkpoint.load_model("m", allow_pickle=True)
+        hf_folder.load_model("m", allow_pickle=True)
     assert not (place / "canary").exists()
 
 
@@ -911,14 +911,14 @@ STRANGE = {
 def test_a_pickle_of_something_else_than_plain_weights_is_refused(place, change):
     torch.save(change(weights_of(place / "m")), "m/weights.pt")
     with pytest.raises(UserError, match=r"weights\.pt: "):
-        checkpoint.load_model("m", allow_pickle=True)
+        hf_folder.load_model("m", allow_pickle=True)
 
 
 def test_two_candidates_for_the_weights_are_asked_about(place):
     torch.save(weights_of(place / "m"), "m/a.pt")
     torch.save({}, "m/b.pth")
     with pytest.raises(UserError, match=r"a\.pt or b\.pth\?"):
-        checkpoint.load_model("m", allow_pickle=True)
+        hf_folder.load_model("m", allow_pickle=True)
 
 
 def test_tensors_of_a_pickle_that_share_their_memory_are_taken_apart(place):
@@ -927,7 +927,7 @@ def test_tensors_of_a_pickle_that_share_their_memory_are_taken_apart(place):
     for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"):
         state[name] = one.expand(state[name].shape)
     torch.save(state, "m/weights.pt")
-    loaded = checkpoint.load_model("m", allow_pickle=True)
+    loaded = hf_folder.load_model("m", allow_pickle=True)
     with torch.no_grad():
         loaded.model.layers[0].mlp.up_proj.weight[0, 0] = 1.0
     assert (
@@ -943,7 +943,7 @@ def test_a_pickle_that_claims_more_than_it_holds_is_refused_before_it_is_copied(
     for name in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"):
         config[name] <<= 9
     Path("m/config.json").write_text(json.dumps(config))
-    said, seconds, megabytes = measured(lambda: checkpoint.load_model("m", allow_pickle=True))
+    said, seconds, megabytes = measured(lambda: hf_folder.load_model("m", allow_pickle=True))
     assert "describes" in said and seconds < 2 and megabytes < 60, (said, seconds, megabytes)
 
 
@@ -953,7 +953,7 @@ def test_a_compressed_pickle_is_refused_before_it_grows(place):
         for member in large.infolist():
             small.writestr(member.filename, large.read(member))
     assert os.path.getsize("m/weights.pt") < 1 << 20
-    said, _, megabytes = measured(lambda: checkpoint.load_model("m", allow_pickle=True))
+    said, _, megabytes = measured(lambda: hf_folder.load_model("m", allow_pickle=True))
     assert "more than weights, or is damaged" in said and megabytes < 60, (said, megabytes)
 
 
@@ -962,7 +962,7 @@ def test_loaded_weights_are_our_own_whatever_becomes_of_the_file(place, write):
     state = weights_of(place / "m")
     write(state, place / "m")
     (path,) = [p for p in Path("m").iterdir() if p.name in ("model.safetensors", "pytorch_model.bin")]
-    loaded = checkpoint.load_model("m", allow_pickle=True)
+    loaded = hf_folder.load_model("m", allow_pickle=True)
     with open(path, "r+b") as f:  # as `cp` over it would
         f.write(b"\x01" * path.stat().st_size)
     assert same_weights(loaded, state)
@@ -986,11 +986,11 @@ def test_weights_that_are_no_numbers_are_refused_at_load_and_never_saved(place, 
         spoilt[name].view(-1)[at] = float(value)
         Path("m/model.safetensors").write_bytes(save(spoilt))
         with pytest.raises(UserError, match=f"{name} holds NaN or infinity"):
-            checkpoint.load_model("m")
+            hf_folder.load_model("m")
         Path("m/model.safetensors").write_bytes(save(state))
-        model = checkpoint.load_model("m")
+        model = hf_folder.load_model("m")
         with torch.no_grad():
             dict(model.named_parameters())[name].view(-1)[at] = float(value)
         with pytest.raises(errors.Diverged, match=name):
-            checkpoint.save_model(place / "new", model, None, {})
+            hf_folder.save_model(place / "new", model, None, {})
         assert not list(place.glob("new/*"))

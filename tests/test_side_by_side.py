@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import lively
 
-from core import checkpoint
+from assembly.inference import Speaker, SpeakerConfig
+from core import hf_folder
 from core.errors import UserError
 from core.generate import SamplingConfig, complete
-from extras import quantize
 from extras.evaluation import bits, side_by_side
 from extras.evaluation.report import Progress, Report, Table
-from extras.speaker import Speaker, SpeakerConfig
+from extras.formats import quantize
 from model import ModelConfig
 
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=10)
@@ -39,7 +39,7 @@ def speakers(small, small_with_prefix, tmp_path_factory) -> list[Speaker]:
             max_position_embeddings=64,
         )
         folder = home / str(width) / "pretrain"
-        checkpoint.save_model(folder, lively(config), text, about)
+        hf_folder.save_model(folder, lively(config), text, about)
         made.append(Speaker(SpeakerConfig(model=str(folder), device="cpu")))
     return made
 

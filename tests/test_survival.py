@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from small_run import SEQ_LEN
 from test_engine import launch, metrics
 
-from core import checkpoint, distributed, engine
+import trainer
+from core import checkpoint, distributed, hf_folder
 from core.data import step_rows
 from core.errors import Diverged, UserError
 from core.loss import next_token_loss
@@ -160,7 +161,7 @@ def test_a_signal_to_torchrun_saves_once_on_all_ranks(tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_and_leaves_either_as_a_second_to_the_system(number):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with engine.StopSignals() as stop:
+    with trainer.StopSignals() as stop:
         assert not stop.asked
         os.kill(os.getpid(), number)
         assert stop.asked
@@ -285,7 +286,7 @@ def test_a_disk_that_refuses_any_one_operation_leaves_a_model_that_loads(tmp_pat
         publish(run, spread, facts, warn, must=False)
         disk.on = False
         assert not list(run.folder.glob(".t*"))
-        checkpoint.load_model(run.folder)
+        hf_folder.load_model(run.folder)
 
     monkeypatch.setattr(checkpoint.Run, "publish", watched)
     for at in range(1, 1000):
@@ -492,7 +493,7 @@ def test_250_bad_numbers_are_never_applied_and_told_with_all_there_is_to_know(tm
 def test_500_overflows_of_fp16_are_counted_and_never_applied(tmp_path, monkeypatch):
     """One step in two is bad, at random; the scale stays up."""
     rng, model = random.Random(0), small_run.small_model()
-    monkeypatch.setattr(engine.LossScale, "update", lambda self, finite: outcomes.append(finite))
+    monkeypatch.setattr(trainer.LossScale, "update", lambda self, finite: outcomes.append(finite))
     outcomes, weights, bad_steps, checked = [], [], [], 0
 
     def loss_fn(model, batch):
@@ -528,7 +529,7 @@ def test_overflows_without_end_stop_with_the_scale_and_twenty_in_a_row_are_too_m
     with pytest.raises(Diverged, match=r"step 17: loss inf.*, scale 0.5; rows") as caught:
         small_run.run(tmp_path / "a/run", dtype="fp16", max_steps=99, val=False, loss_fn=bad)
     assert caught.value.exit_code == 3 and metrics(tmp_path / "a/run", "scale")[-1] == 1
-    monkeypatch.setattr(engine.LossScale, "update", lambda self, finite: None)
+    monkeypatch.setattr(trainer.LossScale, "update", lambda self, finite: None)
     with pytest.raises(Diverged, match=r"step 21: .* scale 65536"):
         small_run.run(tmp_path / "b/run", dtype="fp16", max_steps=99, val=False, loss_fn=bad)
 
@@ -690,16 +691,16 @@ def test_cards_without_bf16_get_fp16_and_older_ones_fp32(monkeypatch):
     cuda = torch.device("cuda")
     for capability, expected in (((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
-        assert engine.choose_dtype("auto", cuda) == expected
-        assert engine.choose_dtype("bf16", cuda) == torch.bfloat16, "what was asked for is what is used"
+        assert trainer.choose_dtype("auto", cuda) == expected
+        assert trainer.choose_dtype("bf16", cuda) == torch.bfloat16, "what was asked for is what is used"
 
 
 @pytest.mark.parametrize("has", [(), ("amx_tile",), ("avx512_bf16",), ("amx_tile", "avx512_bf16")])
 def test_a_cpu_gets_bf16_where_it_has_instructions_for_it(monkeypatch, has):
     for name in ("amx_tile", "avx512_bf16"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda found=name in has: found, raising=False)
-    assert engine.choose_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if has else torch.float32)
-    assert engine.choose_dtype("fp32", torch.device("cpu")) == torch.float32
+    assert trainer.choose_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if has else torch.float32)
+    assert trainer.choose_dtype("fp32", torch.device("cpu")) == torch.float32
 
 
 @pytest.mark.heavy
@@ -720,4 +721,4 @@ def test_ranks_that_were_started_unlike_are_refused(tmp_path, what):
     said = [p.communicate(timeout=60)[1] for p in both]
     assert [p.returncode for p in both] == [2, 2], said
     assert all(f"error: rank 1 has another {what} than rank 0 -- " in s and "Traceback" not in s for s in said)
-    assert not checkpoint.checkpoint_steps(tmp_path / "run")
+    assert not hf_folder.checkpoint_steps(tmp_path / "run")

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from core.errors import UserError
-from extras import trackers
-from extras.trackers import TrackConfig, open_tracker
+from extras.tracking import trackers
+from extras.tracking.trackers import TrackConfig, open_tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = [

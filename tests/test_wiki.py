@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from extras.corpus import Account, Doc
+from extras.corpus.account import Account, Doc
 from extras.corpus.wiki import Page, WikiConfig, page_doc, pages, to_text, wiki
 
 MARKUP = ("[[", "]]", "{{", "}}", "{|", "<ref", "-{", "}-")

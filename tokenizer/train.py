@@ -17,7 +17,6 @@ from pathlib import Path
 import sentencepiece
 
 from . import load
-from .inspect import read_lines
 from .sentencepiece_model import SPACE, TokenizerError
 
 # Control, never user-defined: user-defined pieces would be found inside texts, where anyone could forge a turn.
@@ -91,6 +90,16 @@ def train(
     temporary.write_bytes(result.getvalue())
     os.replace(temporary, path)
     return path
+
+
+def read_lines(paths: Iterable[str]) -> Iterator[str]:
+    """The lines of UTF-8 text files, line ends included; TokenizerError where one is not UTF-8."""
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8", newline="\n") as file:
+                yield from file
+        except UnicodeDecodeError as e:
+            raise TokenizerError(f"{path}: not UTF-8: {e.reason} at byte {e.start} -- convert it first") from None
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

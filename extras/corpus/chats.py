@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
-from extras.corpus import Account, Doc, each
+from extras.corpus.account import Account, Doc, each
 
 
 @dataclass(frozen=True)

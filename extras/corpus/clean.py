@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from core.errors import UserError
-from extras.corpus import Account, Doc, each
+from extras.corpus.account import Account, Doc, each
 
 # What each rule takes out. Digits are bounded, so that a part of a longer number (an ISBN, a price) is no phone number.
 RULES = {

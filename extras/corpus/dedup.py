@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import Account, Doc
+from extras.corpus.account import Account, Doc
 
 EXACT, NEAR = "exact duplicate", "near duplicate"
 REASONS = ("", NEAR, EXACT)  # the verdict on a document is the largest of those on its pairs

@@ -12,9 +12,9 @@ from functools import lru_cache
 import torch
 
 import tokenizer
-from core import checkpoint
+from core import hf_folder
 from core.errors import UserError
-from extras.corpus import Account, Doc, each
+from extras.corpus.account import Account, Doc, each
 from model import Llama
 
 
@@ -49,8 +49,8 @@ def filter(docs: Iterable[Doc], account: Account, cfg: FilterConfig) -> Iterator
 @lru_cache(1)
 def load(path: str) -> tuple[Llama, tokenizer.Tokenizer]:
     """Once, not for every chunk of documents."""
-    folder = checkpoint.model_folder(path)
-    return checkpoint.load_model(folder).eval(), tokenizer.load(folder)
+    folder = hf_folder.model_folder(path)
+    return hf_folder.load_model(folder).eval(), tokenizer.load(folder)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from core import files
 from core.errors import UserError
-from extras.corpus import Account, Doc, Reject
+from extras.corpus.account import Account, Doc, Reject
 from extras.corpus.journal import Records
 from extras.corpus.readers import ReadConfig, parse
 from tokenizer.parallel import map_in_order

@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from core import data
+from core import files
 from core.errors import UserError
-from extras.corpus import Account, Doc, wiki
+from extras.corpus import wiki
+from extras.corpus.account import Account, Doc
 
 BLOCK_BYTES = 1 << 20  # large enough that handing a block to a worker costs nothing beside reading it
 HEAD_BYTES = 1 << 18  # what is looked at to tell the encoding and the kind of JSON
@@ -558,7 +559,7 @@ def _object(path: str, stream: BinaryIO, cfg: ReadConfig) -> Iterator[tuple[int,
             "convert it to JSON lines, or --max_doc_bytes",
         )
     try:
-        whole = data.parse_object(text)
+        whole = files.parse_object(text)
     except ValueError as e:
         raise UserError(f"{path}: not JSON: {e}") from None
     lists = [v for v in whole.values() if isinstance(v, list) and v and all(isinstance(i, dict) for i in v)]
@@ -571,7 +572,7 @@ def _object(path: str, stream: BinaryIO, cfg: ReadConfig) -> Iterator[tuple[int,
 
 def _is_object(line: bytes) -> bool:
     try:
-        data.parse_object(line)
+        files.parse_object(line)
     except ValueError:
         return False
     return True
@@ -692,7 +693,7 @@ def _text_of(record: bytes | dict, kind: str, cfg: ReadConfig, items: bool) -> s
         if kind in ("lines", "texts"):
             return _line_ends(text.removeprefix("\ufeff")).strip("\n")
         try:
-            record = data.parse_object(text.removeprefix("\ufeff"))
+            record = files.parse_object(text.removeprefix("\ufeff"))
         except ValueError as e:
             raise _Bad(f"not a JSON object: {re.sub('[0-9]+', 'N', str(e))[:80]}") from None
     text = _json_bytes(record).decode("utf-8", "surrogatepass") if items else _fields(record, cfg)

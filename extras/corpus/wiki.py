@@ -30,7 +30,7 @@ from typing import BinaryIO, NamedTuple
 from xml.parsers import expat
 
 from core.errors import UserError
-from extras.corpus import Account, Doc, each
+from extras.corpus.account import Account, Doc, each
 
 
 @dataclass(frozen=True)

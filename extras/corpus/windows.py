@@ -7,7 +7,7 @@ Does not know tokens: lengths are in characters, so that the same text gives the
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from extras.corpus import Account, Doc, each
+from extras.corpus.account import Account, Doc, each
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from core import data
+from core import bins, data, files
 from core.errors import UserError
 from core.generate import finite
 from core.loss import next_token_loss
@@ -93,7 +93,7 @@ def text_windows(speaker, cfg, counts: Counts) -> Iterator[likelihood.Request]:
 def texts(path: Path) -> Iterator[str]:
     """Documents of a file: "text" of each line of a .jsonl, or the whole of any other."""
     if path.suffix == ".jsonl":
-        for where, item in data.read_jsonl(path):
+        for where, item in files.read_jsonl(path):
             if not isinstance(item.get("text"), str):
                 raise UserError(f"{where}: no text under the key text", f"keys here: {', '.join(item)}")
             yield item["text"]
@@ -109,7 +109,7 @@ def texts(path: Path) -> Iterator[str]:
 @torch.inference_mode()
 def of_bin(speaker, cfg, progress: Progress) -> Report:
     """Rows as in training: attention stays within a document, and its first token is not predicted from another one."""
-    bin = data.TokenBin(cfg.data, speaker.model.config.vocab_size, speaker.text.sha256)
+    bin = bins.TokenBin(cfg.data, speaker.model.config.vocab_size, speaker.text.sha256)
     eos_id = speaker.text.eos_id if bin.eos_id is None else bin.eos_id
     rows = data.BinRows(bin, speaker.context, docs=True, eos_id=eos_id, tail=True)
     number = min(len(rows), cfg.limit or len(rows))
@@ -129,7 +129,7 @@ def of_bin(speaker, cfg, progress: Progress) -> Report:
         nats, targets = finished(progress, begin // per_part, lambda begin=begin, end=end: measure(begin, end))
         total, tokens = total + nats, tokens + targets
     positions = min(number * rows.seq_len, bin.tokens)
-    documents = data.read_sidecar(cfg.data).get("documents", 0)
+    documents = bins.read_sidecar(cfg.data).get("documents", 0)
     counts = Counts(documents, bytes=positions * rows.bytes_per_token, tokens=tokens)
     notes = [
         f"Rows of {speaker.context:,} tokens, one behind the other; a document's end is predicted, its first token"

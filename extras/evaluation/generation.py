@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from core import data
+from core import files
 from core.errors import UserError
 from core.generate import SamplingConfig, continued
 from extras.evaluation import metrics
@@ -102,7 +102,7 @@ def read(path: str) -> list[Question]:
         UserError: no such file, no lines, a line that has no reference.
     """
     questions = []
-    for where, item in data.read_jsonl(path):
+    for where, item in files.read_jsonl(path):
         prompt, reference = item.get("prompt"), item.get("target")
         if isinstance(messages := item.get("messages"), list) and messages:
             last = messages[-1] if isinstance(messages[-1], dict) else {}

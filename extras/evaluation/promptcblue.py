@@ -31,7 +31,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from core import data
+from core import files
 from core.errors import UserError
 from core.generate import SamplingConfig
 from extras.evaluation import metrics
@@ -251,7 +251,7 @@ def read(path: str) -> dict[str, list[Question]]:
             not in the form of its task.
     """
     tasks: dict[str, list[Question]] = defaultdict(list)
-    for where, item in data.read_jsonl(path):
+    for where, item in files.read_jsonl(path):
         wrong = [key for key in ("input", "target", "task_type", "task_dataset") if not isinstance(item.get(key), str)]
         if wrong:
             raise UserError(f"{where}: {wrong[0]} is missing, or no text", f"keys here: {', '.join(item)}")

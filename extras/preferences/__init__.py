@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tokenizer
-from core import checkpoint
+from core import hf_folder
 from core.errors import UserError
 from model import Llama
 
@@ -24,10 +24,10 @@ def open_chat_model(folder: str, chat_format: str) -> tuple[Path, Llama, Callabl
     Raises:
         UserError: as there; a base model.
     """
-    path = checkpoint.model_folder(folder)
-    text, own = tokenizer.load(path), checkpoint.load_about(path).get("chat_format")
+    path = hf_folder.model_folder(folder)
+    text, own = tokenizer.load(path), hf_folder.load_about(path).get("chat_format")
     if not (chat_format := own if chat_format == "auto" else chat_format):
         raise UserError(f"{path}: a base model has no way to answer", "python sft.py first, or --chat_format")
-    model, fill = checkpoint.open_model(path)
-    checkpoint.check_tokenizer(path, model, text)
+    model, fill = hf_folder.open_model(path)
+    hf_folder.check_tokenizer(path, model, text)
     return path, model, fill, text, chat_format

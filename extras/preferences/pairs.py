@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import data
+from core import data, files
 from core.errors import UserError
 from model import IGNORE
 from tokenizer import TokenizerError, chat
@@ -105,7 +105,7 @@ def read_pairs(paths: Sequence[str], text, chat_format: str, length: int, intro:
     """
     pairs, long = [], []
     for path in paths:
-        for where, item in data.read_jsonl(path):
+        for where, item in files.read_jsonl(path):
             messages, other = item.get("messages"), item.get("rejected", item.get("response_rejected"))
             if isinstance(other, dict):
                 other = other.get("content", other.get("value"))

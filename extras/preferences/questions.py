@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core import data
+from core import data, files
 from core.errors import UserError
 from core.generate import SamplingConfig, Text, continued
 from extras.preferences import scalar
@@ -197,7 +197,7 @@ def read_questions(paths: Sequence[str], text, chat_format: str, context: int, i
     """
     items, long = [], []
     for path in paths:
-        for where, item in data.read_jsonl(path):
+        for where, item in files.read_jsonl(path):
             messages = item.get("messages")
             try:
                 if not isinstance(messages, list) or not messages or messages[-1]["role"] != "assistant":

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import checkpoint, files
+from core import checkpoint, files, hf_config, hf_folder
 from core.errors import UserError
 from extras.preferences.pairs import PairBatch
 from model import IGNORE, Llama, ModelConfig
@@ -52,7 +52,7 @@ def begin(base: Llama, fill: Callable, folder: Path) -> tuple[RewardModel, Calla
         model = RewardModel(base.config)
 
     def fill_all(write: Callable[[str, Tensor], None]) -> None:
-        fill(lambda name, values: name == checkpoint.HEAD or write(name, values))
+        fill(lambda name, values: name == hf_folder.HEAD or write(name, values))
         write("score.weight", torch.zeros(model.score.weight.shape))
 
     return model, fill_all
@@ -71,7 +71,7 @@ class RewardFolder(checkpoint.WholeModel):
             "pad_token_id": tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
         }
         path = folder / "config.json"
-        files.write_json(path, checkpoint.read_json(path) | own)
+        files.write_json(path, files.read_json(path) | own)
 
 
 def open_reward(folder: Path) -> tuple[RewardModel, Callable]:
@@ -80,14 +80,14 @@ def open_reward(folder: Path) -> tuple[RewardModel, Callable]:
     Raises:
         UserError: another kind of model, damaged files.
     """
-    named = checkpoint.read_json(folder / "config.json").get("architectures")
+    named = files.read_json(folder / "config.json").get("architectures")
     if named != [ARCHITECTURE]:
         raise UserError(f"{folder}: not a reward model but {named}", "python reward.py makes one")
     with torch.device("meta"):
-        model = RewardModel(checkpoint.load_config(folder))
+        model = RewardModel(hf_config.load_config(folder))
     path = folder / RewardFolder.file
-    found = checkpoint.load_tensors(path)
-    checkpoint.check_tensors(path, found, model.state_dict())
+    found = hf_folder.load_tensors(path)
+    hf_folder.check_tensors(path, found, model.state_dict())
 
     def fill(write: Callable[[str, Tensor], None]) -> None:
         for name, values in found.items():

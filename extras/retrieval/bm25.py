@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import tokenizer
-from core import config, data, errors, files
+from core import config, errors, files
 from core.errors import UserError
 from tokenizer import chat
 
@@ -150,7 +150,7 @@ def _texts(path: Path):
         except UnicodeDecodeError as e:
             raise UserError(f"{path}: not UTF-8 at byte {e.start}") from None
         return
-    for where, item in data.read_jsonl(path):
+    for where, item in files.read_jsonl(path):
         if not isinstance(item.get("text"), str):
             raise UserError(f"{where}: needs a text", f"keys here: {', '.join(item)}")
         yield item["text"]
@@ -263,7 +263,7 @@ def main() -> None:
     index, text = Index(passages), tokenizer.load(asked.tokenizer) if asked.tokenizer else None
     lines, counts, long = [], dict.fromkeys(("right", "wrong", "none", "found"), 0), []
     for path in asked.input:
-        for where, item in data.read_jsonl(path):
+        for where, item in files.read_jsonl(path):
             messages, gold = chat_of(where, item, asked.gold)
             rng = random.Random(f"{asked.seed} {where}")
             messages, chosen, right, found = augment(messages, gold, index, cfg.retrieval.passages, asked.without, rng)

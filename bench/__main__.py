@@ -1,14 +1,14 @@
 """How fast is it, beside what others do? Rounds of all contestants in turn, so that a busy minute hits all of them.
 
-    python bench.py tokenize --tokenizer chatglm2/tokenizer.model --input corpus.txt    # a document a line
-    python bench.py dedup --input corpus.txt                                            # pip install datasketch rensa
-    python bench.py memory --tokenizer chatglm2/tokenizer.model --input corpus.txt      # Linux; writes 4 GB to a folder
-    python bench.py activations --model configs/llama-92m.toml                          # Linux; training's memory
-    python bench.py finetune --model configs/llama-218m.toml --dtype bf16               # Linux; LoRA, QLoRA's memory
-    python bench.py train --model configs/llama-92m.toml --dtype bf16                   # Linux; steps beside others'
-    python bench.py loader --model configs/llama-92m.toml                               # Linux; from a 50 GB bin
-    python bench.py decode --model configs/llama-92m.toml --tokenizer tokenizer.model   # new tokens beside others'
-    python bench.py saving --model configs/llama-218m.toml                              # writes 2.6 GB three times
+    python -m bench tokenize --tokenizer chatglm2/tokenizer.model --input corpus.txt    # a document a line
+    python -m bench dedup --input corpus.txt                                            # pip install datasketch rensa
+    python -m bench memory --tokenizer chatglm2/tokenizer.model --input corpus.txt      # Linux; writes 4 GB to a folder
+    python -m bench activations --model configs/llama-92m.toml                          # Linux; training's memory
+    python -m bench finetune --model configs/llama-218m.toml --dtype bf16               # Linux; LoRA, QLoRA's memory
+    python -m bench train --model configs/llama-92m.toml --dtype bf16                   # Linux; steps beside others'
+    python -m bench loader --model configs/llama-92m.toml                               # Linux; from a 50 GB bin
+    python -m bench decode --model configs/llama-92m.toml --tokenizer tokenizer.model   # new tokens beside others'
+    python -m bench saving --model configs/llama-218m.toml                              # writes 2.6 GB three times
 
 Prints a table of medians and, as its last line, the same as JSON.
 """
@@ -35,15 +35,18 @@ import sentencepiece
 import torch
 
 import tokenizer
-from core import checkpoint, config, data, engine, errors, optim, parallel
+import trainer
+from assembly.inference import Speaker, SpeakerConfig
+from bench import decoders, peers
+from core import bins, checkpoint, config, data, errors, hf_folder, optim, parallel
 from core.distributed import Ranks
 from core.errors import UserError
 from core.generate import Batch, SamplingConfig
 from core.loss import next_token_loss
-from extras import decoders, lora, nf4, peers, quantize
-from extras.corpus import bins, dedup, pipeline, readers
-from extras.doors import gguf_file
-from extras.speaker import Speaker, SpeakerConfig
+from extras.corpus import dedup, pipeline, readers
+from extras.corpus import tokenize as corpus_bins
+from extras.finetune import lora, nf4
+from extras.formats import gguf_file, quantize
 from model import Llama, ModelConfig
 from tokenizer.parallel import map_in_order
 
@@ -98,7 +101,7 @@ def main() -> None:
         "decode": decode,
     }
     if not words or words[0] not in ways:
-        raise UserError(f"{' '.join(words) or 'nothing'} cannot be timed", f"python bench.py {' or '.join(ways)}")
+        raise UserError(f"{' '.join(words) or 'nothing'} cannot be timed", f"python -m bench {' or '.join(ways)}")
     ways[words[0]](config.load(__doc__, {"bench": BenchConfig}, sys.argv[2:]).bench)
 
 
@@ -169,11 +172,11 @@ def plain(path: Path, model: str) -> None:
 def ours(path: Path, text: tokenizer.Tokenizer, folder: Path, processes: int) -> None:
     """The chain of `python data_process.py --split line`."""
     read = readers.ReadConfig(input=(str(path),), split="line")
-    split = bins.Split(0.01)
+    split = corpus_bins.Split(0.01)
     with pipeline.Books(folder, ["read", "tokenize"]) as books:
         blocks = readers.blocks(read, books.accounts["read"])
-        results = pipeline.run(blocks, read, [], books, bins.Tokenize(text, split), processes)
-        bins.write(folder, text, split, results, books, path.name)
+        results = pipeline.run(blocks, read, [], books, corpus_bins.Tokenize(text, split), processes)
+        corpus_bins.write(folder, text, split, results, books, path.name)
 
 
 def rounds(ways: dict[str, Callable], number: int) -> dict[str, list[float]]:
@@ -358,7 +361,7 @@ def peak_memory(command: list[str]) -> list[int]:
 
 def activations(cfg: BenchConfig) -> None:
     """Peak memory of training steps with each kind of checkpointing, measured and as core/memory.py expects it."""
-    from core.memory import OVERHEAD, peak_bytes
+    from extras.estimate.memory import OVERHEAD, peak_bytes
 
     result, sizes = [], sizes_of(cfg.model)
     with torch.device("meta"):
@@ -454,7 +457,7 @@ def train_steps(
         if way != "full":
             options = lora.LoraConfig(r=8, quantize="nf4" if way == "qlora" else "")
             fill = lora.begun(model, fill, options, 0, nf4.Weight if way == "qlora" else None)
-        parallel.spread(model, engine.TrainConfig(), Ranks(0, 1, torch.device("cpu")), DTYPES[dtype], fill)
+        parallel.spread(model, trainer.TrainConfig(), Ranks(0, 1, torch.device("cpu")), DTYPES[dtype], fill)
         model.gradient_checkpointing = kind
         optimizers = optim.make_optimizers(model, optim.OptimConfig(optimizer=optimizer))
         ids = torch.randint(0, sizes.vocab_size, (rows, seq_len))
@@ -559,7 +562,7 @@ def loader(cfg: BenchConfig) -> None:
         with open(path, "wb") as f:
             f.truncate(50_000_000_000)
         began, before = time.perf_counter(), resident()
-        bin = data.TokenBin(path, sizes_of(cfg.model).vocab_size, warn=lambda line: None, trust=True)
+        bin = bins.TokenBin(path, sizes_of(cfg.model).vocab_size, warn=lambda line: None, trust=True)
         rows = data.BinRows(bin, cfg.seq_len, docs=True, eos_id=1)
         seen, seconds = 1_000_000 * cfg.rows, []
         data.batch(rows, data.step_rows(seen, cfg.rows, len(rows), seed=1))
@@ -581,7 +584,7 @@ def saving(cfg: BenchConfig) -> None:
     model = Llama(config)
     model.init_weights(0)
     optimizers, found = optim.make_optimizers(model, optim.OptimConfig()), {}
-    spread = parallel.spread(model, engine.TrainConfig(), ranks, torch.float32)
+    spread = parallel.spread(model, trainer.TrainConfig(), ranks, torch.float32)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizers[0].step()
@@ -602,7 +605,7 @@ def saving(cfg: BenchConfig) -> None:
         step()
         found.setdefault("step_s", []).append(round(time.perf_counter() - began, 2))
     save, one = statistics.median(found["save_s"]), statistics.median(found["step_s"][1:])
-    every = engine.TrainConfig.save_every
+    every = trainer.TrainConfig.save_every
     found |= {"gb": round(size / 1e9, 2), "share": round(save / (every * one), 5)}
     print(
         f"{found['gb']} GB in {save:.2f} s; a step of {cfg.rows * cfg.seq_len * cfg.micro_batches:,} tokens takes "
@@ -622,7 +625,7 @@ def decode(cfg: BenchConfig) -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         model = Llama(sizes)
         model.init_weights(0)
-        checkpoint.save_model(Path(folder) / "model", model, text, {})
+        hf_folder.save_model(Path(folder) / "model", model, text, {})
         processes = {}
         for name in cfg.contestants:
             path = Path(folder) / "model"

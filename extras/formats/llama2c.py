@@ -22,7 +22,7 @@ import torch
 
 from core import files
 from core.errors import UserError
-from extras.doors import half_split, interleaved, vocabulary
+from extras.formats.folders import half_split, interleaved, vocabulary
 from model import Llama, ModelConfig, rope_table
 from tokenizer import Tokenizer
 from tokenizer.sentencepiece_model import (

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import checkpoint
+from core import hf_config
 from core.errors import UserError
 from model import MLP, Attention, Cache, Llama, ModelConfig, rotate
 
@@ -188,7 +188,7 @@ def alibi_slopes(heads: int, device=None) -> Tensor:
 # ---------------------------------------------------------------- files
 
 
-class FamilyFiles(checkpoint.Family):
+class FamilyFiles(hf_config.Family):
     """A family's config.json and names.
 
     Args:
@@ -205,7 +205,7 @@ class FamilyFiles(checkpoint.Family):
     def read(self, raw: dict, path: Path) -> FamilyConfig:
         found = self.choices(raw, path)
         own = {name: found.get(name, default) for name, default in CHOICES.items()} | {"source": raw}
-        config = checkpoint.make_config(FamilyConfig, raw | found, path, **own)
+        config = hf_config.make_config(FamilyConfig, raw | found, path, **own)
         if config.rotary_dim % 2 or (not config.rotary_dim and not config.alibi):
             raise UserError(f"{path}: {config.rotary_dim} numbers of a head are turned, must be even and not 0")
         return config
@@ -287,7 +287,7 @@ def bloom(raw: dict, path: Path) -> dict:
 
 
 def gpt_neox(raw: dict, path: Path) -> dict:
-    rope = checkpoint.read_rope(raw | {"rope_theta": _first(raw, "rope_theta", "rotary_emb_base")}, path)
+    rope = hf_config.read_rope(raw | {"rope_theta": _first(raw, "rope_theta", "rotary_emb_base")}, path)
     share = _first(raw.get("rope_parameters") or {}, "partial_rotary_factor") or raw.get("rotary_pct", 0.25)
     bias = _flag(raw, path, "attention_bias", True)
     return rope | {
@@ -310,7 +310,7 @@ def falcon(raw: dict, path: Path) -> dict:
     groups = _first(raw, "num_kv_heads", "n_head_kv") if new else 1 if _flag(raw, path, "multi_query", True) else heads
     norms = ("ln_attn", "ln_mlp") if two else ("input_layernorm",) + ("post_attention_layernorm",) * (not parallel)
     bias = _flag(raw, path, "bias", False)
-    return checkpoint.read_rope(raw, path) | {
+    return hf_config.read_rope(raw, path) | {
         "num_attention_heads": heads,
         "num_hidden_layers": _first(raw, "num_hidden_layers", "n_layer"),
         "hidden_size": hidden,
@@ -329,7 +329,7 @@ def falcon(raw: dict, path: Path) -> dict:
 
 def glm(raw: dict, path: Path) -> dict:
     _only(raw, path, hidden_act="silu")
-    rope = checkpoint.read_rope(raw, path)
+    rope = hf_config.read_rope(raw, path)
     share = _first(raw.get("rope_parameters") or {}, "partial_rotary_factor") or raw.get("partial_rotary_factor", 0.5)
     return rope | {
         "qkv": "apart",
@@ -435,7 +435,7 @@ _CHATGLM = [
 
 def register() -> None:
     """Make these families known to core/checkpoint.py."""
-    checkpoint.FAMILIES |= {
+    hf_config.FAMILIES |= {
         "bloom": FamilyFiles(bloom, _BLOOM, "transformer."),
         "gpt_neox": FamilyFiles(gpt_neox, _NEOX),
         "falcon": FamilyFiles(falcon, _BLOOM),

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import Tokenizer, load
-from .inspect import Fit, char_classes, count_classes, fit, read_lines, unreachable
-from .sentencepiece_model import (
+from extras.vocabulary.inspect import Fit, char_classes, count_classes, fit, read_lines, unreachable
+from tokenizer import Tokenizer, load
+from tokenizer.sentencepiece_model import (
     BPE,
     NORMAL,
     SPACE,
@@ -341,7 +341,7 @@ def main() -> None:
     _write_json(Path(cfg.output) / "report.json", found)
     print(f"{show(found)}\n{new.path}: {new.vocab_size} ids, sha256 {new.sha256}")
     if cfg.remap_bin or cfg.remap_model:
-        from extras import remap
+        from extras.vocabulary import remap
 
         remap.run(old, new, Path(cfg.output), cfg.remap_bin, cfg.remap_model, cfg.processes)
 

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 import tokenizer
-from core import checkpoint, data
+from core import bins, hf_folder
 from core.errors import UserError
 from model import Llama
 from tokenizer import Tokenizer
@@ -62,9 +62,9 @@ def remap_bin(path: Path, output: Path, old: Tokenizer, new: Tokenizer, processe
             f"{path}: {old.path} does not give texts back exactly (no byte fallback, or a normaliser)",
             "encode the texts again with data_process.py",
         )
-    source = data.TokenBin(path, old.vocab_size, old.sha256)
+    source = bins.TokenBin(path, old.vocab_size, old.sha256)
     broken = 0
-    with data.BinWriter(output, new.vocab_size, new.eos_id, new.sha256, f"{data.source_of(path)}, pruned") as out:
+    with bins.BinWriter(output, new.vocab_size, new.eos_id, new.sha256, f"{bins.source_of(path)}, pruned") as out:
         with tqdm(desc=str(output), total=source.tokens, unit="tok", unit_scale=True, disable=None) as bar:
             blocks = whole_documents(source, old.eos_id)
             for ids, taken, text_bytes, documents, bad in map_in_order(encode_anew, (old, new), blocks, processes):
@@ -77,7 +77,7 @@ def remap_bin(path: Path, output: Path, old: Tokenizer, new: Tokenizer, processe
     )
 
 
-def whole_documents(source: data.TokenBin, eos_id: int) -> Iterator[np.ndarray]:
+def whole_documents(source: bins.TokenBin, eos_id: int) -> Iterator[np.ndarray]:
     """The bin's ids in blocks that end where a document ends (the last one where the bin ends)."""
     rest = np.zeros(0, source.dtype)
     for start in range(0, source.tokens, BLOCK_TOKENS):
@@ -145,16 +145,16 @@ def remap_model(path: Path, output: Path, old: Tokenizer, new: Tokenizer) -> Non
     Raises:
         UserError: no model there, or one with another tokenizer.
     """
-    folder = checkpoint.model_folder(path)
+    folder = hf_folder.model_folder(path)
     theirs = tokenizer.load(folder)
     if theirs.sha256 != old.sha256:
         raise UserError(f"{folder}: its tokenizer is {theirs.sha256[:12]}, --input is {old.sha256[:12]}")
-    model = checkpoint.load_model(folder)
+    model = hf_folder.load_model(folder)
     before = sum(p.numel() for p in model.parameters())
     ids = {p.text: i for i, p in enumerate(old.model.pieces)}
     take_rows(model, [ids[p.text] for p in new.model.pieces])
-    about = checkpoint.load_about(folder)
-    checkpoint.save_model(output, model, new, about | {"pruned_from_tokenizer": old.sha256})
+    about = hf_folder.load_about(folder)
+    hf_folder.save_model(output, model, new, about | {"pruned_from_tokenizer": old.sha256})
     print(f"{output}: {before:,} -> {sum(p.numel() for p in model.parameters()):,} parameters")
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import checkpoint, files
+from core import files, hf_config, hf_folder
 from core.errors import UserError
 from model import Llama
 
@@ -299,7 +299,7 @@ def kind_of(folder: str | Path) -> str:
         UserError: quantised in another way.
     """
     path = Path(folder) / "config.json"
-    found = checkpoint.read_json(path).get("quantization_config")
+    found = files.read_json(path).get("quantization_config")
     for kind in LAYERS:
         if found and _says(found, quantization_config(kind)):
             return kind
@@ -324,17 +324,17 @@ def save(folder: Path, model: Llama, kind: str, tokenizer, about: dict) -> list[
     Returns:
         reasons why transformers and vLLM will not read it (`load` will), for the user.
     """
-    checkpoint.save_model(folder, model, tokenizer, about, tensors(model))
+    hf_folder.save_model(folder, model, tokenizer, about, tensors(model))
     path = folder / "config.json"
     own = {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "quantization_config": quantization_config(kind)}
-    files.write_json(path, checkpoint.read_json(path) | own)
+    files.write_json(path, files.read_json(path) | own)
     ragged = [
         f"{name} has {m.inputs} inputs, no multiple of {GROUP}"
         for name, m in model.named_modules()
         if isinstance(m, Int4Linear) and m.inputs % GROUP
     ]
     # Its class FalconLinear has no place for packed weights (transformers 5).
-    return ragged[:1] + ["transformers quantises no Falcon"] * (checkpoint.read_json(path)["model_type"] == "falcon")
+    return ragged[:1] + ["transformers quantises no Falcon"] * (files.read_json(path)["model_type"] == "falcon")
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Llama:
@@ -344,14 +344,14 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Llama:
         UserError: damaged files, weights that do not fit the config.
     """
     folder, kind = Path(folder), kind_of(folder)
-    path, family = folder / "model.safetensors", checkpoint.family_of(config := checkpoint.load_config(folder))
+    path, family = folder / "model.safetensors", hf_config.family_of(config := hf_config.load_config(folder))
     with torch.device("meta"):
         model = family.model(config)
     linear = _linear(model)
     wanted = {name: p for name, p in model.named_parameters() if name.removesuffix(".weight") not in linear}
     for name, shape in linear.items():
         wanted |= {f"{name}.{part}": t for part, t in LAYERS[kind].stored(*shape).items()}
-    found = {ours: t for name, t in checkpoint.load_tensors(path).items() if (ours := family.ours(name))}
+    found = {ours: t for name, t in hf_folder.load_tensors(path).items() if (ours := family.ours(name))}
     _check(path, found, wanted)
     for name, shape in linear.items():
         parts = {part: found.pop(f"{name}.{part}").to(device) for part in LAYERS[kind].stored(*shape)}
@@ -378,7 +378,7 @@ def _check(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> N
             f"{path}: {name} is {found[name].dtype} {tuple(found[name].shape)}, expected "
             f"{wanted[name].dtype} {tuple(wanted[name].shape)}"
         )
-    checkpoint.check_tensors(
+    hf_folder.check_tensors(
         path, {n: t for n, t in found.items() if n not in whole}, {n: t for n, t in wanted.items() if n not in whole}
     )
 

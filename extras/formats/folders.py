@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 import tokenizer
-from core import checkpoint
+from core import hf_folder
 from core.errors import UserError
 from model import Llama
 from tokenizer import Tokenizer
@@ -42,15 +42,15 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
 
 def open_folder(path: str | Path) -> tuple[Path, Llama, Tokenizer]:
     """The folder with a run's weights, its model in fp32 and its tokenizer, which belong together."""
-    folder = checkpoint.model_folder(path)
-    text, model = tokenizer.load(folder), checkpoint.load_model(folder)
+    folder = hf_folder.model_folder(path)
+    text, model = tokenizer.load(folder), hf_folder.load_model(folder)
     kind, rope = model.config.model_type, model.config.rope_type
     if (kind, rope) != ("llama", "default"):
         raise UserError(
             f"{folder}: {kind} with rope_type {rope}, only plain Llama models are written for others",
             "transformers reads the folder as it is, llama.cpp's own converter too",
         )
-    checkpoint.check_tokenizer(folder, model, text)
+    hf_folder.check_tokenizer(folder, model, text)
     return folder, model, text
 
 

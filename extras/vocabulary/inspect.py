@@ -8,14 +8,14 @@ Does not change a vocabulary; prune.py does.
 import functools
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import sentencepiece
 
-from . import Tokenizer, load
-from .sentencepiece_model import (
+from tokenizer import Tokenizer, load
+from tokenizer.sentencepiece_model import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -27,6 +27,7 @@ from .sentencepiece_model import (
     TokenizerError,
     write_model,
 )
+from tokenizer.train import read_lines
 
 # Files that people download, so that a look at one says what it is.
 KNOWN = {
@@ -110,16 +111,6 @@ def unreachable(model: Model) -> list[int]:
     normal = [i for i, p in enumerate(model.pieces) if p.type == NORMAL]
     rows = processor.encode([model.pieces[i].text for i in normal], num_threads=1)
     return [i for i, row in zip(normal, rows) if row != [i]]
-
-
-def read_lines(paths: Iterable[str]) -> Iterator[str]:
-    """The lines of UTF-8 text files, line ends included; TokenizerError where one is not UTF-8."""
-    for path in paths:
-        try:
-            with open(path, encoding="utf-8", newline="\n") as file:
-                yield from file
-        except UnicodeDecodeError as e:
-            raise TokenizerError(f"{path}: not UTF-8: {e.reason} at byte {e.start} -- convert it first") from None
 
 
 @dataclass

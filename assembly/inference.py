@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 import tokenizer
-from core import checkpoint
+from core import hf_folder
 from core.distributed import start
 from core.errors import UserError
-from extras import families, lora, quantize
+from extras.families import others as families
+from extras.finetune import lora
+from extras.formats import quantize
 from tokenizer import chat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,28 +57,28 @@ class Speaker:
     def __init__(self, cfg: SpeakerConfig):
         families.register()
         asked = cfg.model or (lora.base_of(cfg.adapter) if cfg.adapter else newest_model())
-        folder = checkpoint.model_folder(asked)
+        folder = hf_folder.model_folder(asked)
         self.name, self.text = Path(cfg.adapter or asked).name, tokenizer.load(folder)
         self.compile = cfg.compile
-        own, device = checkpoint.load_about(folder).get("chat_format"), start(cfg.device).device
+        own, device = hf_folder.load_about(folder).get("chat_format"), start(cfg.device).device
         if (kind := quantize.kind_of(folder)) != "none":
             if cfg.adapter or cfg.quantize not in ("none", kind):
                 raise UserError(f"{folder}: its weights are {kind} already", "--model with the folder it was made of")
             self.model = quantize.load(folder, device)
         else:
-            model, fill = checkpoint.open_model(folder, cfg.allow_pickle)
+            model, fill = hf_folder.open_model(folder, cfg.allow_pickle)
             if cfg.adapter:
                 model, fill, adapter = lora.attach(model, fill, cfg.adapter, folder)
-                own = checkpoint.load_about(adapter).get("chat_format", own)
+                own = hf_folder.load_about(adapter).get("chat_format", own)
             if cfg.quantize == "none":
-                self.model = checkpoint.build(model, fill, device, DTYPES[cfg.dtype])
+                self.model = hf_folder.build(model, fill, device, DTYPES[cfg.dtype])
             elif cfg.adapter:
-                self.model = quantize.quantize(lora.merge(checkpoint.build(model, fill, device)), cfg.quantize)
+                self.model = quantize.quantize(lora.merge(hf_folder.build(model, fill, device)), cfg.quantize)
             else:
                 self.model = quantize.build(model, fill, cfg.quantize, device)
         self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
         self.model = quantize.for_decoding(self.model).eval()
-        checkpoint.check_tokenizer(folder, self.model, self.text)
+        hf_folder.check_tokenizer(folder, self.model, self.text)
         self.stop_ids = chat.end_ids(self.text, self.chat_format) if self.chat_format else {self.text.eos_id}
 
     @property

@@ -1,4 +1,4 @@
-"""One training step of a Llama as others write it, for `python bench.py train`.
+"""One training step of a Llama as others write it, for `python -m bench train`.
 
 In:  sizes, ids, dtype. Out: a function that takes one optimizer step and returns the loss.
 Each peer is that project's model in the plainest loop its documentation shows: forward under autocast, backward, clip,
@@ -120,17 +120,19 @@ def ours(
     config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str, micro_batches: int
 ) -> Callable[[], float]:
     """A step of core/engine.py, without the data and the log."""
-    from core import engine, memory, optim, parallel
+    import trainer
+    from core import optim, parallel
     from core.data import Batch
     from core.distributed import Ranks
     from core.loss import next_token_loss
+    from extras.estimate import memory
     from model import Llama
 
     memory.keep_freed_memory()
     model, ranks = Llama(config), Ranks(0, 1, torch.device("cpu"))
     model.init_weights(0)
     model.gradient_checkpointing = checkpointing
-    cfg, options = engine.TrainConfig(compile=compiled), optim.OptimConfig()
+    cfg, options = trainer.TrainConfig(compile=compiled), optim.OptimConfig()
     spread = parallel.spread(model, cfg, ranks, dtype)
     optimizers, parameters = optim.make_optimizers(model, options), list(model.parameters())
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
@@ -140,7 +142,7 @@ def ours(
     def step() -> float:
         mine = spread.accumulate([batch] * micro_batches, micro_batches, next_token_loss, 1 / targets, autocast)
         loss, count = mine.tolist()
-        assert math.isfinite(engine._finish_gradients(spread, parameters, targets / count, options))
+        assert math.isfinite(trainer._finish_gradients(spread, parameters, targets / count, options))
         for optimizer in optimizers:
             optimizer.step()
         for p in parameters:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import checkpoint, files
+from core import files, hf_config, hf_folder
 from core.errors import UserError
 from model import Llama, ModelConfig
 
@@ -259,7 +259,7 @@ class Adapter:
 
     def __init__(self, cfg: LoraConfig, base: Path, config: ModelConfig, changes: dict):
         self.cfg, self.base, self.config, self.changes = cfg, base, config, changes
-        self.base_sha256 = checkpoint.weights_digest(base)
+        self.base_sha256 = hf_folder.weights_digest(base)
         # What a resumed run must share with the one it continues; QLoRA's only with it: runs from before it go on.
         skip = ("lora_config", *(QUANTIZING if not cfg.quantize else ()))
         self.identity = {k: v for k, v in asdict(cfg).items() if k not in skip} | {
@@ -272,9 +272,9 @@ class Adapter:
         weights = dict(weights)
         if self.config.tie_word_embeddings and f"{EMBEDDING}.weight" in weights:
             weights[f"{HEAD}.weight"] = weights[f"{EMBEDDING}.weight"].clone()  # PEFT has no tied ones: the same values
-        weights = {checkpoint.family_of(self.config).theirs(name): t for name, t in weights.items()}
-        checkpoint.save_tensors(folder / self.file, {PREFIX + n: t.detach().contiguous() for n, t in weights.items()})
-        checkpoint.save_about(
+        weights = {hf_config.family_of(self.config).theirs(name): t for name, t in weights.items()}
+        hf_folder.save_tensors(folder / self.file, {PREFIX + n: t.detach().contiguous() for n, t in weights.items()})
+        hf_folder.save_about(
             folder,
             tokenizer,
             about | {"base_sha256": self.base_sha256} | ({"base_changes": self.changes} if self.changes else {}),
@@ -320,10 +320,10 @@ def attach(model: Llama, fill: Callable, adapter: str | Path, base: Path) -> tup
     Raises:
         UserError: made for another base, merged into this one already, damaged, or of a kind that this is not.
     """
-    folder = checkpoint.model_folder(adapter, CONFIG)
-    path, here = folder / Adapter.file, checkpoint.weights_digest(base)
-    noted = checkpoint.load_about(folder).get("base_sha256", here)  # PEFT's own say nothing: names and shapes must fit
-    if files.sha256(path) in str(checkpoint.load_about(base).get("merged_sha256")):
+    folder = hf_folder.model_folder(adapter, CONFIG)
+    path, here = folder / Adapter.file, hf_folder.weights_digest(base)
+    noted = hf_folder.load_about(folder).get("base_sha256", here)  # PEFT's own say nothing: names and shapes must fit
+    if files.sha256(path) in str(hf_folder.load_about(base).get("merged_sha256")):
         raise UserError(f"{folder}: is merged into {base} already")
     if noted != here:
         raise UserError(f"{folder}: an adapter for the base {str(noted)[:12]}, {base} is {here[:12]}", "--model BASE")
@@ -333,7 +333,7 @@ def attach(model: Llama, fill: Callable, adapter: str | Path, base: Path) -> tup
     if isinstance(read.get("target_modules"), str) or type(model.config) is not ModelConfig:
         read["target_modules"] = tuple(m.removesuffix(".lora_A") for m in modules if m.endswith(".lora_A"))
     for word in read.get("modules_to_save", ()):
-        theirs = [checkpoint.family_of(model.config).theirs(f"{name}.").rstrip(".") for name in [*modules, HEAD]]
+        theirs = [hf_config.family_of(model.config).theirs(f"{name}.").rstrip(".") for name in [*modules, HEAD]]
         if not any(name.endswith(word) for name in theirs[: len(modules) + model.config.tie_word_embeddings]):
             raise UserError(f"{path}: {word} is missing", f"modules_to_save of {CONFIG} names it")
     read["modules_to_save"] = tuple(dict.fromkeys(m for m in modules if ".lora_" not in m))
@@ -343,9 +343,9 @@ def attach(model: Llama, fill: Callable, adapter: str | Path, base: Path) -> tup
         raise UserError(f"{folder / CONFIG}: {e}") from None
     except UserError as e:
         raise UserError(f"{folder}: {e}") from None
-    checkpoint.check_tensors(path, values, {n: p for n, p in model.named_parameters() if p.requires_grad})
+    hf_folder.check_tensors(path, values, {n: p for n, p in model.named_parameters() if p.requires_grad})
     try:  # a base that was made to reach further
-        model.config = replace(model.config, **checkpoint.load_about(folder).get("base_changes", {}))
+        model.config = replace(model.config, **hf_folder.load_about(folder).get("base_changes", {}))
     except (TypeError, ValueError) as e:
         raise UserError(f"{folder}/run.json: base_changes: {e}") from None
 
@@ -359,8 +359,8 @@ def attach(model: Llama, fill: Callable, adapter: str | Path, base: Path) -> tup
 
 def base_of(adapter: str | Path) -> str:
     """The base that an adapter names."""
-    path = checkpoint.model_folder(adapter, CONFIG) / CONFIG
-    name = checkpoint.read_json(path).get("base_model_name_or_path")
+    path = hf_folder.model_folder(adapter, CONFIG) / CONFIG
+    name = files.read_json(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not Path(name).is_dir():
         raise UserError(f"{path}: its base {name!r} is not here", "--model BASE")
     return name
@@ -368,8 +368,8 @@ def base_of(adapter: str | Path) -> str:
 
 def _load(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """An adapter's tensors by our names."""
-    ours = checkpoint.family_of(config).ours
-    values = {ours(name.removeprefix(PREFIX)): t for name, t in checkpoint.load_tensors(path).items()}
+    ours = hf_config.family_of(config).ours
+    values = {ours(name.removeprefix(PREFIX)): t for name, t in hf_folder.load_tensors(path).items()}
     if config.tie_word_embeddings and (f"{HEAD}.weight" in values or f"{EMBEDDING}.weight" in values):
         head, embedding = values.pop(f"{HEAD}.weight", None), values.get(f"{EMBEDDING}.weight")
         if head is None or embedding is None or not torch.equal(head, embedding):
@@ -403,7 +403,7 @@ def read_config(path: Path) -> dict:
     """
     ours = {field.name for field in fields(LoraConfig)} - {"lora_config", *QUANTIZING}
     found = {}
-    for key, value in checkpoint.read_json(path).items():
+    for key, value in files.read_json(path).items():
         name = NAMES.get(key, key)
         texts = isinstance(value, list) and all(isinstance(v, str) for v in value)
         fits = {

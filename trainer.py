@@ -23,13 +23,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from core import files, memory, parallel, speed
-from core.checkpoint import Run, verify
+from core import files, parallel
+from core.checkpoint import Run
 from core.data import Batch, BinRows, ChatRows, batch, step_rows
 from core.distributed import Ranks
 from core.errors import Diverged, Interrupted, UserError
+from core.hf_folder import verify
 from core.optim import LossScale, OptimConfig, learning_rate, make_optimizers
 from core.parallel import WAYS
+from extras.estimate import memory
+from extras.estimate import profile as speed
 from model import Llama
 
 

@@ -13,10 +13,12 @@ from functools import partial
 
 import torch
 
-from core import engine, memory, speed
+import trainer
 from core.data import batch
 from core.distributed import Ranks
 from core.errors import UserError
+from extras.estimate import memory
+from extras.estimate import profile as speed
 from model import Llama, describe
 
 # TFLOP/s of dense products with 16-bit factors and 32-bit sums, of the makers' data sheets and white papers.
@@ -69,11 +71,11 @@ def report(model: Llama, cfg, rows, seq_len: int, ranks: Ranks) -> str:
     asked, device = cfg.estimate, ranks.device.type if ranks.device.type in memory.OVERHEAD else "cpu"
     if rows is None and not asked.tokens:
         raise UserError("there is no data whose tokens could be counted", "--tokens 30e9, or python data_process.py")
-    dtype = engine.choose_dtype(cfg.train.dtype, ranks.device)
+    dtype = trainer.choose_dtype(cfg.train.dtype, ranks.device)
     micro, several, told = cfg.train.micro_batch, True, []
     positions = asked.tokens
     if rows is not None:
-        per_step, micro, micro_batches, steps = engine.plan(cfg.train, rows, ranks)
+        per_step, micro, micro_batches, steps = trainer.plan(cfg.train, rows, ranks)
         several = micro_batches > 1
         if not positions:
             positions = steps * cfg.train.batch_tokens

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from core import data
+from core import bins, files
 from core.errors import UserError
-from extras.corpus import Doc
+from extras.corpus.account import Doc
 from extras.corpus.pipeline import Books
 from tokenizer import Tokenizer
 
@@ -98,7 +98,7 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
     with ExitStack() as stack:
         bins = [
             stack.enter_context(
-                data.BinWriter(folder / name, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, source)
+                bins.BinWriter(folder / name, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, source)
             )
             for name in ("train.bin", "val.bin")
         ]
@@ -144,13 +144,13 @@ def inspect(path: Path, tokenizer: Tokenizer | None, show: int = 60) -> list[str
 
 
 def _inspect_bin(path: Path, tokenizer: Tokenizer | None, show: int) -> list[str]:
-    about = data.read_sidecar(path)
+    about = bins.read_sidecar(path)
     size = about.get("vocab_size") or (tokenizer.vocab_size if tokenizer else 1 << 16)
-    bin = data.TokenBin(path, size, tokenizer.sha256 if tokenizer else "")
+    bin = bins.TokenBin(path, size, tokenizer.sha256 if tokenizer else "")
     eos_id = about.get("eos_id", tokenizer.eos_id if tokenizer else 2)
     ends, counts, highest = [], 0, 0
-    for start in range(0, bin.tokens, data.BLOCK_BYTES):
-        ids = bin.read(start, min(data.BLOCK_BYTES, bin.tokens - start))
+    for start in range(0, bin.tokens, bins.BLOCK_BYTES):
+        ids = bin.read(start, min(bins.BLOCK_BYTES, bin.tokens - start))
         ends.append(np.flatnonzero(ids == eos_id) + start)
         highest = max(highest, int(ids.max(initial=0)))
         counts = counts + np.bincount(ids, minlength=size)
@@ -175,7 +175,7 @@ def _inspect_bin(path: Path, tokenizer: Tokenizer | None, show: int) -> list[str
 def _inspect_jsonl(path: Path) -> list[str]:
     keys, lengths, sources = Counter(), [], {}
     first = last = None
-    for _, item in data.read_jsonl(path):
+    for _, item in files.read_jsonl(path):
         first, last = first or item, item
         keys.update(item.keys())
         size = len(json.dumps(item, ensure_ascii=False)) if "text" not in item else len(str(item["text"]))
@@ -221,9 +221,9 @@ def verify(path: Path) -> str:
     Raises:
         UserError: no sidecar, another size, or damaged blocks, each named with its bytes.
     """
-    about = data.read_sidecar(path)
+    about = bins.read_sidecar(path)
     if not about:
         raise UserError(f"{path}: no {path.with_suffix('.json').name} beside it to compare it with")
-    bin = data.TokenBin(path, about["vocab_size"])
+    bin = bins.TokenBin(path, about["vocab_size"])
     blocks = bin.verify()
     return f"{path}: whole, {bin.tokens:,} tokens in {blocks} blocks"

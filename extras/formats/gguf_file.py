@@ -14,7 +14,7 @@ import numpy as np
 from core import files
 from core.errors import UserError
 from core.generate import SamplingConfig
-from extras.doors import interleaved, vocabulary
+from extras.formats.folders import interleaved, vocabulary
 from model import Llama
 from tokenizer import Tokenizer, chat
 

@@ -1,4 +1,4 @@
-"""A text continued as several programs do it, for `python bench.py decode`.
+"""A text continued as several programs do it, for `python -m bench decode`.
 
 In:  a model folder (a GGUF file for llama.cpp), ids of prompts, a number of new tokens. Out: seconds and ids.
 pip install transformers, xllamacpp for the peers.

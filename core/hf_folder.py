@@ -1,0 +1,349 @@
+"""Model folders: what transformers, vLLM and llama.cpp's converter read, and run.json beside it.
+
+In:  a model, a tokenizer, plain data on the run. Out: a folder; from a folder a model and its weights, each checked.
+Knows nothing of runs, optimizers or losses.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import reprlib
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from core import files
+from core.errors import Diverged, UserError
+from core.hf_config import family_of, load_config
+from model import Llama
+from tokenizer import chat
+
+FORMAT = 1
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def save_model(folder: Path, model: Llama, tokenizer, about: dict, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a Hugging Face folder: config, weights, tokenizer, and run.json with `about`.
+
+    Args:
+        folder: made if it is not there; files of the same names are replaced one by one.
+        model: fp32 weights; a NaN or infinity in them is refused.
+        tokenizer: its files are copied; None: no tokenizer files.
+        about: plain data on the run: step, validation, options; `chat_format` where the model chats.
+        weights: of the whole model by name, where `model` has only a part of them.
+    Raises:
+        Diverged: a weight is not a finite number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = family_of(model.config).write(model.config) | {"torch_dtype": "float32", "use_cache": True}
+    if tokenizer is not None:
+        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        config |= special
+        if about.get("chat_format"):
+            special["eos_token_id"] = sorted(chat.end_ids(tokenizer, about["chat_format"]))
+        files.write_json(folder / "generation_config.json", {"_from_model_config": False, **special})
+    save_tensors(folder / "model.safetensors", model_tensors(model, weights))
+    save_about(folder, tokenizer, about)
+    # Last: a folder with a config.json has all the rest.
+    files.write_json(folder / "config.json", config)
+
+
+def save_tensors(path: Path, weights: dict[str, Tensor]) -> None:
+    """Write weights by name; Diverged where one is not a finite number."""
+    if bad := [name for name, t in weights.items() if not _finite(t)]:  # the last step was finite, but too large
+        raise Diverged(f"{bad[0]} holds NaN or infinity: nothing of it is saved", "a lower --lr")
+    files.replace(path, lambda p: save_file(weights, p, metadata={"format": "pt"}))
+
+
+def save_about(folder: Path, tokenizer, about: dict) -> None:
+    """Write run.json and the tokenizer's files (None: without one)."""
+    own = {}
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as temporary:
+            tokenizer.save(temporary, chat_format=about.get("chat_format"))
+            for path in sorted(Path(temporary).iterdir()):
+                files.replace(folder / path.name, lambda p, path=path: shutil.copyfile(path, p))
+        own = {"tokenizer_sha256": tokenizer.sha256}
+    files.write_json(folder / "run.json", {"format": FORMAT, **about, **own})
+
+
+def model_tensors(model: Llama, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Weights by the names of files, the model's own if no others are given; tied ones once, as the embedding."""
+    state = {name: t.detach().contiguous() for name, t in (weights or dict(model.named_parameters())).items()}
+    if model.config.tie_word_embeddings:
+        state.pop(HEAD, None)
+    return {family_of(model.config).theirs(name): t for name, t in state.items()}
+
+
+def load_model(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
+) -> Llama:
+    """Build the model that a folder describes, with its weights.
+
+    Args:
+        dtype: of the weights in memory.
+        The rest and the errors as in `open_model`.
+    """
+    return build(*open_model(folder, allow_pickle), device, dtype)
+
+
+def build(
+    model: Llama, fill: Callable, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Llama:
+    """Memory and weights for what `open_model` returned."""
+    state: dict[str, Tensor] = {}
+    # Copies: what is only mapped would change, or end the process, when the file is written over during a run.
+    fill(lambda name, t: state.__setitem__(name, t.to(device=device, dtype=dtype, copy=True)))
+    model.load_state_dict(state, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(True)
+
+
+def open_model(folder: str | Path, allow_pickle: bool = False) -> tuple[Llama, Callable]:
+    """Look at a model folder, and hold its weights ready.
+
+    Args:
+        folder: config.json and model.safetensors (or shards named by model.safetensors.index.json), or where there is
+            neither, the same as pytorch_model.bin, or one .pt or .pth.
+        allow_pickle: read a .bin, .pt or .pth, by torch's unpickler that builds tensors and calls nothing else.
+    Returns:
+        the model on the meta device, and `fill` for `parallel.spread`: it calls what it is given with each weight's
+        name and values, which are mapped from the files.
+    Raises:
+        UserError: missing or damaged files, another family, weights that do not fit the config, NaN in weights.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    if files.read_json(folder / "config.json").get("quantization_config"):
+        raise UserError(
+            f"{folder}: its weights are quantised, they are for generation only", "take the folder that it was made of"
+        )
+    family = family_of(config)
+    paths = _weight_files(folder)
+    state: dict[str, Tensor] = {}
+    for path in paths:  # mapped, not read: nothing is allocated before sizes and names have been compared
+        tensors = (
+            _map_tensors(path, files.JSON_BYTES) if path.suffix == ".safetensors" else _load_pickled(path, allow_pickle)
+        )
+        if twins := sorted(state.keys() & tensors.keys()):
+            raise UserError(f"{path}: {twins[0]} is in another of the files, too")
+        state |= tensors
+    state = {name: t for theirs, t in state.items() if (name := family.ours(theirs))}
+    layers = {m[1] for name in state if (m := re.match(r"model\.layers\.(\d+)\.", name))}
+    if len(layers) != config.num_hidden_layers:
+        raise UserError(f"{folder}/config.json: describes {config.num_hidden_layers} layers, the weights {len(layers)}")
+    with torch.device("meta"):  # names and shapes without memory
+        described = family.model(config)
+    size = sum(p.numel() for p in described.parameters())
+    on_disk = sum(path.stat().st_size for path in paths)
+    # Every stored weight takes at least half a byte; a config that asks for far more was not written for these files.
+    if size > 4 * on_disk + (1 << 20):
+        raise UserError(f"{folder}/config.json: describes {size:,} parameters, the weights are {on_disk:,} bytes")
+    if config.tie_word_embeddings:
+        # Tied weights are stored once, and both names are in use for them.
+        one = state.pop(HEAD, None)
+        state.setdefault(EMBEDDING, one) if one is not None else None
+        if EMBEDDING in state:
+            state[HEAD] = state[EMBEDDING]
+    check_tensors(paths[0], state, described.state_dict())
+
+    def fill(write: Callable[[str, Tensor], None]) -> None:
+        for name, values in state.items():
+            write(name, values)
+
+    return described, fill
+
+
+def check_tokenizer(folder: Path, model: Llama, tokenizer) -> None:
+    """Refuse a tokenizer that the model was not trained with: one with more ids, or of another hash than noted."""
+    size = model.config.vocab_size
+    if size < tokenizer.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {size}", "is this its tokenizer?"
+        )
+    noted = load_about(folder).get("tokenizer_sha256", tokenizer.sha256)
+    if noted != tokenizer.sha256:
+        raise UserError(
+            f"{folder}: trained with tokenizer {str(noted)[:12]}, here is {tokenizer.sha256[:12]}",
+            "the files of two models in one folder?",
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a folder: safetensors where there are any, else pickles."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            return _shards(folder / f"{name}.index.json", Path(name).suffix)
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth") and p.is_file())
+    if len(pickles) > 1:
+        raise UserError(f"{folder}: weights in {pickles[0].name} or {pickles[1].name}?", "leave one of them there")
+    if not pickles:
+        raise UserError(f"{folder}/model.safetensors: No such file", f"is {folder} a model folder?")
+    return pickles
+
+
+def _shards(index: Path, suffix: str) -> list[Path]:
+    """The weight files that an index names."""
+    names = files.read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index}: weight_map is missing")
+    shards = sorted(set(map(str, names.values())))
+    for name in shards:
+        # A name with a folder in it, or a link, could read any file of the machine.
+        plain = Path(name).name == name and name.endswith(suffix) and name.isprintable()
+        if not plain or (index.parent / name).is_symlink():
+            raise UserError(
+                f"{index}: {reprlib.repr(name)} is not a plain file name inside the folder",
+                f"a file of its own, {suffix}; cp -rL copies what links point to",
+            )
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name}: No such file", "an incomplete download?")
+    return [index.parent / name for name in shards]
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file of ours, copied: Windows neither moves nor removes a file that is mapped."""
+    # The moments of a run have three times the names of its weights.
+    return {name: t.clone() for name, t in _map_tensors(path, 4 * files.JSON_BYTES).items()}
+
+
+def _map_tensors(path: Path, most: int) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, mapped into memory; its names and shapes may take `most` bytes."""
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            head = f.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            if length > min(size - 8, most):
+                raise ValueError(f"its header would take {length:,} bytes")
+            files.parse_object(f.read(length))  # the library takes the last of two tensors of one name
+        return load_file(path)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror or e}") from None
+    except (SafetensorError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path}: not a safetensors file, or damaged: {e}") from None
+
+
+def _load_pickled(path: Path, allowed: bool) -> dict[str, Tensor]:
+    """All tensors of a file by torch.save, mapped where that is possible; nothing else in it is built or called.
+
+    Source: before torch 2.6 such a file could run code (CVE-2025-32434), before 2.10 damage memory (CVE-2026-24747).
+    """
+    if not allowed:
+        raise UserError(
+            f"{path}: a pickle, which can hold more than weights",
+            "pretrain.py, sft.py and sample.py read its tensors with --allow_pickle",
+        )
+    if torch.__version__ < (2, 10):
+        raise UserError(f"--allow_pickle needs torch 2.10, this is {torch.__version__}", "pip install -U torch")
+    try:
+        zipped = zipfile.is_zipfile(path)  # since torch 1.6; only these can be mapped
+        with zipfile.ZipFile(path) if zipped else contextlib.nullcontext() as archive:
+            if zipped and any(member.compress_type for member in archive.infolist()):
+                raise ValueError("torch.save compresses nothing")  # so this was made to grow
+        state = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except Exception as e:  # whatever a hostile file makes the unpickler stumble over; its advice is not for our users
+        raise UserError(f"{path}: holds more than weights, or is damaged ({type(e).__name__})") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.is_cpu
+        for k, t in state.items()
+    ):
+        raise UserError(f"{path}: not a table of tensors by name")
+    return {k: t.detach() for k, t in state.items()}
+
+
+def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Refuse missing, unexpected, misshapen or non-finite tensors, all of them named in one message."""
+    problems = [f"{n} is missing" for n in wanted if n not in found]
+    problems += [f"{n} is unexpected" for n in found if n not in wanted]
+    problems += [
+        f"{n} has shape {tuple(found[n].shape)}, expected {tuple(wanted[n].shape)}"
+        for n in wanted
+        if n in found and found[n].shape != wanted[n].shape
+    ]
+    problems += [f"{n} is {t.dtype}" for n, t in found.items() if t.dtype not in WEIGHT_DTYPES]
+    if not problems:
+        problems = [f"{n} holds NaN or infinity" for n, t in found.items() if not _finite(t)]
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+
+
+def _finite(t: Tensor) -> bool:
+    # isfinite would build two more tensors of this size; a NaN is both the least and the greatest.
+    return bool(torch.stack(torch.aminmax(t)).isfinite().all())
+
+
+def model_folder(path: str | Path, config: str = "config.json") -> Path:
+    """The folder with the weights: the path itself, or its newest whole checkpoint where a run was cut short.
+
+    Args:
+        config: the file that such a folder has.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such model folder", "train one with python pretrain.py, or check the path")
+    for folder in [path, *(path / f"checkpoint-{step}" for step in reversed(checkpoint_steps(path)))]:
+        if (folder / config).exists() and (folder == path or verify(folder) is None):
+            return folder
+    raise UserError(f"{path}: no model in this folder", "train one with python pretrain.py, or check the path")
+
+
+def weights_digest(folder: Path) -> str:
+    """Hash of a folder's weight files: says whether a base model is the same."""
+    return hashlib.sha256("".join(map(files.sha256, _weight_files(folder))).encode()).hexdigest()
+
+
+def load_about(folder: Path) -> dict:
+    """run.json of a folder that we wrote, {} for one from elsewhere."""
+    path = Path(folder) / "run.json"
+    about = files.read_json(path) if path.exists() else {}
+    if not isinstance(about.get("chat_format"), str | None):
+        raise UserError(f"{path}: chat_format = {reprlib.repr(about['chat_format'])} is not a name")
+    return about
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that have their final name, oldest first; file times say nothing."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*"))
+    return sorted(int(m[1]) for m in found if m)
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None: every file of its manifest has its size and hash."""
+    try:
+        manifest = files.read_json(folder / "manifest.json")
+    except UserError as e:
+        return str(e)
+    # What holds a part of a model has a prefix: adapter_model.safetensors, adapter_config.json.
+    part = "".join(name.removesuffix("model.safetensors") for name in manifest if name.endswith("_model.safetensors"))
+    for name in (f"{part}model.safetensors", "optimizer.safetensors", "state.json", f"{part}config.json"):
+        if name not in manifest:
+            return f"{name} is not in manifest.json"
+    present = {p.name for p in folder.iterdir()} - {"manifest.json"}
+    if extra := sorted(present - manifest.keys()):
+        return f"{extra[0]} is not in manifest.json"
+    for name, entry in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
+            return f"{name} is {path.stat().st_size} bytes, not what manifest.json says"
+        if files.sha256(path) != entry.get("sha256"):
+            return f"{name} is damaged (sha256 differs)"
+    return None
