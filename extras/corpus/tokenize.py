@@ -96,7 +96,7 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
     """
     least, account = 1.0, books.accounts["tokenize"]
     with ExitStack() as stack:
-        bins = [
+        pair = [
             stack.enter_context(
                 bins.BinWriter(folder / name, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.sha256, source)
             )
@@ -105,24 +105,24 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
         with tqdm(desc=str(folder), unit="doc", unit_scale=True, disable=None) as bar:
             for rows, smallest, number in results:
                 for held_out, file, ids, text_bytes, documents in rows:
-                    bins[held_out].add(ids, text_bytes, documents, file)
+                    pair[held_out].add(ids, text_bytes, documents, file)
                 least = min(least, smallest)
                 for name in ("seen", "kept", "out"):
                     setattr(account, name, getattr(account, name) + number)
                 bar.update(number)
         books.check("tokenize", source)
-        if not (bins[0].tokens and bins[1].tokens):
+        if not (pair[0].tokens and pair[1].tokens):
             if split.cut:
                 raise UserError(f"{source}: too little text to hold any of it out")
             # At least one document is held out, however few there are; a lone one is cut.
-            alone = account.kept == 1 or not bins[0].tokens
+            alone = account.kept == 1 or not pair[0].tokens
             raise NothingHeldOut(Split(least * (1 + 1e-9), alone))
-        for bin in bins:
+        for bin in pair:
             bin.flush()
     lines = ["too few documents to hold one out: the last 5 % of each are"] if split.cut else []
     return lines + [
         f"{b.path}: {b.documents:,} documents, {b.tokens:,} tokens, {b.text_bytes / b.tokens:.2f} bytes each"
-        for b in bins
+        for b in pair
     ]
 
 
