@@ -1,7 +1,7 @@
 """Options: dataclass defaults < TOML files left to right < flags.
 
 In:  a command's sections (name -> frozen dataclass) and its argv. Out: one instance per section.
-Knows no section by name: each dataclass lives in the file that consumes it.
+Knows no section by name: each dataclass lives in the file that consumes it, its choices and ranges beside its fields.
 
     python pretrain.py configs/demo.toml configs/extra.toml --train.lr=2e-4 --max_steps 100
 
@@ -10,52 +10,86 @@ A flag is `--section.key=value`; the section may be dropped where the key is uni
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
+import pkgutil
 import sys
 import tomllib
 import typing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal, NamedTuple
 
 from core.errors import UserError
 
 
-def load(doc: str, sections: dict[str, type], argv: list[str], default: str | None = None) -> SimpleNamespace:
+class Range(NamedTuple):
+    """The numbers that a field may hold: `lr: Annotated[float, Range(above=0)] = 3e-4`."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        # NaN fails every comparison, and an infinity is no value of an option.
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        if self.least == 0 and self[1:] == (math.inf, -math.inf, math.inf):
+            return "must not be negative"
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"must be from {self.least} to {self.most}"
+        words = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return "must be " + " and ".join(f"{word} {value}" for word, value in words.items() if math.isfinite(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What every section of options is derived from: it refuses a value outside its field's choices or range."""
+
+    def __post_init__(self):
+        for name, kind in _hints(type(self)).items():
+            value = getattr(self, name)
+            if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+                raise ValueError(f"{name} = {value!r}, must be one of {', '.join(filter(None, typing.get_args(kind)))}")
+            for bound in getattr(kind, "__metadata__", ()):
+                if not bound.holds(value):
+                    raise ValueError(f"{name} = {value}, {bound}")
+
+
+def load(doc: str, sections: dict[str, type | str], argv: list[str], default: str | None = None) -> SimpleNamespace:
     """Read the options of one command.
 
     Args:
         doc: the command's own description, for --help.
-        sections: section name -> frozen dataclass whose fields all have defaults.
+        sections: section name -> frozen dataclass whose fields all have defaults; or "package.module:Class" for one
+            that is imported only where a file or a flag names it or one of its keys.
         argv: command-line words without the program's name.
         default: TOML file read where argv names none.
     Returns:
-        A namespace with one dataclass instance per section.
+        A namespace with one dataclass instance per section, None for a section that was not imported.
     Raises:
         UserError: unknown section or key, a value of the wrong type, a dataclass that refuses its values.
     """
-    files, flags = _split(argv, sections, doc)
-    values: dict[str, dict] = {name: {} for name in sections}
+    sections = _Sections(sections)
+    paths, flags = _split(argv, sections, doc)
+    values: dict[str, dict] = {}
     origin: dict[tuple[str, str], str] = {}
-    if default and not files:
+    if default and not paths:
         # Beside the code, so that the command works from any folder.
-        files = [str(Path(__file__).resolve().parent.parent / default)]
-    for path in files:
-        for section, keys in _read_toml(path).items():
-            if not isinstance(keys, dict):
-                raise UserError(f"{path}: {section} stands outside a section", f"sections are {', '.join(sections)}")
-            if section not in sections:
-                raise UserError(f"{path}: unknown section [{section}]", _near(section, sections))
-            for key, value in keys.items():
-                values[section][key] = _convert(sections[section], section, key, value, path)
-                origin[section, key] = path
-    for section, key, text in flags:
-        values[section][key] = _convert(sections[section], section, key, text, f"--{key}")
-        origin[section, key] = f"--{key}"
+        paths = [str(Path(__file__).resolve().parent.parent / default)]
+    # Later settings go over earlier ones: the files from left to right, then the flags.
+    settings = [(path, *item) for path in paths for item in _read_toml(path, sections)]
+    settings += [(f"--{key}", section, key, text) for section, key, text in flags]
+    for where, section, key, value in settings:
+        values.setdefault(section, {})[key] = _convert(sections[section], section, key, value, where)
+        origin[section, key] = where
     result = SimpleNamespace()
-    for name, cls in sections.items():
+    for name in sections:
         try:
-            setattr(result, name, cls(**values[name]))
+            setattr(result, name, sections[name](**values.get(name, {})) if sections.is_loaded(name) else None)
         except ValueError as e:
             places = sorted({where for (section, _), where in origin.items() if section == name})
             raise UserError(f"[{name}] {e}", f"set in {', '.join(places)}" if places else "") from None
@@ -64,7 +98,7 @@ def load(doc: str, sections: dict[str, type], argv: list[str], default: str | No
 
 def as_dict(cfg: SimpleNamespace) -> dict[str, dict]:
     """The resolved options as plain data, to be printed and saved."""
-    return {name: dataclasses.asdict(section) for name, section in vars(cfg).items()}
+    return {name: dataclasses.asdict(section) for name, section in vars(cfg).items() if section is not None}
 
 
 def show(cfg: SimpleNamespace) -> str:
@@ -74,9 +108,57 @@ def show(cfg: SimpleNamespace) -> str:
     )
 
 
-def _split(argv: list[str], sections: dict[str, type], doc: str) -> tuple[list[str], list[tuple[str, str, str]]]:
+class _Sections(dict):
+    """Section name -> class; one that is declared by its path is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> type:
+        if not self.is_loaded(name):
+            self[name] = pkgutil.resolve_name(super().__getitem__(name))
+        return super().__getitem__(name)
+
+    def is_loaded(self, name: str) -> bool:
+        return not isinstance(super().__getitem__(name), str)
+
+    def find(self, name: str) -> tuple[str, str]:
+        """`section.key` or a key that only one section has -> (section, key)."""
+        section, dot, key = name.partition(".")
+        if dot:
+            if section not in self:
+                raise UserError(f"unknown option --{name}", _near(section, self))
+            if key not in _hints(self[section]):
+                raise UserError(f"unknown option --{name}", _near(key, _hints(self[section])))
+            return section, key
+        # First where nothing has to be imported for the search.
+        homes = [s for s in self if self.is_loaded(s) and name in _hints(self[s])]
+        homes = homes or [s for s in self if name in _hints(self[s])]
+        if len(homes) > 1:
+            raise UserError(f"--{name} is ambiguous", "write " + " or ".join(f"--{s}.{name}" for s in homes))
+        if not homes:
+            raise UserError(f"unknown option --{name}", _near(name, [k for s in self for k in _hints(self[s])]))
+        return homes[0], name
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, typing.Any]:
+    """Field -> its declared type, with choices and ranges."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _type(cls: type, key: str) -> type:
+    """The type of a field's values: of a range or of choices that of its numbers or words."""
+    kind = _hints(cls)[key]
+    if typing.get_origin(kind) is Literal:
+        return type(typing.get_args(kind)[0])
+    return kind.__origin__ if hasattr(kind, "__metadata__") else kind
+
+
+def _is_list(cls: type, key: str) -> bool:
+    return typing.get_origin(_type(cls, key)) is tuple
+
+
+def _split(argv: list[str], sections: _Sections, doc: str) -> tuple[list[str], list[tuple[str, str, str]]]:
     """Words of the command line -> TOML paths, and (section, key, text) of each flag."""
-    files, flags = [], []
+    paths, flags = [], []
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -86,12 +168,12 @@ def _split(argv: list[str], sections: dict[str, type], doc: str) -> tuple[list[s
         if not word.startswith("--"):
             if not word.endswith(".toml"):
                 raise UserError(f"unexpected argument {word!r}", "options look like --key value, files end in .toml")
-            files.append(word)
+            paths.append(word)
             continue
         name, equals, text = word[2:].partition("=")
-        section, key = _find(name.replace("-", "_"), sections)
+        section, key = sections.find(name.replace("-", "_"))
         if not equals:
-            if _field_type(sections[section], key) is bool and (not words or words[0].lower() not in ("true", "false")):
+            if _type(sections[section], key) is bool and (not words or words[0].lower() not in ("true", "false")):
                 text = "true"
             elif not words:
                 raise UserError(f"--{name} needs a value")
@@ -103,24 +185,7 @@ def _split(argv: list[str], sections: dict[str, type], doc: str) -> tuple[list[s
                         break
                     text += "," + words.pop(0)
         flags.append((section, key, text))
-    return files, flags
-
-
-def _find(name: str, sections: dict[str, type]) -> tuple[str, str]:
-    """`section.key` or a key that only one section has -> (section, key)."""
-    section, dot, key = name.partition(".")
-    if dot:
-        if section not in sections:
-            raise UserError(f"unknown option --{name}", _near(section, sections))
-        if key not in _fields(sections[section]):
-            raise UserError(f"unknown option --{name}", _near(key, _fields(sections[section])))
-        return section, key
-    homes = [s for s, cls in sections.items() if name in _fields(cls)]
-    if len(homes) > 1:
-        raise UserError(f"--{name} is ambiguous", "write " + " or ".join(f"--{s}.{name}" for s in homes))
-    if not homes:
-        raise UserError(f"unknown option --{name}", _near(name, [k for cls in sections.values() for k in _fields(cls)]))
-    return homes[0], name
+    return paths, flags
 
 
 def _near(word: str, known) -> str:
@@ -128,47 +193,40 @@ def _near(word: str, known) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def _fields(cls: type) -> dict[str, dataclasses.Field]:
-    return {f.name: f for f in dataclasses.fields(cls)}
-
-
-def _field_type(cls: type, key: str):
-    return typing.get_type_hints(cls)[key]
-
-
-def _is_list(cls: type, key: str) -> bool:
-    return typing.get_origin(_field_type(cls, key)) is tuple
-
-
-def _read_toml(path: str) -> dict:
+def _read_toml(path: str, sections: _Sections) -> list[tuple[str, str, typing.Any]]:
+    """(section, key, value) of each line."""
     try:
         with open(path, "rb") as f:
-            return tomllib.load(f)
+            found = tomllib.load(f)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:  # also numbers and nesting beyond what Python reads
         raise UserError(f"{path}: not valid TOML: {e}") from None
+    for section, keys in found.items():
+        if not isinstance(keys, dict):
+            raise UserError(f"{path}: {section} stands outside a section", f"sections are {', '.join(sections)}")
+        if section not in sections:
+            raise UserError(f"{path}: unknown section [{section}]", _near(section, sections))
+    return [(section, key, value) for section, keys in found.items() for key, value in keys.items()]
 
 
 def _convert(cls: type, section: str, key: str, value, where: str):
     """A TOML value or a flag's text as the type that the field declares."""
-    if key not in _fields(cls):
-        raise UserError(f"{where}: unknown key {section}.{key}", _near(key, _fields(cls)))
-    kind = _field_type(cls, key)
+    if key not in _hints(cls):
+        raise UserError(f"{where}: unknown key {section}.{key}", _near(key, _hints(cls)))
+    kind = _type(cls, key)
     if _is_list(cls, key):  # tuple[str, ...]: a TOML list, or comma-separated text
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list):
             raise UserError(f"{where}: {section}.{key} = {value!r} is not a list")
-        return tuple(_scalar(typing.get_args(kind)[0], section, key, v, where) for v in items if v != "")
-    return _scalar(kind, section, key, value, where)
+        return tuple(_scalar(typing.get_args(kind)[0], f"{section}.{key}", v, where) for v in items if v != "")
+    return _scalar(kind, f"{section}.{key}", value, where)
 
 
-def _scalar(kind: type, section: str, key: str, value, where: str):
-    problem = UserError(f"{where}: {section}.{key} = {value!r} is not of type {kind.__name__}")
+def _scalar(kind: type, name: str, value, where: str):
+    problem = UserError(f"{where}: {name} = {value!r} is not of type {kind.__name__}")
     if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "false"):
+        if str(value).lower() in ("true", "false") and isinstance(value, (bool, str)):
             return str(value).lower() == "true"
         raise problem
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -188,9 +246,9 @@ def _scalar(kind: type, section: str, key: str, value, where: str):
         raise problem from None
 
 
-def _help(doc: str, sections: dict[str, type]) -> str:
+def _help(doc: str, sections: _Sections) -> str:
     """The command's description and the source of its sections: names, defaults and reasons, never out of date."""
     parts = [inspect.cleandoc(doc or "")]
-    for name, cls in sections.items():
-        parts.append(f"--- [{name}]  --{name}.KEY=VALUE\n" + inspect.getsource(cls).rstrip())
+    for name in sections:
+        parts.append(f"--- [{name}]  --{name}.KEY=VALUE\n" + inspect.getsource(sections[name]).rstrip())
     return "\n\n".join(parts)
