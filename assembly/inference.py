@@ -85,6 +85,15 @@ class Generator:
         """A continuation as it is."""
         return text
 
+    def continue_all(
+        self, prompts: list[list[int]], sampling: SamplingConfig, rows: int, n: int = 1, logprobs: int = 0
+    ):
+        """The n texts of each prompt, `rows` of them at once; see extras/decoding/batching.py."""
+        from extras.decoding.batching import continued
+
+        options = {"rows": rows, "n": n, "logprobs": logprobs, "compiled": self.compile}
+        return continued(self.model, prompts, sampling, self.stop_ids, **options)
+
     def describe_room(self, prompts: list[list[int]], sampling: SamplingConfig) -> str:
         """A note where the context, not max_new_tokens, will end texts, or on what of prompts is left out; else ""."""
         longest = max(map(len, prompts))
