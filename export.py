@@ -11,12 +11,17 @@ transformers, vLLM, SGLang and lm-eval read a model folder as it is. What is the
 """
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 from pkgutil import resolve_name
 
+from assembly.inference import attach
+from assembly.models import open_model
 from core import config, errors
 from core.errors import UserError
+from core.hf_folder import Opened
 
-# Word -> its section of options, and the function that takes it. Only what is asked for is imported.
+# Word -> its section of options, and the function that does it. Only what is asked for is imported.
 WAYS = {
     "gguf": ("extras.formats.gguf_file:GgufConfig", "extras.formats.gguf_file:export"),
     "llama2c": ("extras.formats.llama2c:Llama2cConfig", "extras.formats.llama2c:export"),
@@ -34,12 +39,17 @@ def main() -> None:
         raise UserError(f"{word or 'nothing'}: no such export", f"python export.py {' or '.join(WAYS)}")
     section, way = map(resolve_name, WAYS[word])
     name = word.replace("-", "_")
-    options = getattr(config.load(__doc__, {name: section}, argv), name)
-    from extras.families import others as families
+    # A wing opens no models: it is told how.
+    way(getattr(config.load(__doc__, {name: section}, argv), name), open_folder)
 
-    # The folder may hold a model of another family than Llama.
-    families.register()
-    way(options)
+
+def open_folder(folder: Path, adapter: str = "") -> Opened:
+    """A model folder of any family, with an adapter beside its weights where one is named."""
+    opened = open_model(folder)
+    if not adapter:
+        return opened
+    model, weights = attach(opened, adapter)
+    return replace(opened, model=model, weights=weights)
 
 
 if __name__ == "__main__":

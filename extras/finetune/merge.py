@@ -4,6 +4,7 @@ In:  the folders of base and adapter. Out: a model folder, in fp32.
 Knows nothing of training.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +27,18 @@ class MergeConfig(Section):
             raise ValueError("output must be given")
 
 
-def export(cfg: MergeConfig) -> None:
-    """What `python export.py merge` does."""
+def export(cfg: MergeConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
+    """What `python export.py merge` does.
+
+    Args:
+        open_model: (folder of a base, folder of an adapter) -> both together.
+    """
     base, path = hf_folder.model_folder(cfg.model or lora.base_of(cfg.adapter)), Path(cfg.output)
     files.check_free([path], cfg.overwrite)
     tokenizer = load_tokenizer(base)
-    model, fill, adapter = lora.attach(*hf_folder.open_model(base), cfg.adapter, base)
-    hf_folder.check_tokenizer(base, model, tokenizer)
-    model = lora.merge(hf_folder.build(model, fill))
+    adapter, opened = lora.find_adapter(cfg.adapter), open_model(base, cfg.adapter)
+    hf_folder.check_tokenizer(base, opened.model, tokenizer)
+    model = lora.merge(hf_folder.build(opened.model, opened.weights))
     # The folder says what is in it already, so that an adapter is not added twice.
     of_base, of_adapter = hf_folder.load_about(base), hf_folder.load_about(adapter)
     merged = f"{of_base.get('merged_sha256', '')} {files.sha256(adapter / lora.Adapter.file)}".strip()

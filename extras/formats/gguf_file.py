@@ -7,6 +7,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp
 q and k and for which tensors stay in fp32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from core import files, hf_folder
 from core.config import Section
 from core.errors import UserError
 from core.generate import SamplingConfig
-from extras.formats.original_llama import interleaved, open_folder, vocabulary
+from extras.formats.original_llama import interleaved, load_folder, vocabulary
 from model import Llama
 from tokenizer import Tokenizer, chat
 
@@ -47,10 +48,10 @@ class GgufConfig(Section):
     overwrite: bool = False
 
 
-def export(cfg: GgufConfig) -> None:
+def export(cfg: GgufConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
     """What `python export.py gguf` does: the file, and a Modelfile for Ollama."""
     library()  # before the model is loaded
-    folder, model, tokenizer = open_folder(cfg.model)
+    folder, model, tokenizer = load_folder(cfg.model, open_model)
     name = Path(cfg.model).resolve().name
     path = Path(cfg.output or Path(cfg.model).resolve().with_name(f"{name}-{cfg.type}"))
     if path.suffix != ".gguf":

@@ -16,8 +16,8 @@ import re
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,9 @@ import torch
 from core import files, hf_folder
 from core.config import Section
 from core.errors import UserError
-from extras.formats.original_llama import half_split, interleaved, open_folder, vocabulary
+from core.hf_config import CheckedConfig
+from core.size import num_parameters
+from extras.formats.original_llama import half_split, interleaved, load_folder, vocabulary
 from model import Llama, ModelConfig, rope_table
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
@@ -85,9 +87,9 @@ class FromLlama2cConfig(Section):
             raise ValueError("model, tokenizer and output must be given")
 
 
-def export(cfg: Llama2cConfig) -> None:
+def export(cfg: Llama2cConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
     """What `python export.py llama2c` does: the two files for run.c."""
-    _, model, tokenizer = open_folder(cfg.model)
+    _, model, tokenizer = load_folder(cfg.model, open_model)
     path = Path(cfg.output)
     beside = path.with_name("tokenizer.bin")
     files.check_free([path, beside], cfg.overwrite)
@@ -99,8 +101,8 @@ def export(cfg: Llama2cConfig) -> None:
     print(f"{path}: {path.stat().st_size:,} bytes\n{beside}: {beside.stat().st_size:,} bytes")
 
 
-def make_folder(cfg: FromLlama2cConfig) -> None:
-    """What `python export.py from-llama2c` does: a model folder of the two files."""
+def make_folder(cfg: FromLlama2cConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
+    """What `python export.py from-llama2c` does: a model folder of the two files. There is no folder to open."""
     folder = Path(cfg.output)
     files.check_free([folder], cfg.overwrite)
     model = read_weights(cfg.model)
@@ -108,7 +110,7 @@ def make_folder(cfg: FromLlama2cConfig) -> None:
         path = Path(temporary) / "tokenizer.model"
         path.write_bytes(read_tokenizer(cfg.tokenizer, model.config.vocab_size))
         hf_folder.save_model(folder, model, load_tokenizer(path), {"source": Path(cfg.model).name})
-    print(f"{folder}: {model.num_parameters()[0]:,} parameters; python sample.py --model {folder} --prompt ''")
+    print(f"{folder}: {num_parameters(model)[0]:,} parameters; python sample.py --model {folder} --prompt ''")
 
 
 def order(config: ModelConfig) -> Iterator[str]:
@@ -137,7 +139,7 @@ def check(model: Llama, tokenizer: Tokenizer) -> None:
     vocabulary(tokenizer, c.vocab_size)
     fixed = (tokenizer.model.unk_id, tokenizer.bos_id, tokenizer.eos_id)
     problems = {
-        "attention_bias is true: run.c has no biases": c.attention_bias,
+        "attention_bias is true: run.c has no biases": any(n.endswith("bias") for n, _ in model.named_parameters()),
         f"head_dim is {c.head_dim}: run.c has hidden_size / heads": c.head_dim * c.num_attention_heads != c.hidden_size,
         f"rope_theta is {c.rope_theta:g}: run.c computes with 10000": c.rope_theta != 10000,
         f"rms_norm_eps is {c.rms_norm_eps:g}: run.c computes with 1e-5": c.rms_norm_eps != 1e-5,
@@ -258,18 +260,15 @@ def _config(path: str | Path, head: bytes) -> ModelConfig:
     try:
         if of_keys < 1 or vocab_size == 0:  # ModelConfig takes zero for "the usual"
             raise ValueError(f"{of_keys} key/value heads, {vocab_size} pieces")
-        return ModelConfig(
-            abs(vocab_size),
-            hidden,
-            intermediate,
-            layers,
-            of_queries,
-            of_keys,
+        sizes = (abs(vocab_size), hidden, intermediate, layers, of_queries, of_keys)
+        checked = CheckedConfig(
+            *sizes,
             max_position_embeddings=positions,
             rms_norm_eps=1e-5,
             rope_theta=10000.0,
             tie_word_embeddings=vocab_size > 0,
         )
+        return ModelConfig(**asdict(checked))
     except ValueError as e:
         raise UserError(f"{path}: no header of llama2.c: {e}", "is it a model.bin?") from None
 

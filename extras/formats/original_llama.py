@@ -5,12 +5,14 @@ explains.
 Knows no file format: gguf_file.py and llama2c.py do.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from core import hf_folder
 from core.errors import UserError
+from core.hf_config import family_of
 from model import Llama
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
@@ -38,16 +40,22 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def open_folder(path: str | Path) -> tuple[Path, Llama, Tokenizer]:
-    """The folder with a run's weights, its model in fp32 and its tokenizer, which belong together."""
+def load_folder(path: str, open_model: Callable[..., hf_folder.Opened]) -> tuple[Path, Llama, Tokenizer]:
+    """The folder with a run's weights, its model in fp32 and its tokenizer, which belong together.
+
+    Args:
+        open_model: folder -> what is in it, whatever its family.
+    """
     folder = hf_folder.model_folder(path)
-    tokenizer, model = load_tokenizer(folder), hf_folder.load_model(folder)
-    kind, rope = model.config.model_type, model.config.rope_type
+    tokenizer, opened = load_tokenizer(folder), open_model(folder)
+    described = family_of(opened.model.config).write(opened.model.config)
+    kind, rope = described["model_type"], (described.get("rope_scaling") or {}).get("rope_type", "default")
     if (kind, rope) != ("llama", "default"):
         raise UserError(
             f"{folder}: {kind} with rope_type {rope}, only plain Llama models are written for others",
             "transformers reads the folder as it is, llama.cpp's own converter too",
         )
+    model = hf_folder.build(opened.model, opened.weights)
     hf_folder.check_tokenizer(folder, model, tokenizer)
     return folder, model, tokenizer
 
