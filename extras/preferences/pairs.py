@@ -10,6 +10,7 @@ Source: Rafailov et al., Direct Preference Optimization, https://arxiv.org/abs/2
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -192,10 +193,12 @@ def over_pairs(
     return torch.cat(parts).float().cpu()
 
 
-def report(rows: PairRows, micro: int, device: torch.device, score: Callable[[PairBatch], Tensor]) -> str:
-    """A line on held-out pairs: which way round they are, and how far apart; `score` (B,) is above 0 where right."""
-    found = over_pairs(rows, micro, device, score, range(len(rows)))
-    return (
-        f"held-out pairs the right way round: {(found > 0).float().mean():.1%} of {len(found)}, "
-        f"margin {found.mean():.4f}"
-    )
+def report(model: nn.Module, rows: PairRows, micro: int, device: torch.device, score: Callable) -> str:
+    """A line on held-out pairs: which way round they are, and how far apart.
+
+    Args:
+        score: (model, batch) -> (B,), above 0 where a pair is the right way round.
+    """
+    found = over_pairs(rows, micro, device, partial(score, model), range(len(rows)))
+    right = (found > 0).float().mean()
+    return f"held-out pairs the right way round: {right:.1%} of {len(found)}, margin {found.mean():.4f}"
