@@ -10,36 +10,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 from core import files
 from core.errors import UserError
-from extras.corpus.account import Account, Doc, Reject
+from extras.corpus.account import Account, Doc, Reject, Stage
 from extras.corpus.journal import Records
 from extras.corpus.readers import ReadConfig, parse
 from tokenizer.parallel import map_in_order
 
 CHUNK_CHARS = 1 << 19  # of documents that travel to a worker together
 NO_TEXT_LIMIT = 1000  # so many records without one document: the options are wrong, not the records
-
-
-class Stage(NamedTuple):
-    """A step of the chain.
-
-    Args:
-        name: for the account.
-        run: (docs, account, options) -> docs.
-        options: its section of the options.
-        where: "workers"; "here": chunk after chunk in this process; "in order": all documents as one stream in it.
-        prepare: (options, docs of a chunk) -> what the stage needs to know of them, made by workers. A stage in order
-            that has it gets chunks (docs, what was made of them) instead of docs.
-    """
-
-    name: str
-    run: Callable[[Iterable[Doc], Account, object], Iterator[Doc]]
-    options: object = None
-    where: str = "workers"
-    prepare: Callable[[object, list[Doc]], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,10 +38,9 @@ def run(
     blocks: Iterable,
     read: ReadConfig,
     stages: list[Stage],
-    books: "Books",
+    report: "Report",
     finish: Callable[[Iterable[Doc]], object] = list,
     processes: int = 1,
-    items: bool = False,
     records: Callable[[int], Records] | None = None,
 ) -> Iterator:
     """Run the chain.
@@ -70,10 +49,9 @@ def run(
         blocks: of `readers.blocks`.
         read: how to parse them.
         stages: in order.
-        books: filled as results are consumed.
+        report: filled as results are consumed.
         finish: docs of one chunk -> result, in a worker; it must read all of them.
         processes: workers for each run of per-document stages.
-        items: as in `readers.parse`.
         records: number of a run of per-document stages -> where its results are kept; those there are not made again.
 
     Returns:
@@ -84,18 +62,21 @@ def run(
     """
     chunks: Iterable = blocks
     groups = _groups(stages)
+    items = any(stage.items for stage in stages[:1])
     for number, (where, group) in enumerate(groups):
         if where == "in order":
             docs = chunks if group[0].prepare else map(Doc._make, chain.from_iterable(chunks))
             for stage in group:
-                docs = stage.run(docs, books.accounts[stage.name], stage.options)
+                docs = stage.run(docs, report.accounts[stage.name], stage.options)
             chunks = _chunked(docs)
         else:
+            # The last run of workers also does what comes behind all stages, and one in front of a stage in order
+            # prepares the documents for it.
             last = number + 1 == len(groups)
             behind = None if last else next((stage for stage in groups[number + 1][1] if stage.prepare), None)
-            work = _Work(None if number else read, items, group, behind, finish if last else None, books.keep_texts)
+            work = _Work(None if number else read, items, group, behind, finish if last else None, report.keep_texts)
             workers = processes if where == "workers" else 1
-            chunks = _merged(_results(work, chunks, workers, records and records(number)), books)
+            chunks = _merged(_results(work, chunks, workers, records and records(number)), report)
     yield from chunks
 
 
@@ -138,14 +119,15 @@ def _results(work: _Work, chunks: Iterable, processes: int, records: Records | N
         yield result
 
 
-def _merged(results: Iterator, books: "Books") -> Iterator:
+def _merged(results: Iterator, report: "Report") -> Iterator:
+    """The results; their accounts go into the report."""
     for result, found in results:
         for stage, entries in found:
-            books.accounts[stage].add(*entries)
-        books.write_rejects()
-        read = books.accounts["read"]
+            report.accounts[stage].add(*entries)
+        report.write_rejects()
+        read = report.accounts["read"]
         if not read.kept and read.seen >= NO_TEXT_LIMIT:
-            raise UserError(f"none of the first {read.seen:,} records gives a document: {books.main_reason('read')}")
+            raise UserError(f"none of the first {read.seen:,} records gives a document: {report.main_reason('read')}")
         yield result
 
 
@@ -161,8 +143,8 @@ def _chunked(docs: Iterable[Doc]) -> Iterator[list[Doc]]:
         yield chunk
 
 
-class Books:
-    """The accounts of a run, and its rejects.jsonl, written as it goes on.
+class Report:
+    """The accounts of a run, one for each stage, and its rejects.jsonl, written as it goes on.
 
     Args:
         folder: for accounting.json and rejects.jsonl.
@@ -212,7 +194,7 @@ class Books:
             stage = next(a.stage for a in self.accounts.values() if not a.kept)
             raise UserError(f"{source}: no documents: {stage}: {self.main_reason(stage)}")
 
-    def __enter__(self) -> "Books":
+    def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, kind, error, trace) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from core import bins, files
 from core.errors import UserError
 from extras.corpus.account import Doc
-from extras.corpus.pipeline import Books
+from extras.corpus.pipeline import Report
 from tokenizer import Tokenizer
 
 
@@ -76,7 +76,9 @@ def share_of(text: str) -> float:
     return zlib.crc32(text.encode()) / (1 << 32)  # a seventh of sha256's time, and nobody gains by forging it
 
 
-def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, books: Books, source: str) -> list[str]:
+def write(
+    folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, report: Report, source: str
+) -> list[str]:
     """Write train.bin and val.bin, both or none.
 
     Args:
@@ -84,7 +86,7 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
         tokenizer: that made the results.
         split: of `Tokenize`.
         results: of `Tokenize`, in order.
-        books: with an account "tokenize".
+        report: with an account "tokenize".
         source: what the documents are, for people.
 
     Returns:
@@ -94,7 +96,7 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
         NothingHeldOut: one of them would be empty; nothing was written.
         UserError: no documents.
     """
-    least, account = 1.0, books.accounts["tokenize"]
+    least, account = 1.0, report.accounts["tokenize"]
     with ExitStack() as stack:
         pair = [
             stack.enter_context(
@@ -107,10 +109,9 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
                 for held_out, file, ids, text_bytes, documents in rows:
                     pair[held_out].add(ids, text_bytes, documents, file)
                 least = min(least, smallest)
-                for name in ("seen", "kept", "out"):
-                    setattr(account, name, getattr(account, name) + number)
+                account.add(number, number, number, {}, {}, [])  # all that come in are kept
                 bar.update(number)
-        books.check("tokenize", source)
+        report.check("tokenize", source)
         if not (pair[0].tokens and pair[1].tokens):
             if split.cut:
                 raise UserError(f"{source}: too little text to hold any of it out")
