@@ -6,10 +6,10 @@
     python data_process.py clean window tokenize --input *.jsonl.gz     # stages in order; without tokenize: JSON lines
     python data_process.py inspect data/train.bin             # what is in a bin or JSONL file; verify checks its hashes
 
-In:  the demo's novel from the user's package index; or files, which extras/corpus/run.py takes through its stages.
-Out: data/tokenizer/, data/train.bin and data/val.bin with their .json; of the demo also data/sft_*.jsonl; of files what
-     became of every document, in data/accounting.json and data/rejects.jsonl.
-Does not know models, and loads no torch.
+In:  the demo's novel, from the user's package index; or files, which go through the stages of extras/corpus/run.py.
+Out: data/tokenizer/, data/train.bin and data/val.bin with their .json. The demo also writes data/sft_*.jsonl; a run on
+     files also says what became of every document, in data/accounting.json and data/rejects.jsonl.
+Does not know models: only the stage `filter` asks one, and only then torch is loaded.
 """
 
 import json
@@ -44,7 +44,7 @@ class ProcessConfig(Section):
     overwrite: bool = False  # replace what is already in out_dir (the demo replaces its own without asking)
 
 
-# All but the first are for a text of the user's own, and imported when an option names them.
+# All but the first are about the user's own files. Each is imported when an option asks for it.
 SECTIONS = {
     "process": ProcessConfig,
     "read": "extras.corpus.readers:ReadConfig",
@@ -59,7 +59,7 @@ SECTIONS = {
 
 
 def main() -> None:
-    # Words in front of the options name stages, or ask for a look at files: both are about the user's own files.
+    # Words in front of the options name stages for the user's own files, or ask for a look at files.
     words = list(takewhile(lambda word: not word.startswith("-") and not word.endswith(".toml"), sys.argv[1:]))
     cfg = config.load(__doc__, SECTIONS, sys.argv[1 + len(words) :])
     if words or cfg.read:
@@ -72,7 +72,7 @@ def main() -> None:
     if not cfg.process.overwrite and bins.source_of(out / "train.bin") not in ("", DEMO):
         raise UserError(f"{out / 'train.bin'} holds another text", "--overwrite replaces it; or another --out_dir")
 
-    # The novel, 120 chapters. Six whole ones are held out: validation then is text that training never saw.
+    # The novel has 120 chapters. Six whole ones are held out, so that validation reads text that training never saw.
     raw, entities = sanguo.read(sanguo.fetch(out / "cache"))
     chapters = [sanguo.clean(chapter) for chapter in raw]
     train, val = sanguo.split(chapters)
@@ -84,7 +84,7 @@ def main() -> None:
     for name, part in (("train.bin", train), ("val.bin", val)):
         write_bin(out / name, [c.text for c in part], tokenizer, cfg.process.processes)
 
-    # Questions on the novel's facts, for sft.py; some facts are never trained on, to see what was only guessed.
+    # Questions on the novel's facts, for sft.py. Some facts are never trained on: they show what the model guesses.
     for name, chats in sanguo.chats(chapters, entities).items():
         path = out / f"sft_{name}.jsonl"
         files.write_text(path, "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats))
@@ -97,7 +97,7 @@ def make_tokenizer(cfg: ProcessConfig, texts: Iterable[str]) -> Tokenizer:
     model = cfg.tokenizer or folder / "tokenizer.model"
     if not cfg.tokenizer:
         lines = islice((line for text in texts for line in text.split("\n")), 1_000_000)
-        # Often enough to become one token each: a chat names its roles in every turn, Chinese text has few letters.
+        # So often that each becomes one token: a chat names its roles in every turn, and Chinese text has few letters.
         roles = ["user", "assistant", "system"] * 1000
         train_tokenizer(chain(roles, lines), model, cfg.vocab_size, character_coverage=cfg.character_coverage)
     load_tokenizer(model).save(folder)

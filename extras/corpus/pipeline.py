@@ -1,8 +1,9 @@
 """Stages one after another, in several processes, in the order of the input.
 
-In:  blocks of the readers, stages. Out: what `finish` makes of the documents, chunk by chunk, and the accounts.
-Does not know what the stages do. Per-document stages run in worker processes, next to each other in one; a stage that
-must see all documents in order runs in this process between them.
+In:  blocks of the readers, stages. Out: what `finish` makes of the documents, chunk by chunk, and the run's report.
+Stages that look at one document at a time run in worker processes, neighbours among them in the same process. A stage
+that must see all documents in order runs in the main process, between them.
+Does not know what the stages do.
 """
 
 import json
@@ -155,21 +156,21 @@ class Report:
     def __init__(self, folder, stages: Iterable[str], keep_texts: bool = False):
         self.folder, self.keep_texts = folder, keep_texts
         self.accounts = {name: Account(name, keep_texts) for name in stages}
-        self.first: dict[tuple[str, str], str] = {}  # (stage, reason) -> where it stands first
+        self.first: dict[tuple[str, str], str] = {}  # (stage, reason) -> where it was met first
         folder.mkdir(parents=True, exist_ok=True)
         files.clear_leftovers(folder)
         self._temporary = folder / f".tmp-{os.getpid()}-rejects.jsonl"
         self._file = open(self._temporary, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 -- closed by __exit__
 
     def write_rejects(self) -> None:
-        """Write the rejects down that came since the last call: they are not kept in memory."""
+        """Write down the rejects that came since the last call: they are not kept in memory."""
         for account in self.accounts.values():
             for reject in account.take_rejects():
                 self.first.setdefault((reject.stage, reject.reason), reject.where)
                 self._file.write(_line(reject))
 
     def main_reason(self, stage: str) -> str:
-        """The most frequent reason for a stage's rejects, and where it stands first."""
+        """The most frequent reason for a stage's rejects, and where it was met first."""
         rejected = self.accounts[stage].rejected
         if not rejected:
             return "nothing came in"

@@ -1,4 +1,4 @@
-"""The user's own files to bins, or to JSON lines: every document is accounted for.
+"""The user's own files to bins or to JSON lines, with an account of every document.
 
 In:  files of any usual format. Out: train.bin and val.bin, or chats.jsonl, or docs.jsonl; accounting.json and
      rejects.jsonl, which say what became of every document; for `inspect` and `verify` lines on files.
@@ -48,6 +48,8 @@ STAGES: dict[str, str | Stage] = {
 }
 # The files that a run writes, by its last stage; otherwise docs.jsonl.
 RESULTS = {"tokenize": ("train.bin", "val.bin"), "sft": ("chats.jsonl",)}
+# Options that change no result.
+FREE = (("process", "processes"), ("process", "overwrite"), ("process", "out_dir"), ("read", "keep_going"))
 
 MakeTokenizer = Callable[[object, Iterable[str]], Tokenizer]  # (options of [process], texts) -> it, saved in out_dir
 
@@ -63,6 +65,7 @@ def run(cfg, words: list[str], make_tokenizer: MakeTokenizer) -> None:
     Raises:
         UserError: no files, words that are no stages, results that exist already, and what stages find.
     """
+    # A look at files needs no stages; its files may stand right behind the word.
     given = cfg.read.input if cfg.read else ()
     if words[:1] in (["inspect"], ["verify"]):
         if not (given := given or tuple(words[1:])):
@@ -70,6 +73,8 @@ def run(cfg, words: list[str], make_tokenizer: MakeTokenizer) -> None:
         for path in map(Path, given):
             print(tokenize.verify(path) if words[0] == "verify" else inspect(path, cfg.process.tokenizer))
         return
+
+    # Everything else goes through stages.
     names = stage_names(words)
     if not given:
         raise UserError(f"{' '.join(names)} needs files", "--input FILES; without stages and options the demo is made")
@@ -126,12 +131,7 @@ def own_text(cfg, names: list[str], make_tokenizer: MakeTokenizer) -> None:
 def depends_on(cfg) -> list:
     """What the work of an earlier run must share with this one, so that this one may go on from it."""
     options = config.as_dict(cfg)
-    for section, name in (
-        ("process", "processes"),
-        ("process", "overwrite"),
-        ("process", "out_dir"),
-        ("read", "keep_going"),
-    ):
+    for section, name in FREE:
         del options[section][name]
     found = [os.stat(path) if os.path.exists(path) else None for path in cfg.read.input]
     return [options, [entry and [entry.st_size, entry.st_mtime_ns] for entry in found]]
@@ -160,6 +160,7 @@ def documents(cfg, names: list[str], report: pipeline.Report, finish=list, recor
 
 
 def open_report(cfg, names: list[str]) -> pipeline.Report:
+    """The report of a run of these stages, beside its results."""
     return pipeline.Report(Path(cfg.process.out_dir), ["read", *names], cfg.process.keep_rejected)
 
 

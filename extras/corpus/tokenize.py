@@ -96,6 +96,7 @@ def write(
         NothingHeldOut: one of them would be empty; nothing was written.
         UserError: no documents.
     """
+    # Each document goes to one of the two. Both files appear together, when the `with` block ends without an error.
     least, account = 1.0, report.accounts["tokenize"]
     with ExitStack() as stack:
         pair = [
@@ -111,6 +112,8 @@ def write(
                 least = min(least, smallest)
                 account.add(number, number, number, {}, {}, [])  # all that come in are kept
                 bar.update(number)
+
+        # Before anything appears: all documents are accounted for, and neither bin is empty.
         report.check("tokenize", source)
         if not (pair[0].tokens and pair[1].tokens):
             if split.cut:
@@ -149,6 +152,8 @@ def _inspect_bin(path: Path, tokenizer: Tokenizer | None, show: int) -> list[str
     size = about.get("vocab_size") or (tokenizer.vocab_size if tokenizer else 1 << 16)
     bin = bins.TokenBin(path, size, tokenizer.sha256 if tokenizer else "")
     eos_id = about.get("eos_id", tokenizer.eos_id if tokenizer else 2)
+
+    # A bin may be larger than memory: it is read block by block.
     ends, counts, highest = [], 0, 0
     for start in range(0, bin.tokens, bins.BLOCK_BYTES):
         ids = bin.read(start, min(bins.BLOCK_BYTES, bin.tokens - start))
@@ -157,7 +162,7 @@ def _inspect_bin(path: Path, tokenizer: Tokenizer | None, show: int) -> list[str
         counts = counts + np.bincount(ids, minlength=size)
     ends = np.concatenate([np.zeros(0, np.int64), *ends])
     lengths = np.diff(ends, prepend=-1)
-    text = tokenizer.decode if tokenizer else lambda ids: " ".join(map(str, ids))
+    decode = tokenizer.decode if tokenizer else lambda ids: " ".join(map(str, ids))
     lines = [
         f"{path}: {bin.tokens:,} tokens, {bin.dtype.name}, {len(ends):,} documents",
         *(
@@ -166,8 +171,8 @@ def _inspect_bin(path: Path, tokenizer: Tokenizer | None, show: int) -> list[str
             if key in about
         ),
         f"  {np.count_nonzero(counts):,} of {size:,} ids occur, the highest is {highest:,}",
-        f"  first: {text(bin.read(0, min(show, bin.tokens)).tolist())!r}",
-        f"  last:  {text(bin.read(max(0, bin.tokens - show), min(show, bin.tokens)).tolist())!r}",
+        f"  first: {decode(bin.read(0, min(show, bin.tokens)).tolist())!r}",
+        f"  last:  {decode(bin.read(max(0, bin.tokens - show), min(show, bin.tokens)).tolist())!r}",
         *_histogram(lengths, "tokens"),
     ]
     return lines + _shares(about.get("sources", {}), "tokens")
