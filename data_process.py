@@ -29,6 +29,7 @@ from tokenizer import load as load_tokenizer
 from tokenizer.train import train as train_tokenizer
 
 DEMO = "三国演义"  # the source that the demo's bins name
+LOAD_MODEL = "assembly.models:load_model"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def main() -> None:
     if words or cfg.read:
         from extras.corpus.run import run
 
-        return run(cfg, words, make_tokenizer)
+        # The stage `filter` asks a model. It gets the way to one as a path, so that no other run loads torch.
+        return run(cfg, words, make_tokenizer, LOAD_MODEL)
 
     # The demo replaces its own files without asking, and never those of another text.
     out = Path(cfg.process.out_dir)

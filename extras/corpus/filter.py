@@ -4,7 +4,7 @@ In:  documents and a model folder of ours. Out: those whose bits per byte lie in
 Does not know what the right range is: `--keep_rejected` and a look at rejects.jsonl say.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -25,14 +25,14 @@ class FilterConfig(Section):
             raise ValueError("min_bits must be below max_bits")
 
 
-def filter(docs: Iterable[Doc], account: Account, cfg: FilterConfig) -> Iterator[Doc]:
+def filter(docs: Iterable[Doc], account: Account, cfg: FilterConfig, load_model: Callable) -> Iterator[Doc]:
     """The stage; it runs in one process, torch uses the cores."""
     if not cfg.perplexity:
         raise UserError("filter needs a model", "--perplexity FOLDER")
     # Only here: the options are read, and all other stages run, without torch.
     from extras.corpus import perplexity
 
-    model, tokenizer = perplexity.load(cfg.perplexity)
+    model, tokenizer = perplexity.load(cfg.perplexity, load_model)
 
     def one(doc: Doc) -> Iterator[Doc]:
         bits = perplexity.bits_per_byte(model, tokenizer, doc.text)
@@ -45,4 +45,4 @@ def filter(docs: Iterable[Doc], account: Account, cfg: FilterConfig) -> Iterator
     return each(docs, account, one)
 
 
-STAGE = Stage("filter", filter, FilterConfig(), "here")
+STAGE = Stage("filter", filter, FilterConfig(), "here", asks_model=True)
