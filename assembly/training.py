@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -38,10 +39,11 @@ WINGS = {
 }
 
 
-def load_options(doc: str, sections: dict[str, type | str], default: str):
-    """The options of a training command: its own sections, those of the loop, and those of the wings."""
-    sections = sections | {"optim": OptimConfig, "train": TrainConfig} | WINGS
-    return config.load(doc, sections, sys.argv[1:], default)
+def load_options(doc: str, sections: dict[str, type | str], default: str, wings: Iterable[str] = tuple(WINGS)):
+    """The options of a training command: its own sections, those of the loop, and those of its wings."""
+    sections = sections | {"optim": OptimConfig, "train": TrainConfig} | {name: WINGS[name] for name in wings}
+    cfg = config.load(doc, sections, sys.argv[1:], default)
+    return SimpleNamespace(**dict.fromkeys(WINGS) | vars(cfg))
 
 
 def join_ranks(cfg) -> Ranks:
@@ -83,6 +85,15 @@ def open_base(folder: str, allow_pickle: bool = False) -> Base:
     hf_folder.check_tokenizer(path, opened.model, tokenizer)
     identity = {"tokenizer": tokenizer.sha256, "base": opened.digest}
     return Base(opened.model, opened.weights, tokenizer, path, identity, hf_folder.load_about(path))
+
+
+def open_chat_base(folder: str, chat_format: str) -> tuple[Base, str]:
+    """A chat model to go on from, and its chat format; chat_format "auto" is the model's own."""
+    base = open_base(folder)
+    chat_format = base.about.get("chat_format") if chat_format == "auto" else chat_format
+    if not chat_format:
+        raise UserError(f"{base.folder}: a base model has no way to answer", "python sft.py first, or --chat_format")
+    return base, chat_format
 
 
 def new_base(sizes: ModelConfig, kin, tokenizer: Tokenizer, seed: int) -> Base:
