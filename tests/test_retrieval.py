@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from test_commands import command
 
+import retrieve
 import sample
 import tokenizer
 from core import errors
 from core.errors import UserError
-from extras.retrieval import bm25 as retrieval
-from extras.retrieval.bm25 import Index, RetrievalConfig, Shelf, augment, read, terms, with_passages
+from extras.retrieval.augment import augment
+from extras.retrieval.bm25 import Index, RetrievalConfig, Shelf, read, terms, with_passages
 from tokenizer import chat
 
 NOTES = ["刘表，字景升。", "李典，字曼成。", "孔融，字文举。", "张昭，字子布。", "曹操，字孟德。"]
@@ -212,8 +213,8 @@ def test_a_share_of_the_chats_gets_wrong_passages_only_or_none():
 
 
 def augmented(monkeypatch, capsys, *words: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["retrieval", *words])
-    retrieval.main()
+    monkeypatch.setattr(sys, "argv", ["retrieve.py", *words])
+    retrieve.main()
     return capsys.readouterr().out
 
 
@@ -275,7 +276,7 @@ def test_the_command_writes_every_chat_that_fits_and_counts_the_others(tmp_path,
         (["--input", path], "chats and passages are missing"),
         ([*words, "--output", path], "would be written over"),
         ([*words, "--max_tokens", "3"], "no chats of at most 3"),
-        ([*words, "--gold", "kind", "--passage_chars", "2"], "at least 1 and 4"),
+        ([*words, "--gold", "kind", "--passage_chars", "2"], "must be at least 4"),
         ([*words, "--gold", "messages"], "text or a list"),
     ):
         with pytest.raises(UserError, match=said):
