@@ -95,7 +95,7 @@ def stream(speaker: Speaker, prompt: str | list[dict], cfg, shelf: retrieval.She
         told = "".join(c if c.isprintable() else "?" for c in told)  # no control characters on the terminal
         print(f"passages: {told}" + (f" ({left_out} more had no room)" if left_out else ""), file=sys.stderr)
     ids, said = speaker.ids(prompt), ""
-    decoder, until = speaker.decoder(ids), tokenizer.UntilStop(cfg.sample.stop)
+    decoder, until = speaker.decoder(ids), speaker.until(cfg.sample.stop)
     fitting(ids, speaker.model, cfg.sampling)  # an impossible prompt is refused before it is printed
     tell_room(speaker, [ids], cfg.sampling)
     if not speaker.chat_format:

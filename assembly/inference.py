@@ -102,14 +102,34 @@ class Speaker:
             decoder.push(token)
         return decoder
 
+    def until(self, stops: Sequence[str]):
+        """Where pieces of text become what may be shown: all of it up to the first of the stop strings."""
+        if not stops:
+            return Unstopped()
+        from extras.decoding.stop import UntilStop
+
+        return UntilStop(stops)
+
     def told(self, prompt_ids: list[int], new_ids: list[int], stop: Sequence[str] = ()) -> str:
         """Text of generated ids, up to the first of the stop strings."""
-        decoder, until = self.decoder(prompt_ids), tokenizer.UntilStop(stop)
+        decoder, until = self.decoder(prompt_ids), self.until(stop)
         return self.trimmed(until.push("".join(map(decoder.push, new_ids)) + decoder.flush()) + until.flush())
 
     def trimmed(self, text: str) -> str:
         """An answer without the spaces that some formats put around it; a continuation as it is."""
         return text.strip() if self.chat_format else text
+
+
+class Unstopped:
+    """What `Speaker.until` gives where there are no stop strings: every piece of text passes."""
+
+    stopped = False
+
+    def push(self, piece: str) -> str:
+        return piece
+
+    def flush(self) -> str:
+        return ""
 
 
 def newest_model() -> str:

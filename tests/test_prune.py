@@ -1,4 +1,4 @@
-"""Promises of tokenizer.prune, tokenizer.inspect and extras.remap: what is kept stays reachable, texts come back, sizes
+"""Promises of vocabulary.py prune and inspect, and of what follows a pruned vocabulary: what is kept stays reachable, texts come back, sizes
 are exact, bins and models follow."""
 
 import dataclasses
@@ -22,10 +22,11 @@ from texts import ANY_TEXT, BOOK, DATA, HARD, RELAXED, change, real_model, real_
 
 from core import bins, hf_folder
 from core.errors import UserError
-from extras.vocabulary import inspect, prune, remap
+from extras.vocabulary import inspect, prune, remap, remap_model
 from model import ModelConfig
 from tokenizer import TokenizerError, load
-from tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, USER_DEFINED, Piece, parse_model, write_model
+from tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, USER_DEFINED, Piece, parse_model
+from tokenizer.sentencepiece_writer import write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATGLM = "chatglm2-6b.tokenizer.model"
@@ -453,15 +454,15 @@ def test_a_remapped_model_gives_the_kept_ids_the_logits_they_had(small, make_mod
         wanted = model(torch.tensor(kept)[ids])[..., kept]
         assert torch.allclose(smaller(ids), wanted, atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match="its tokenizer is"):
-        remap.remap_model(tmp_path / "old", tmp_path / "x", new, new)
+        remap_model.remap_model(tmp_path / "old", tmp_path / "x", new, new)
 
 
 # The commands ---------------------------------------------------------------------------------------------------------
 
 
-def command(module, *args):
+def command(word, *args):
     return subprocess.run(
-        [sys.executable, "-m", f"tokenizer.{module}", *map(str, args)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "vocabulary.py", word, *map(str, args)], capture_output=True, text=True, cwd=ROOT
     )
 
 

@@ -1,7 +1,7 @@
 """Texts to a new vocabulary: a sentencepiece BPE with byte fallback.
 
 In:  any texts. Out: a `.model` file: unk 0, `<s>` 1, `</s>` 2, the control pieces of chats, 256 bytes, learned pieces.
-Run: `python -m tokenizer.train --input book.txt more.txt --output out/tokenizer --vocab_size 8000`
+Run: `python vocabulary.py train --input book.txt more.txt --output out/tokenizer --vocab_size 8000`
 Does not know how texts are cleaned, and keeps no state: the same texts and options give the same bytes.
 """
 
@@ -9,14 +9,11 @@ import io
 import os
 import random
 import re
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 
-from . import load
 from .sentencepiece_model import SPACE, TokenizerError
 
 # Control, never user-defined: user-defined pieces would be found inside texts, where anyone could forge a turn.
@@ -92,16 +89,6 @@ def train(
     return path
 
 
-def read_lines(paths: Iterable[str]) -> Iterator[str]:
-    """The lines of UTF-8 text files, line ends included; TokenizerError where one is not UTF-8."""
-    for path in paths:
-        try:
-            with open(path, encoding="utf-8", newline="\n") as file:
-                yield from file
-        except UnicodeDecodeError as e:
-            raise TokenizerError(f"{path}: not UTF-8: {e.reason} at byte {e.start} -- convert it first") from None
-
-
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     """Lines without what sentencepiece cannot take, cut to MAX_LINE characters; none empty."""
     for text in texts:
@@ -135,38 +122,3 @@ def _explain(error: str, vocab_size: int) -> str:
             f"at least {found[1]}, or a lower character_coverage"
         )
     return f"sentencepiece could not train a vocabulary: {error}"
-
-
-@dataclass(frozen=True)
-class VocabularyConfig:
-    input: tuple[str, ...] = ()  # UTF-8 text files
-    output: str = ""  # folder for tokenizer.model, tokenizer.json and their settings
-    vocab_size: int = 8000
-    character_coverage: float = 0.9999  # share of the text that gets characters as tokens; the rarest become bytes
-    seed: int = 0  # of the choice of lines, where there are too many
-
-    def __post_init__(self):
-        if not self.input or not self.output:
-            raise ValueError("input and output must be given")
-
-
-def main() -> None:
-    from core import config
-
-    cfg = config.load(__doc__, {"train": VocabularyConfig}, sys.argv[1:]).train
-    path = train(
-        read_lines(cfg.input),
-        Path(cfg.output) / "tokenizer.model",
-        cfg.vocab_size,
-        character_coverage=cfg.character_coverage,
-        seed=cfg.seed,
-    )
-    tokenizer = load(path)
-    tokenizer.save(cfg.output)
-    print(f"{path}: {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
-
-
-if __name__ == "__main__":
-    from core import errors
-
-    errors.run(main)
