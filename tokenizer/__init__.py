@@ -29,8 +29,6 @@ from .parallel import map_in_order
 from .sentencepiece_backend import SentencePieceBackend
 from .sentencepiece_model import TokenizerError
 
-__all__ = ["Encoded", "StreamDecoder", "Tokenizer", "TokenizerError", "load"]
-
 # Texts travel to the worker processes in chunks of about this many characters: large enough that starting a task
 # costs nothing, small enough that the chunks under way stay far below the memory of a token bin's writer.
 CHUNK_CHARS = 1 << 18
@@ -88,6 +86,7 @@ class Tokenizer:
         self._backend = backend
         self.path, self.model, self.special_ids = backend.path, backend.model, backend.special_ids
         self.bos_id, self.eos_id, self.pad_id = backend.bos_id, backend.eos_id, backend.pad_id
+        # Runs and bins name their tokenizer by this, so that nothing is read with another one.
         self.sha256 = hashlib.sha256(backend.data).hexdigest()
         self.vocab_size = len(backend.pieces)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
@@ -112,6 +111,7 @@ class Tokenizer:
         Raises:
             TokenizerError: not a text, or a lone surrogate in it.
         """
+        # The library would take what is no text for something else, or end with an error of its own.
         _check_text(text)
         return [self.bos_id] * bos + self._backend.encode(text, continues) + [self.eos_id] * eos
 
@@ -218,7 +218,8 @@ class StreamDecoder:
 
     def __init__(self, id_bytes: list[bytes], strips_space: bool):
         self._id_bytes = id_bytes
-        self._strip = strips_space  # still to be dropped: the space that encoding puts in front of a text
+        # Still to be dropped: the space that encoding puts in front of a text.
+        self._strip = strips_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:

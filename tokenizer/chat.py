@@ -14,6 +14,7 @@ import json
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from operator import itemgetter
 
@@ -70,7 +71,6 @@ FORMATS = {
     ),
 }
 
-SLOTS = string.Formatter()  # its parse("a{b}") gives ("a", "b", ...)
 TRAIN_ON = ("assistant", "last", "all")
 
 
@@ -96,6 +96,7 @@ def render(
     """
     if train_on not in TRAIN_ON:
         raise TokenizerError(f"train_on is {train_on!r} -- choose {', '.join(TRAIN_ON)}")
+    # Text and mask grow together, so that no marker has to be looked for later.
     special = special_ids(tokenizer, chat_format)
     ids: list[int] = []
     mask: list[int] = []
@@ -113,7 +114,8 @@ def render(
         after_special = is_special
         ids += new
         mask += [int(trained or train_on == "all")] * len(new)
-    mask[0] = 0  # nothing stands before it to predict it from
+    # Nothing stands before the first token to predict it from.
+    mask[0] = 0
     if train_on == "last" and any(mask):
         # A question stands between two answers, so the last row of ones is the last answer.
         end = len(mask) - mask[::-1].index(1)
@@ -202,7 +204,7 @@ def _expression(text: str, **slots: str) -> str:
     # transformers hands a template bos_token and eos_token; the text of any other control piece is quoted.
     slots |= {"bos": "bos_token", "eos": "eos_token"} | {slot: json.dumps(piece) for slot, piece in PIECES.items()}
     out = []
-    for literal, slot, _, _ in SLOTS.parse(text):
+    for literal, slot in _cut(text):
         out += [json.dumps(literal)] * bool(literal) + ([slots[slot]] if slot else [])
     return " + ".join(out)
 
@@ -213,7 +215,13 @@ def _texts(form: ChatFormat) -> list[str]:
 
 def _specials(*texts: str) -> set[str]:
     """The slots for control ids in texts of a format."""
-    return {slot for text in texts for _, slot, _, _ in SLOTS.parse(text) if slot} - {"content"}
+    return {slot for text in texts for _, slot in _cut(text) if slot} - {"content"}
+
+
+@cache
+def _cut(text: str) -> list[tuple[str, str | None]]:
+    """A text of a format at its slots: "a{b}c" -> [("a", "b"), ("c", None)]."""
+    return [(literal, slot) for literal, slot, _, _ in string.Formatter().parse(text)]
 
 
 def _parts(messages: list[dict], form: ChatFormat, generation: bool) -> Iterator[tuple[str, bool, bool]]:
@@ -233,7 +241,7 @@ def _parts(messages: list[dict], form: ChatFormat, generation: bool) -> Iterator
             rows += [(form.between if number else "", "", False), (form.question, content, False)]
     # The format is cut at its slots, never the message: what looks like a slot there is plain text.
     for text, content, trained in rows:
-        for literal, slot, _, _ in SLOTS.parse(text):
+        for literal, slot in _cut(text):
             yield literal, trained, False
             if slot:
                 yield content if slot == "content" else slot, trained, slot != "content"

@@ -111,6 +111,7 @@ def tokenizer_json(model: Model) -> dict:
 
 def _merges(model: Model, ids: dict[str, int]) -> list[list[str]]:
     """Every split of a piece into two pieces, best score first, as tokenizers lists merges."""
+    # Ids decide between equal scores, so that the same model gives the same file.
     by_score = sorted(ids, key=lambda text: (-model.pieces[ids[text]].score, ids[text]))
     splits = ((text[:cut], text[cut:]) for text in by_score for cut in range(1, len(text)))
     return [[a.replace(SPACE, " "), b.replace(SPACE, " ")] for a, b in splits if a in ids and b in ids]

@@ -17,6 +17,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ class Model:
     def unk_id(self) -> int:
         return next(i for i, p in enumerate(self.pieces) if p.type == UNKNOWN)
 
-    @property
+    @cached_property
     def special_ids(self) -> dict[str, int]:
         """The control pieces, text -> id."""
         return {p.text: i for i, p in enumerate(self.pieces) if p.type == CONTROL}
@@ -138,17 +139,19 @@ def parse_model(data: bytes, path: str = "tokenizer.model") -> Model:
         TokenizerError: not a model we can rely on.
     """
     try:
-        known, rest = {1: [], 2: [], 3: []}, []
+        # Field 1 is a piece, 2 the trainer's settings, 3 the normaliser's. A message that comes in several parts is one
+        # with the fields of all, as in protobuf.
+        pieces, specs, rest = [], {2: [], 3: []}, []
         for number, wire, value in _fields(data):
-            if number not in known:
+            if number not in (1, *specs):
                 rest.append((number, wire, value))
             elif wire != 2:
                 raise ValueError(f"field {number} has wire type {wire}")
+            elif number == 1:
+                pieces.append(_piece(value))
             else:
-                known[number].append(value)
-        # A message that comes in several parts is one with the fields of all, as in protobuf.
-        trainer, normalizer = (tuple(field for part in known[number] for field in _fields(part)) for number in (2, 3))
-        model = Model([_piece(value) for value in known[1]], trainer, normalizer, tuple(rest))
+                specs[number].extend(_fields(value))
+        model = Model(pieces, tuple(specs[2]), tuple(specs[3]), tuple(rest))
         _check(model)
     except ValueError as e:  # also UnicodeDecodeError
         raise TokenizerError(f"{path}: not a usable sentencepiece model: {e} -- is the file whole?") from None
@@ -159,6 +162,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     """The varint at `at`, and the place behind it."""
     value = shift = 0
     while True:
+        # Ten bytes at most: a number has 64 bits.
         if at >= len(data) or shift > 63:
             raise ValueError("the file is cut off or damaged")
         value |= (data[at] & 127) << shift
@@ -173,6 +177,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:
     while at < len(data):
         key, at = _varint(data, at)
         number, wire = key >> 3, key & 7
+        # Sizes come from the file: what reaches beyond its end is refused below.
         if wire == 0:
             value, at = _varint(data, at)
         elif wire in (1, 2, 5):
@@ -184,6 +189,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:
 
 
 def _piece(data: bytes) -> Piece:
+    # A field that comes twice: the last one counts. What we have no name for is kept, to be written back.
     fields = tuple(_fields(data))
     found = {(number, wire): value for number, wire, value in fields}
     unknown = tuple(field for field in fields if field[:2] not in ((1, 2), (2, 5), (3, 0)))
@@ -216,10 +222,12 @@ def _check(model: Model) -> None:
     _ = model.pad_id, model.unk_surface, model.normalizer_name, model.add_dummy_prefix, model.remove_extra_whitespaces
     bos, eos, wanted_bos, wanted_eos = model.bos_id, model.eos_id, model.wanted_bos_id, model.wanted_eos_id
     types = [piece.type for piece in model.pieces]
+    # With byte fallback every byte has a piece, so that every text can be written.
     byte_pieces = {piece.text for piece in model.pieces if piece.type == BYTE}
     needs_bytes = byte_pieces or model.byte_fallback
     odd_spaces = model.treat_whitespace_as_suffix or not model.escape_whitespaces
     denormalizers = [value for number, wire, value in model.rest if (number, wire) == (5, 2)]
+    # Where several are true, the first one is told.
     problems = {
         "it has no pieces": not types,
         f"unknown model type {model.model_type}": model.model_type not in (UNIGRAM, BPE, WORD, CHAR),
@@ -247,14 +255,17 @@ def _stays_inside(blob: bytes) -> bool:
     The trie is a double array (https://github.com/s-yata/darts-clone): node i reads unit i ^ offset ^ byte, so with a
     length that is a multiple of 256 units it is enough that i ^ offset lies inside.
     """
+    # No table is safe, too: it is that of the identity normaliser.
     size = int.from_bytes(blob[:4], "little")
     if not blob or len(blob) < 4 or size % 1024 or not 0 < size < len(blob) - 4 or blob[-1] != 0:
         return not blob
+    # The highest bit marks a leaf, bit 8 a node with one, bit 9 an offset in steps of 256 units.
     units = np.frombuffer(blob, "<u4", size // 4, 4)
     nodes = np.flatnonzero(units >> 31 == 0)
     inner = units[nodes]
     target = nodes ^ ((inner >> 10) << ((inner & 0x200) >> 6)).astype(np.int64)
     if (target >= len(units)).any():
         return False
-    values = units[target[(inner & 0x100) > 0]] & 0x7FFFFFFF  # places in the list of replacements
+    # Leaves hold places in the list of replacements behind the trie.
+    values = units[target[(inner & 0x100) > 0]] & 0x7FFFFFFF
     return bool((values < len(blob) - 4 - size).all())

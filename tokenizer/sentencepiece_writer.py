@@ -26,6 +26,7 @@ def write_model(model: Model) -> bytes:
         if piece.type != NORMAL:
             fields.append((3, 0, piece.type))
         out += _write([(1, 2, _write([*fields, *piece.unknown]))])
+    # A message that the file did not have is not made up.
     specs = [(number, 2, _write(spec)) for number, spec in ((2, model.trainer), (3, model.normalizer)) if spec]
     return bytes(out + _write([*specs, *model.rest]))
 

@@ -28,8 +28,10 @@ class TokenizerJsonBackend:
             import tokenizers
         except ImportError:
             raise TokenizerError(f"{path}: needs the package tokenizers -- pip install tokenizers") from None
+        # No fields of a .model: what needs them asks for None.
         self._library, self.model = tokenizers, None
         self.path, self.data = path, read_bytes(path)
+        # The names of bos and eos stand in one of the files beside it, as texts or as ids.
         prefix = path.name.removesuffix("tokenizer.json")
         self.config = self._beside(prefix + "tokenizer_config.json")
         maps = [self.config, self._beside(prefix + "special_tokens_map.json")]
@@ -45,9 +47,11 @@ class TokenizerJsonBackend:
             self._read_decoder()
         except TokenizerError:
             raise
-        except Exception as e:  # tokenizers raises bare Exception
+        # tokenizers raises bare Exception.
+        except Exception as e:
             raise TokenizerError(f"{path}: not a usable tokenizer.json: {e!r} -- is it a whole file?") from None
-        self.tokens = {}  # role -> text, for the configuration we write
+        # Role -> text, for the configuration we write.
+        self.tokens = {}
         ids = {}
         for role in ("bos", "eos", "pad", "unk"):
             ids[role] = self._special_id(role, vocab, maps, numbers)
@@ -57,12 +61,14 @@ class TokenizerJsonBackend:
         for role in ("bos", "eos"):
             if ids[role] is None:
                 raise TokenizerError(f"{path}: no {role} token -- put its tokenizer_config.json beside it")
+        # bos and eos are control ids even where the file does not mark them so.
         self.special_ids |= {self.tokens[role]: ids[role] for role in ("bos", "eos")}
         for i in self.special_ids.values():
             self.id_bytes[i] = b""
 
     def __reduce__(self):
-        return TokenizerJsonBackend, (self.path,)  # a pickled one forgets that special tokens in a text are text
+        # A pickled processor forgets that special tokens in a text are text, so a worker process reads the file again.
+        return TokenizerJsonBackend, (self.path,)
 
     def _beside(self, name: str) -> dict:
         path = self.path.with_name(name)
@@ -77,6 +83,7 @@ class TokenizerJsonBackend:
         return found
 
     def _special_id(self, role: str, vocab: dict, maps: list[dict], numbers: list[dict]) -> int | None:
+        # By text first: a file may name a token either as a string or as an object.
         for found in maps:
             token = found.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token
@@ -84,20 +91,24 @@ class TokenizerJsonBackend:
                 return vocab[token]
         for found in numbers:
             i = found.get(f"{role}_token_id")
-            i = i[0] if isinstance(i, list) and i else i  # Llama 3 lists several ends
+            # Llama 3 lists several ends.
+            i = i[0] if isinstance(i, list) and i else i
             if isinstance(i, int) and 0 <= i < len(self.pieces):
                 return i
         return None
 
     def _load(self, config: dict):
         processor = self._library.Tokenizer.from_str(json.dumps(config))
+        # What a file may ask for: rows of one length. Here a text has the ids that it has.
         processor.no_padding()
         processor.no_truncation()
-        processor.encode_special_tokens = True  # "<s>" in a text is three characters, not bos
+        # "<s>" in a text is three characters, not bos.
+        processor.encode_special_tokens = True
         return processor
 
     def _read_decoder(self) -> None:
         """Which bytes each id stands for, from the decoder's steps."""
+        # The library decodes only whole rows of ids; a stream needs the bytes of one id. Unknown steps are refused.
         decoder = self._json["decoder"] or {"type": "Fuse"}
         steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
         self.strips_space, one_byte, from_byte_level, replaced = False, False, False, []
@@ -116,6 +127,7 @@ class TokenizerJsonBackend:
                 self.strips_space = True
             elif kind != "Fuse":
                 raise TokenizerError(f"{self.path}: its decoder {kind} is not supported")
+        # A piece is written in printable characters, or it names one byte, or it is text with its spaces replaced.
         self.id_bytes = []
         for piece in self.pieces:
             if from_byte_level and all(c in BYTE_LEVEL for c in piece):
@@ -156,6 +168,7 @@ def _without_prefix(step: dict | None) -> dict | None:
     """A normaliser or pre-tokeniser without the step that puts a space in front of the text."""
     if step is None or step["type"] == "Prepend":
         return None
+    # A copy: the file's own steps stay as they are.
     step = dict(step)
     for name in ("normalizers", "pretokenizers"):
         if name in step:

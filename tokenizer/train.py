@@ -21,7 +21,8 @@ CONTROL_PIECES = ("<|im_start|>", "<|im_end|>")
 
 # sentencepiece leaves out, without an error, lines longer than its limit and lines that contain NUL or its own mark
 # U+2585. We cut there instead, and at U+2581, which it would take for a space.
-MAX_LINE = 1000  # characters: at most 4,000 bytes, below the limit of 4,192
+# MAX_LINE is in characters: at most 4,000 bytes, below the limit of 4,192.
+MAX_LINE = 1000
 CUT = re.compile("[\0\u2581\u2585]")
 
 
@@ -58,6 +59,7 @@ def train(
     lines = _choose(_lines(texts), max_lines, random.Random(seed))
     if not lines:
         raise TokenizerError(f"{path}: there is no text to train a vocabulary on")
+    # Every id and option is given, so that another version of the library makes the same vocabulary.
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -65,7 +67,9 @@ def train(
             model_type="bpe",
             vocab_size=vocab_size,
             character_coverage=character_coverage,
-            required_chars=SPACE,  # texts without any space would give a vocabulary that cannot write one
+            # Texts without any space would give a vocabulary that cannot write one.
+            required_chars=SPACE,
+            # With these no text is changed or lost: `decode(encode(text)) == text`.
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -82,6 +86,7 @@ def train(
         )
     except RuntimeError as e:
         raise TokenizerError(f"{path}: {_explain(str(e), vocab_size)}") from None
+    # Written beside it, then renamed: no reader ever sees half a file.
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     temporary.write_bytes(result.getvalue())
@@ -103,6 +108,7 @@ def _choose(lines: Iterable[str], count: int, rng: random.Random) -> list[str]:
 
     sentencepiece can choose too, but (0.2.3) makes the same choice whatever seed it is given.
     """
+    # Line n, from 0, takes a place among n + 1 at random: it is chosen where the place is among the first `count`.
     chosen = []
     for number, line in enumerate(lines):
         if number < count:
