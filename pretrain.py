@@ -8,33 +8,30 @@ Reads data/train.bin, data/val.bin and data/tokenizer (made by data_process.py);
 folder, to out/pretrain. Stopped by Ctrl-C or killed, the same command goes on where it was.
 """
 
-import dataclasses
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Annotated
 
-import torch
-
-import tokenizer
-import trainer
-from core import bins, config, data, distributed, errors, hf_config, hf_folder
-from core.generate import SamplingConfig, complete
-from core.loss import next_token_loss
-from core.optim import OptimConfig
-from extras.estimate import report as estimate
-from extras.families import others as families
-from extras.finetune import longlora, lora, nf4
-from extras.tracking import trackers
-from model import Llama, ModelConfig, describe
+from assembly import training
+from core import errors
+from core.bins import TokenBin
+from core.config import Range, Section
+from core.data import BinRows, Rows
+from core.generate import SamplingConfig, generate
+from core.hf_config import CheckedConfig, identify
+from core.size import describe
+from model import Llama
+from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
+from trainer import Task, next_token_loss
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     train: tuple[str, ...] = ("data/train.bin",)  # several are mixed: wiki.bin:0.7,medical.bin:0.3
     val: str = "data/val.bin"  # "": no validation
     tokenizer: str = "data/tokenizer"
-    seq_len: int = 0  # positions per row; 0: the model's max_position_embeddings
+    # Positions per row; 0: the model's max_position_embeddings.
+    seq_len: Annotated[int, Range(least=0)] = 0
     docs: bool = True  # attention stays within a document where several share a row
     verify: bool = False  # before step 0 read every bin whole and compare it with the hashes in its .json
     trust: bool = False  # bins without .json: do not read them whole first; ids are still checked as they are used
@@ -42,101 +39,66 @@ class DataConfig:
     allow_pickle: bool = False  # its weights may be a .bin, .pt or .pth: only tensors are read from it
     prompt: str = ""  # continued after every validation; "": none
 
-    def __post_init__(self):
-        if self.seq_len < 0:
-            raise ValueError(f"seq_len = {self.seq_len}, must not be negative")
+
+SECTIONS = {"model": CheckedConfig, "kin": "extras.families.llama_kin:KinOptions", "data": DataConfig}
 
 
 def main() -> None:
-    sections = {
-        "model": ModelConfig,
-        "data": DataConfig,
-        "lora": lora.LoraConfig,
-        "long": longlora.LongConfig,
-        "optim": OptimConfig,
-        "train": trainer.TrainConfig,
-        "track": trackers.TrackConfig,
-        "estimate": estimate.EstimateConfig,
-    }
-    cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/demo.toml")
-    families.register()
-    ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
-    if cfg.estimate.dry_run and cfg.estimate.tokens and cfg.model.vocab_size and not cfg.data.init_from:
-        with torch.device("meta"):  # neither data nor tokenizer are needed
-            model = Llama(cfg.model)
-        print(estimate.report(model, cfg, None, cfg.data.seq_len or cfg.model.max_position_embeddings, ranks))
+    # The options, this process among the ranks, and the model to begin with.
+    cfg = training.load_options(__doc__, SECTIONS, "configs/demo.toml")
+    ranks = training.join_ranks(cfg)
+    if training.estimate_without_data(cfg, ranks):
         return
-    base = cfg.data.init_from and hf_folder.model_folder(cfg.data.init_from)
-    text = tokenizer.load(base or cfg.data.tokenizer)
-    model, fill = hf_folder.open_model(base, cfg.data.allow_pickle) if base else new_model(cfg, text)
-    if base:
-        hf_folder.check_tokenizer(base, model, text)
-    intro = [config.show(cfg), describe(model)]
-    identity = {
-        "tokenizer": text.sha256,
-        "docs": cfg.data.docs,
-        "base": hf_folder.weights_digest(base) if base else "",
-    }
-    if cfg.long.context and not base:
-        raise errors.UserError("context: a new model has max_position_embeddings", "--init_from DIR")
-    changes = longlora.begin(model, cfg.long, identity)
-    fill, saver = lora.tune(model, fill, cfg, base, identity, intro, nf4.Weight, changes)
-    identity["model"] = hf_config.sizes(model.config)
-    seq_len = cfg.data.seq_len or cfg.long.context or model.config.max_position_embeddings
-    train, shares = data.parse_mix(cfg.data.train)
+    base = open_model(cfg)
+    model, tokenizer = base.model, base.tokenizer
+    intro = (describe(model), *base.intro)
 
-    def open_rows(path: str, tail: bool) -> data.BinRows:
-        bin = bins.TokenBin(path, model.config.vocab_size, text.sha256, trust=cfg.data.trust)
-        if cfg.data.verify:
-            bin.verify()
-        return data.BinRows(bin, seq_len, cfg.data.docs, text.eos_id, tail)
+    # Rows of the bins: consecutive windows of the text.
+    seq_len = cfg.data.seq_len or model.config.max_position_embeddings
+    rows = open_train_rows(cfg.data, seq_len, base)
+    val_rows = {cfg.data.val: open_rows(cfg.data.val, cfg.data, seq_len, base, tail=True)} if cfg.data.val else {}
 
-    parts = [open_rows(path, tail=False) for path in train]
-    rows = data.MixedRows(parts, shares) if len(parts) > 1 else parts[0]
-    val_rows = {cfg.data.val: open_rows(cfg.data.val, tail=True)} if cfg.data.val else {}
-    if cfg.estimate.dry_run:
-        print(estimate.report(model, cfg, rows, seq_len, ranks))
-        return
-    intro.append(rows.describe())
-    options = config.as_dict(cfg)
-    with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
-        trainer.train(
-            model,
-            next_token_loss,
-            rows,
-            val_rows,
-            cfg.train,
-            cfg.optim,
-            ranks,
-            text,
-            identity,
-            {"command": "pretrain", "options": options, "intro": intro},
-            (lambda m: continuation(m, text, cfg.data.prompt)) if cfg.data.prompt else None,
-            fill,
-            saver,
-            track,
-        )
-    ranks.close()
+    # The loss of every next token, and the loop.
+    identity = base.identity | {"docs": cfg.data.docs, "model": identify(model.config)}
+    sample = (lambda m: continue_text(m, tokenizer, cfg.data.prompt)) if cfg.data.prompt else None
+    about, intro = {"command": "pretrain"}, (*intro, rows.describe())
+    parts = (model, base.weights, rows, val_rows, next_token_loss, tokenizer)
+    training.run(Task(*parts, identity, about, intro, sample, base.saver), cfg, ranks)
 
 
-def new_model(cfg, text) -> tuple[Llama, Callable]:
-    """A model of the configured size with the tokenizer's vocabulary, without memory yet, and its fresh weights."""
-    size = cfg.model.vocab_size or text.vocab_size
-    if size < text.vocab_size:
-        raise errors.UserError(
-            f"vocab_size {size} is smaller than the tokenizer's {text.vocab_size}",
-            "--vocab_size 0 takes the tokenizer's",
-        )
-    with torch.device("meta"):
-        model, names = (Llama(dataclasses.replace(cfg.model, vocab_size=size)) for _ in range(2))
-    return model, partial(names.init_weights, cfg.train.seed)
+def open_model(cfg) -> training.Base:
+    """A folder to go on from, or a new model of the configured size."""
+    if cfg.data.init_from:
+        base = training.open_base(cfg.data.init_from, cfg.data.allow_pickle)
+    else:
+        base = training.new_base(cfg.model, cfg.kin, load_tokenizer(cfg.data.tokenizer), cfg.train.seed)
+    return training.adapt(base, cfg)
 
 
-def continuation(model: Llama, text, prompt: str) -> str:
+def open_train_rows(cfg: DataConfig, seq_len: int, base: training.Base) -> Rows:
+    """Rows of one bin, or of several together."""
+    if len(cfg.train) == 1 and ":" not in cfg.train[0]:
+        return open_rows(cfg.train[0], cfg, seq_len, base)
+    from extras.mixture.mix import MixedRows, parse_mix
+
+    paths, shares = parse_mix(cfg.train)
+    parts = [open_rows(path, cfg, seq_len, base) for path in paths]
+    return MixedRows(parts, shares) if len(parts) > 1 else parts[0]
+
+
+def open_rows(path: str, cfg: DataConfig, seq_len: int, base: training.Base, tail: bool = False) -> BinRows:
+    """Rows of a bin, which is checked against the tokenizer and the model's vocabulary."""
+    bin = TokenBin(path, base.model.config.vocab_size, base.tokenizer.sha256, trust=cfg.trust)
+    if cfg.verify:
+        bin.verify()
+    return BinRows(bin, seq_len, cfg.docs, base.tokenizer.eos_id, tail)
+
+
+def continue_text(model: Llama, tokenizer: Tokenizer, prompt: str) -> str:
     """How the model goes on after the prompt, 60 tokens, each time the most likely one."""
-    ids = text.encode(prompt, bos=True)
-    added = complete(model, [ids], SamplingConfig(max_new_tokens=60, temperature=0), {text.eos_id})[0]
-    return text.decode(ids + added)
+    ids = tokenizer.encode(prompt, bos=True)
+    greedy = SamplingConfig(max_new_tokens=60, temperature=0)
+    return tokenizer.decode(ids + list(generate(model, ids, greedy, {tokenizer.eos_id})))
 
 
 if __name__ == "__main__":

@@ -1,135 +1,196 @@
 """A model folder and a text or messages in, the model's words out: what every command that asks a model shares.
 
 In:  a folder, or an adapter. Out: ids of prompts, and text of ids.
-Knows nothing of terminals, files of prompts or servers. The one extra that uses others: it puts the model together.
+Knows nothing of terminals, files of prompts or servers. A wing is imported only where an option or the folder asks.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import torch
-
-import tokenizer
-from core import hf_folder
+from assembly.models import open_model, read_config
+from core import files, hf_folder
+from core.config import Section
+from core.device import DTYPES
 from core.distributed import start
 from core.errors import UserError
-from extras.families import others as families
-from extras.finetune import lora
-from extras.formats import quantize
-from tokenizer import chat
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from core.fast_linear import for_decoding
+from core.generate import SamplingConfig, fit_prompt
+from model import Llama
+from tokenizer import Tokenizer, chat
+from tokenizer import load as load_tokenizer
 
 
 @dataclass(frozen=True)
-class SpeakerConfig:
+class InferenceConfig(Section):
     model: str = ""  # a model folder; "": out/sft if it is there, else out/pretrain
     adapter: str = ""  # a folder that sft.py with LoRA, or PEFT, has made; "" as model: its base
     allow_pickle: bool = False  # its weights may be a .bin, .pt or .pth: only tensors are read from it
-    chat_format: str = "auto"  # auto: the model's own; none: continue even with a chat model
+    # auto: the model's own; none: continue even with a chat model.
+    chat_format: Literal["auto", "none", *chat.FORMATS] = "auto"
     device: str = "auto"
-    dtype: str = "fp32"  # fp32, bf16, fp16: of the weights
-    quantize: str = "none"  # int8, int4: linear layers in fewer bits, all else in bf16; 2 and 3 times as fast on a CPU
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the weights
+    # Linear layers in fewer bits, all else in bf16; 2 and 3 times as fast on a CPU.
+    quantize: Literal["none", "int8", "int4"] = "none"
     compile: bool = False  # torch.compile: a minute at first, then faster where steps are many
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype = {self.dtype!r}, must be one of {', '.join(DTYPES)}")
-        if self.quantize not in quantize.KINDS:
-            raise ValueError(f"quantize = {self.quantize!r}, must be one of {', '.join(quantize.KINDS)}")
+        super().__post_init__()
         if self.quantize != "none" and self.dtype == "fp16":
             raise ValueError(f"dtype = fp16 does not go with quantize = {self.quantize}: all else is bf16")
-        if self.chat_format not in ("auto", "none", *chat.FORMATS):
-            raise ValueError(f"chat_format = {self.chat_format!r}, must be auto, none or {', '.join(chat.FORMATS)}")
 
 
-class Speaker:
-    """A model with its tokenizer and the way it is spoken to.
+class Generator:
+    """A model that continues texts, with its tokenizer.
 
     Attributes:
         model: in eval mode, on its device.
-        text: its tokenizer.
-        chat_format: name of a format, None for a base model.
-        stop_ids: ids that end what it says.
+        stop_ids: ids that end a text.
+        chat_format: None; of a Chat the name of its format.
     """
 
-    def __init__(self, cfg: SpeakerConfig):
-        families.register()
-        asked = cfg.model or (lora.base_of(cfg.adapter) if cfg.adapter else newest_model())
-        folder = hf_folder.model_folder(asked)
-        self.name, self.text = Path(cfg.adapter or asked).name, tokenizer.load(folder)
-        self.compile = cfg.compile
-        own, device = hf_folder.load_about(folder).get("chat_format"), start(cfg.device).device
-        if (kind := quantize.kind_of(folder)) != "none":
-            if cfg.adapter or cfg.quantize not in ("none", kind):
-                raise UserError(f"{folder}: its weights are {kind} already", "--model with the folder it was made of")
-            self.model = quantize.load(folder, device)
-        else:
-            model, fill = hf_folder.open_model(folder, cfg.allow_pickle)
-            if cfg.adapter:
-                model, fill, adapter = lora.attach(model, fill, cfg.adapter, folder)
-                own = hf_folder.load_about(adapter).get("chat_format", own)
-            if cfg.quantize == "none":
-                self.model = hf_folder.build(model, fill, device, DTYPES[cfg.dtype])
-            elif cfg.adapter:
-                self.model = quantize.quantize(lora.merge(hf_folder.build(model, fill, device)), cfg.quantize)
-            else:
-                self.model = quantize.build(model, fill, cfg.quantize, device)
-        self.chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
-        self.model = quantize.for_decoding(self.model).eval()
-        hf_folder.check_tokenizer(folder, self.model, self.text)
-        self.stop_ids = chat.end_ids(self.text, self.chat_format) if self.chat_format else {self.text.eos_id}
+    chat_format: str | None = None
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, cfg: InferenceConfig, name: str):
+        self.model, self.tokenizer, self.name, self.compile = model, tokenizer, name, cfg.compile
+        self.stop_ids = {tokenizer.eos_id}
 
     @property
     def context(self) -> int:
         """Positions of the model."""
         return self.model.config.max_position_embeddings
 
-    def ids(self, prompt: str | list[dict]) -> list[int]:
-        """Token ids of a text to continue, or of the messages to answer."""
-        if isinstance(prompt, str) and not self.chat_format:
-            return self.text.encode(prompt, bos=True)
-        if not self.chat_format:
+    def encode(self, prompt: str | list[dict]) -> list[int]:
+        """Token ids of a text to continue."""
+        if not isinstance(prompt, str):
             raise UserError("a base model continues text, it has no answers", "python sft.py makes a chat model")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return list(chat.render(messages, self.text, self.chat_format, generation=True)[0])
+        return self.tokenizer.encode(prompt, bos=True)
 
     def decoder(self, prompt_ids: list[int]):
-        """Where generated ids become text: after a base model's prompt their first space is text, in an answer not."""
-        decoder = self.text.stream()
-        for token in [] if self.chat_format else prompt_ids:
+        """Where new ids become text: the first space behind a prompt is text."""
+        decoder = self.tokenizer.stream()
+        for token in prompt_ids:
             decoder.push(token)
         return decoder
 
-    def until(self, stops: Sequence[str]):
-        """Where pieces of text become what may be shown: all of it up to the first of the stop strings."""
-        if not stops:
-            return Unstopped()
+    def decode(self, prompt_ids: list[int], new_ids: list[int], stop: Sequence[str] = ()) -> str:
+        """Text of new ids, up to the first of the stop strings."""
+        decoder = self.decoder(prompt_ids)
+        text = "".join(map(decoder.push, new_ids)) + decoder.flush()
+        ends = [at for at in map(text.find, stop) if at >= 0]
+        return self.trim(text[: min(ends, default=len(text))])
+
+    def until_stop(self, stops: Sequence[str]):
+        """What text passes through piece by piece, up to the first of the stop strings."""
         from extras.decoding.stop import UntilStop
 
         return UntilStop(stops)
 
-    def told(self, prompt_ids: list[int], new_ids: list[int], stop: Sequence[str] = ()) -> str:
-        """Text of generated ids, up to the first of the stop strings."""
-        decoder, until = self.decoder(prompt_ids), self.until(stop)
-        return self.trimmed(until.push("".join(map(decoder.push, new_ids)) + decoder.flush()) + until.flush())
+    def trim(self, text: str) -> str:
+        """A continuation as it is."""
+        return text
 
-    def trimmed(self, text: str) -> str:
-        """An answer without the spaces that some formats put around it; a continuation as it is."""
-        return text.strip() if self.chat_format else text
-
-
-class Unstopped:
-    """What `Speaker.until` gives where there are no stop strings: every piece of text passes."""
-
-    stopped = False
-
-    def push(self, piece: str) -> str:
-        return piece
-
-    def flush(self) -> str:
+    def describe_room(self, prompts: list[list[int]], sampling: SamplingConfig) -> str:
+        """A note where the context, not max_new_tokens, will end texts, or on what of prompts is left out; else ""."""
+        longest = max(map(len, prompts))
+        if sampling.truncate == "left":
+            kept = (len(fit_prompt(ids, self.model, sampling)) for ids in prompts)
+            cut = [len(ids) - n for ids, n in zip(prompts, kept) if n < len(ids)]
+            said = f"{len(cut)} of {len(prompts)} prompts without their first tokens, {sum(cut):,} altogether"
+            return said if cut else ""
+        if longest < self.context < longest + sampling.max_new_tokens:
+            return f"the context of {self.context} tokens leaves room for {self.context - longest} new ones"
         return ""
+
+
+class Chat(Generator):
+    """A model that answers."""
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, cfg: InferenceConfig, name: str, chat_format: str):
+        super().__init__(model, tokenizer, cfg, name)
+        self.chat_format = chat_format
+        self.stop_ids = chat.end_ids(tokenizer, chat_format)
+
+    def encode(self, prompt: str | list[dict]) -> list[int]:
+        """Token ids of the messages to answer, or of one question."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return list(chat.render(messages, self.tokenizer, self.chat_format, generation=True)[0])
+
+    def decoder(self, prompt_ids: list[int]):
+        """Where new ids become text: an answer begins by itself."""
+        return self.tokenizer.stream()
+
+    def trim(self, text: str) -> str:
+        """An answer without the spaces that some formats put around it."""
+        return text.strip()
+
+
+def open_generator(cfg: InferenceConfig) -> Generator:
+    """The model that the options name: a Chat where it has a chat format, else a Generator."""
+    asked = cfg.model or (base_of(cfg.adapter) if cfg.adapter else newest_model())
+    folder = hf_folder.model_folder(asked)
+    tokenizer, own = load_tokenizer(folder), hf_folder.load_about(folder).get("chat_format")
+    if cfg.adapter:
+        from extras.finetune import lora
+
+        own = hf_folder.load_about(lora.find_adapter(cfg.adapter)).get("chat_format", own)
+    model = for_decoding(load_weights(folder, cfg)).eval()
+    hf_folder.check_tokenizer(folder, model, tokenizer)
+    chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
+    name = Path(cfg.adapter or asked).name
+    if not chat_format:
+        return Generator(model, tokenizer, cfg, name)
+    return Chat(model, tokenizer, cfg, name, chat_format)
+
+
+def load_weights(folder: Path, cfg: InferenceConfig) -> Llama:
+    """The model of a folder, with its adapter, in as many bits as the options say."""
+    device = start(cfg.device).device
+    quantised = files.read_json(folder / "config.json", hint=f"is {folder} a model folder?").get("quantization_config")
+    # The lesson's path: a plain folder, read as it is.
+    if not (quantised or cfg.adapter or cfg.quantize != "none"):
+        opened = open_model(folder, cfg.allow_pickle)
+        return hf_folder.build(opened.model, opened.weights, device, DTYPES[cfg.dtype])
+    from extras.formats import quantize
+
+    if quantised:
+        if cfg.adapter or cfg.quantize not in ("none", quantize.kind_of(folder)):
+            kind = quantize.kind_of(folder)
+            raise UserError(f"{folder}: its weights are {kind} already", "--model with the folder it was made of")
+        return quantize.load(folder, read_config(folder), device)
+    opened = open_model(folder, cfg.allow_pickle)
+    model, weights = attach(opened, cfg.adapter) if cfg.adapter else (opened.model, opened.weights)
+    if cfg.quantize == "none":
+        return hf_folder.build(model, weights, device, DTYPES[cfg.dtype])
+    if not cfg.adapter:
+        return quantize.build(model, weights, cfg.quantize, device)
+    from extras.finetune import lora
+
+    return quantize.quantize(lora.merge(hf_folder.build(model, weights, device)), cfg.quantize)
+
+
+def attach(opened: hf_folder.Opened, adapter: str):
+    """A base with a saved adapter: the model on the meta device, and its weights."""
+    from extras.finetune import lora
+
+    folder = lora.find_adapter(adapter)
+    # A base that was made to reach further before the adapter was trained.
+    if changes := hf_folder.load_about(folder).get("base_changes", {}):
+        from extras.families import llama_kin
+
+        try:
+            opened.model = llama_kin.change(opened.model, changes)
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{folder}/run.json: base_changes: {e}") from None
+    return lora.attach(opened, folder)
+
+
+def base_of(adapter: str) -> str:
+    """The base that an adapter names."""
+    from extras.finetune import lora
+
+    return lora.base_of(adapter)
 
 
 def newest_model() -> str:

@@ -1,6 +1,6 @@
-"""Run folders and checkpoints: the only code that opens either.
+"""Runs: a folder that is locked while in use, its checkpoints, its best model.
 
-In:  a model, optimizers, a tokenizer, numbers. Out: folders that transformers, vLLM and llama.cpp's converter read.
+In:  a strategy (a model on its ranks), a tokenizer, numbers. Out: folders that survive a kill and a full disk.
 Knows nothing of losses, text or devices' speed.
 
     out/pretrain/                    the best model so far, a Hugging Face folder, plus run.json
@@ -14,6 +14,9 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,14 +26,15 @@ from torch import Tensor
 
 from core import files
 from core.errors import StorageError, UserError
-from core.hf_config import family_of, load_config
+from core.hf_config import family_of
 from core.hf_folder import FORMAT, check_tensors, checkpoint_steps, load_tensors, save_model, verify
-from core.parallel import named
+from core.optim import LossScale
+from core.parallel import Strategy
 from model import Llama
 
 
 class WholeModel:
-    """What a run's folders hold of the model: all of it. An extra that trains a part of it brings its own saver.
+    """What a run's folders hold of the model: all of it. A wing that trains a part of it brings its own saver.
 
     Attributes:
         file: with the weights.
@@ -42,10 +46,21 @@ class WholeModel:
     def save(self, folder: Path, model: Llama, tokenizer, about: dict, weights: dict[str, Tensor]) -> None:
         save_model(folder, model, tokenizer, about, weights)
 
-    def load(self, folder: Path) -> dict[str, Tensor]:
+    def load(self, folder: Path, model: Llama) -> dict[str, Tensor]:
         """What was saved, by the model's names."""
-        family = family_of(load_config(folder))
+        family = family_of(model.config)
         return {family.ours(name): t for name, t in load_tensors(folder / self.file).items()}
+
+
+@dataclass
+class State:
+    """Where a run is: what a checkpoint says besides weights and moments."""
+
+    step: int = 0  # optimizer steps done
+    rows_seen: int = 0
+    best: float | None = None  # the lowest validation loss
+    overflows: int = 0  # in a row, of fp16
+    validated: bool = True  # False: the run was stopped where a validation was due
 
 
 class Run:
@@ -59,7 +74,7 @@ class Run:
         tokenizer: saved with every model.
         keep: checkpoints kept, at least 2, so that one is whole while another is being deleted.
         write: False on all ranks but the first: they read, and write nothing.
-        saver: how models become files; None: a WholeModel.
+        saver: how models become files.
     """
 
     def __init__(
@@ -72,13 +87,17 @@ class Run:
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = files.lock(self.folder)
-            for leftover in [*self.folder.glob(".tmp-*"), *self.folder.glob(".trash-*")]:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            self._clear()
 
     def close(self) -> None:
-        """Give the folder free."""
+        """Release the folder."""
         if self.write and self._lock:
             self._lock.close()
+
+    def _clear(self) -> None:
+        """Remove what was half written or half deleted."""
+        for leftover in [*self.folder.glob(".tmp-*"), *self.folder.glob(".trash-*")]:
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
     def start_anew(self) -> Path | None:
         """Move an earlier run's files aside, to `<folder>.1` or the next free number; returns that folder."""
@@ -95,7 +114,36 @@ class Run:
     def path(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
 
-    def newest(self, warn) -> Path | None:
+    # -------- going on
+
+    def resume(self, wanted: str, strategy: Strategy, scaler: LossScale | None, log: Callable[[str], None]) -> State:
+        """Go on from a checkpoint, or begin.
+
+        Args:
+            wanted: auto: from the newest whole one; no: from none; or a checkpoint's path.
+            strategy: takes its part of weights and moments.
+        Returns:
+            where the run is.
+        Raises:
+            UserError: no such checkpoint, or one of a run of another identity.
+        """
+        path = None
+        if wanted == "auto":
+            path = self.newest(log)
+        elif wanted != "no":
+            path = Path(wanted)
+            problem = verify(path) if path.is_dir() else "No such folder"
+            if problem:
+                raise UserError(f"{path}: {problem}", "--resume auto takes the newest whole one")
+        if path is None:
+            return State()
+        state = self.restore(path, strategy, scaler, log)
+        log(f"resumed from {path}")
+        if wanted != "auto" and (later := self.set_aside_after(state.step)):
+            log(f"set aside: {', '.join(p.name for p in later)}")
+        return state
+
+    def newest(self, warn: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that is whole; damaged ones are named through `warn` and passed over."""
         for step in reversed(checkpoint_steps(self.folder)):
             problem = verify(self.path(step))
@@ -104,100 +152,50 @@ class Run:
             warn(f"warning: {self.path(step)}: {problem}; trying the one before it")
         return None
 
-    def restore(self, path: Path, spread, optimizers: list, scaler, warn) -> dict:
-        """Put a checkpoint's state into model, optimizers and scaler.
-
-        Args:
-            spread: the model on its ranks, see parallel.py; each takes its part.
-
-        Returns:
-            Its state: step, rows_seen, best and what else `save` was given.
-        Raises:
-            UserError: made by a run of another identity.
-        """
+    def restore(self, path: Path, strategy: Strategy, scaler: LossScale | None, warn: Callable[[str], None]) -> State:
+        """Put a checkpoint's state into the strategy and the scaler; arguments and errors as `resume`."""
         state = files.read_json(path / "state.json")
+        self._check_identity(path, state)
+        self._tell_options(state["about"].get("options", {}), warn)
+        # Compared with what the model has before anything of it changes.
+        mine = strategy.parameters(self.saver.trained_only)
+        weights = self.saver.load(path, strategy.model)
+        if strategy.partial:
+            weights = {name: t for name, t in weights.items() if name in mine}
+        check_tensors(path / self.saver.file, weights, mine)
+        strategy.load(weights, load_tensors(path / "optimizer.safetensors"))
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        return State(**{field: state[field] for field in asdict(State())})
+
+    def _check_identity(self, path: Path, state: dict) -> None:
         if state["format"] != FORMAT:
             by = state.get("versions", {})
             raise UserError(
                 f"{path}: format {state['format']}, written with {by}, this version reads {FORMAT}",
                 "finish the run with the version that began it, or --resume no",
             )
+        then, now = state["identity"], self.identity
         different = [
-            f"{key} was {state['identity'].get(key)!r}, now {self.identity.get(key)!r}"
-            for key in sorted(state["identity"].keys() | self.identity.keys())
-            if state["identity"].get(key) != self.identity.get(key)
+            f"{key} was {then.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
         ]
         if different:
             raise UserError(
                 f"{path} cannot be resumed: {'; '.join(different)}",
                 "--resume no starts anew (the old run is kept), or take another --out_dir",
             )
-        for section, values in state["about"].get("options", {}).items():
-            for key, value in values.items():
-                if key in ("resume", "log_every"):
-                    continue
-                now = self.about.get("options", {}).get(section, {}).get(key)
-                if json.dumps(value) != json.dumps(now):
-                    warn(f"resuming with another {section}.{key}: was {value!r}, now {now!r}")
-        weights = self.saver.load(path)
-        mine = spread.mine(self.saver.trained_only)
-        if spread.partial:
-            weights = {name: t for name, t in weights.items() if name in mine}
-        check_tensors(path / self.saver.file, weights, mine)
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, value in load_tensors(path / "optimizer.safetensors").items():
-            name, _, entry = key.rpartition(":")
-            moments.setdefault(name, {})[entry] = value
-        for name, p in mine.items():
-            spread.put(p, weights[name])
-        for name, p, optimizer in named(spread.model, optimizers):
-            # The fused kernel wants its step counter where the parameter is; load_state_dict would do the same.
-            optimizer.state[p] = {k: spread.part(v, p) for k, v in moments.get(name, {}).items()}
-        if scaler is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        return state
 
-    def save(self, spread, optimizers: list, scaler, state: dict, warn, must: bool = False) -> bool:
-        """Commit checkpoint-<state["step"]>; on all ranks, for the first needs the others' parts.
-
-        A disk that refuses is told and survived, until the third time in a row; with `must`, the first time ends it.
-
-        Returns:
-            Whether it was saved.
-        Raises:
-            StorageError: the disk has refused once too often.
-        """
-        weights, moments = spread.weights(self.saver.trained_only), spread.moments(optimizers)
-        return self._survive(
-            "a checkpoint", warn, must, lambda: self._commit(spread.model, weights, moments, scaler, state)
-        )
-
-    def publish(self, spread, facts: dict, warn, must: bool = False) -> bool:
-        """Write the model into the run folder itself, where sample.py, sft.py and transformers look for it."""
-        weights = spread.weights(self.saver.trained_only)
-        return self._survive(
-            "the best model",
-            warn,
-            must,
-            lambda: self.saver.save(self.folder, spread.model, self.tokenizer, self.about | facts, weights),
-        )
-
-    def _survive(self, what: str, warn, must: bool, action) -> bool:
-        if not self.write:
-            return True
-        try:
-            action()
-            self.failures[what] = 0
-            return True
-        except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
-            self.failures[what] = self.failures.get(what, 0) + 1
-            for leftover in [*self.folder.glob(".tmp-*"), *self.folder.glob(".trash-*")]:
-                shutil.rmtree(leftover, ignore_errors=True)
-            line = f"{what} could not be saved: {getattr(e, 'strerror', None) or e}"
-            if must or self.failures[what] == 3:
-                raise StorageError(f"{self.folder}: {line}", "checkpoints from before are whole") from None
-            warn(f"warning: {line}; those from before are whole, training goes on")
-            return False
+    def _tell_options(self, then: dict, warn: Callable[[str], None]) -> None:
+        """Name every option that has another value than when the checkpoint was written."""
+        now = self.about.get("options", {})
+        for section, values in then.items():
+            # A section of a wing is there only if something named it; what changes training is in the identity.
+            for key, value in values.items() if section in now else ():
+                new = now[section].get(key)
+                if key not in ("resume", "log_every") and json.dumps(value) != json.dumps(new):
+                    warn(f"resuming with another {section}.{key}: was {value!r}, now {new!r}")
 
     def set_aside_after(self, step: int) -> list[Path]:
         """Rename the checkpoints later than `step`, so that a run rolled back to it does not meet them again."""
@@ -206,27 +204,68 @@ class Run:
             os.rename(path, path.with_name(f"set-aside-{path.name}-{os.getpid()}"))
         return later
 
-    def _commit(self, model: Llama, weights: dict, moments: dict, scaler, state: dict) -> None:
-        final = self.path(state["step"])
+    # -------- saving
+
+    def save(self, strategy: Strategy, scaler: LossScale | None, state: State, warn, must: bool = False) -> bool:
+        """Commit checkpoint-<state.step>; on all ranks, for the first needs the others' parts.
+
+        A disk that refuses is told and survived, until the third time in a row; with `must`, the first time ends it.
+
+        Returns:
+            Whether it was saved.
+        Raises:
+            StorageError: the disk has refused once too often.
+        """
+        weights, moments = strategy.weights(self.saver.trained_only), strategy.moments()
+        about = asdict(state) | {"scaler": scaler.state_dict() if scaler is not None else None}
+        return self._survive("a checkpoint", warn, must, lambda: self._commit(strategy.model, weights, moments, about))
+
+    def publish(self, strategy: Strategy, facts: dict, warn, must: bool = False) -> bool:
+        """Write the model into the run folder itself, where sample.py, sft.py and transformers look for it."""
+        weights, about = strategy.weights(self.saver.trained_only), self.about | facts
+        return self._survive(
+            "the best model",
+            warn,
+            must,
+            lambda: self.saver.save(self.folder, strategy.model, self.tokenizer, about, weights),
+        )
+
+    def note_divergence(self, facts: dict) -> None:
+        """Write diverged.json, for the user to look at."""
+        if self.write:
+            with suppress(OSError):
+                files.write_json(self.folder / "diverged.json", facts)
+
+    def _survive(self, what: str, warn, must: bool, action: Callable[[], None]) -> bool:
+        if not self.write:
+            return True
+        try:
+            action()
+            self.failures[what] = 0
+            return True
+        except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
+            self.failures[what] = self.failures.get(what, 0) + 1
+            self._clear()
+            line = f"{what} could not be saved: {getattr(e, 'strerror', None) or e}"
+            if must or self.failures[what] == 3:
+                raise StorageError(f"{self.folder}: {line}", "checkpoints from before are whole") from None
+            warn(f"warning: {line}; those from before are whole, training goes on")
+            return False
+
+    def _commit(self, model: Llama, weights: dict, moments: dict, about: dict) -> None:
+        final = self.path(about["step"])
         temporary = self.folder / f".tmp-{os.getpid()}-{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
-        self.saver.save(temporary, model, self.tokenizer, self.about | {"step": state["step"]}, weights)
+        # Everything is written under a name that nobody reads ...
+        self.saver.save(temporary, model, self.tokenizer, self.about | {"step": about["step"]}, weights)
         moments = {name: t.detach().contiguous() for name, t in moments.items()}
         files.replace(temporary / "optimizer.safetensors", lambda p: save_file(moments, p))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        files.write_json(
-            temporary / "state.json",
-            {
-                "format": FORMAT,
-                **state,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "identity": self.identity,
-                "about": self.about,
-                "versions": versions,
-            },
-        )
+        run = {"identity": self.identity, "about": self.about, "versions": versions}
+        files.write_json(temporary / "state.json", {"format": FORMAT, **about, **run})
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
         files.write_json(temporary / "manifest.json", manifest)
+        # ... and becomes the checkpoint by one rename.
         if final.exists():  # a damaged one that was passed over
             self._discard(final)
         os.rename(temporary, final)

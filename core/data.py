@@ -1,20 +1,15 @@
-"""Token bins, chat samples, rows, batches, and the order in which a run sees them.
+"""Rows, batches, and the order in which a run sees them.
 
-In:  bins (raw little-endian uint16 or uint32 with a .json beside them), or rendered chats (ids and loss mask).
-Out: Batch objects, the same for any number of ranks and after any resume.
-Knows nothing of text, models or losses.
+In:  a token bin. Out: Batch objects, the same for any number of ranks and after any resume.
+Knows nothing of text, models or ranks.
 
 Shapes:  B rows of a micro-batch, T positions (seq_len)
-
-A bin is the documents' ids one after another: [bos] ids eos [bos] ids eos ... Row i of a bin is the window of T + 1
-ids from i * T: its first T are read, its last T are predicted.
 """
 
 import hashlib
-import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -46,8 +41,36 @@ class Batch:
         return replace(self, **{name: t.pin_memory().to(device, non_blocking=True) for name, t in tensors.items()})
 
 
+class Rows(Protocol):
+    """What a run trains on or is validated on: numbered rows of seq_len positions.
+
+    Attributes:
+        seq_len: positions of a row, T.
+        digest: a hash of all rows; a resumed run must have the same.
+    """
+
+    seq_len: int
+    digest: str
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The rows with these numbers as one micro-batch."""
+
+    def where(self, i: int) -> str:
+        """Where row i comes from, for people."""
+
+    def describe(self) -> str:
+        """A line on all rows, for people."""
+
+    def text_bytes(self, rows: int) -> float:
+        """UTF-8 bytes of the text in the first rows; 0 where they are not known."""
+
+
 class BinRows:
     """Rows of a bin: consecutive windows, each exactly once per epoch.
+
+    Row i is the window of T + 1 ids from i * T: its first T are read, its last T are predicted.
 
     Args:
         bin: the tokens.
@@ -63,13 +86,9 @@ class BinRows:
         rest = bin.tokens - 1 - whole * seq_len
         self.rows, self.left_over = (whole + bool(rest), 0) if tail else (whole, rest)
         if self.rows < 1:  # an empty bin has -1
-            raise UserError(
-                f"{bin.path}: {bin.tokens} tokens, needs at least seq_len + 1 = {seq_len + 1}",
-                "a longer text or a smaller --seq_len",
-            )
+            needed = f"needs at least seq_len + 1 = {seq_len + 1}"
+            raise UserError(f"{bin.path}: {bin.tokens} tokens, {needed}", "a longer text or a smaller --seq_len")
         self.digest = bin.digest
-        # Bits per byte = nats of all targets / ln 2 / bytes of the text they encode.
-        self.bytes_per_token = bin.text_bytes / bin.tokens
 
     def __len__(self) -> int:
         return self.rows
@@ -78,153 +97,40 @@ class BinRows:
         """ids, targets, docs of row i, each (T,)."""
         start = i * self.seq_len
         window = self.bin.read(start, min(self.seq_len + 1, self.bin.tokens - start))
-        ids, targets = _padded(window[:-1], self.seq_len, self.eos_id), _padded(window[1:], self.seq_len, IGNORE)
+        ids, targets = padded(window[:-1], self.seq_len, self.eos_id), padded(window[1:], self.seq_len, IGNORE)
         if not self.docs:
             return ids, targets, None
-        ends = ids == self.eos_id
         # What follows an end belongs to the next document, and predicting it from this one would be a guess.
+        ends = ids == self.eos_id
         return ids, np.where(ends, IGNORE, targets), np.cumsum(ends) - ends
 
-    def describe(self) -> str:
-        return (
-            f"{self.bin.path}: {self.bin.tokens:,} tokens in {len(self)} rows of {self.seq_len}, "
-            f"{self.left_over} tokens at the end left out"
-        )
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return stack([self.row(i) for i in indices], indices)
 
     def where(self, i: int) -> str:
         return f"{self.bin.path}: tokens {i * self.seq_len} to {(i + 1) * self.seq_len}"
 
-
-class MixedRows:
-    """Rows of several bins together, each with a share of them.
-
-    One epoch shows every row of every bin at least once, and the one with the most rows for its share exactly once; the
-    others begin again. Which row comes when is decided by `row_number`, as for a single bin.
-
-    Args:
-        parts: the bins' rows, of one seq_len.
-        shares: how much of the training each is, in any unit; None: as much as each has.
-    """
-
-    def __init__(self, parts: Sequence[BinRows], shares: Sequence[float] | None = None):
-        self.parts = parts
-        shares = list(shares or map(len, parts))
-        self.seq_len, self.bytes_per_token = parts[0].seq_len, 0.0
-        epoch = max(len(part) / share for part, share in zip(parts, shares))
-        counts = [max(len(part), round(share * epoch)) for part, share in zip(parts, shares)]
-        self.ends = np.cumsum(counts)
-        identity = [(part.digest, count) for part, count in zip(parts, counts)]
-        self.digest = hashlib.sha256(str(identity).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def _find(self, i: int) -> tuple[BinRows, int]:
-        k = int(np.searchsorted(self.ends, i, side="right"))
-        return self.parts[k], (i - (int(self.ends[k - 1]) if k else 0)) % len(self.parts[k])
-
-    def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """ids, targets, docs of row i, each (T,)."""
-        part, at = self._find(i)
-        return part.row(at)
-
     def describe(self) -> str:
-        counts = np.diff(self.ends, prepend=0)
-        return "\n".join(
-            f"{count / len(self):.1%} {part.describe()}, each {count / len(part):.2f} times an epoch"
-            for part, count in zip(self.parts, counts)
-        )
+        rows = f"{self.bin.tokens:,} tokens in {len(self)} rows of {self.seq_len}"
+        return f"{self.bin.path}: {rows}, {self.left_over} tokens at the end left out"
 
-    def where(self, i: int) -> str:
-        part, at = self._find(i)
-        return part.where(at)
+    def text_bytes(self, rows: int) -> float:
+        # The text's bytes are spread evenly over all ids; one without a target (a document's first) counts too.
+        return min(rows * self.seq_len, self.bin.tokens) * (self.bin.text_bytes / self.bin.tokens)
 
 
-def parse_mix(entries: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """["wiki.bin:0.7", "medical.bin:0.3"] -> paths and shares; None where no entry has a share.
-
-    Raises:
-        UserError: some entries with a share and some without, a share of 0, or a file that is named twice.
-    """
-    found = [re.fullmatch(r"(.+?)(?::([0-9]*\.?[0-9]+))?", entry) for entry in entries]
-    paths, shares = [m[1] for m in found if m], [float(m[2]) for m in found if m and m[2]]
-    real = [os.path.realpath(path) for path in paths]
-    if doubles := {path for path, r in zip(paths, real) if real.count(r) > 1}:
-        raise UserError(f"{', '.join(sorted(doubles))}: named twice", "a share says how often a bin is seen")
-    if not paths:
-        raise UserError("data.train is empty", "a bin to train on")
-    if shares and (len(shares) < len(paths) or min(shares) <= 0):
-        raise UserError(f"{', '.join(entries)}: all or none have a share, and none is 0", "a.bin:0.7,b.bin:0.3")
-    return paths, shares or None
-
-
-class ChatRows:
-    """Rows of rendered chats: several samples packed into each, none split.
-
-    Args:
-        samples: (ids, mask, where) of each chat; mask is 1 where the id is to be predicted.
-        seq_len: T; no sample may have more than T + 1 ids.
-        pad_id: the id that fills a row's rest; it has no loss and its own document number.
-        pack: False gives every sample a row of its own.
-    """
-
-    def __init__(
-        self, samples: Iterable[tuple[Sequence[int], Sequence[int], str]], seq_len: int, pad_id: int, pack: bool = True
-    ):
-        self.seq_len, self.pad_id = seq_len, pad_id
-        self.samples = [(np.asarray(ids, np.int64), np.asarray(mask, bool), where) for ids, mask, where in samples]
-        digest = hashlib.sha256()
-        self.packs: list[list[int]] = []
-        room = 0
-        for k, (ids, mask, where) in enumerate(self.samples):
-            need = len(ids) - 1  # the last id is only predicted, never read
-            assert 0 < need <= seq_len and mask[1:].any(), f"{where}: sample does not fit"
-            if not (pack and need <= room):
-                self.packs.append([])
-                room = seq_len
-            self.packs[-1].append(k)
-            room -= need
-            digest.update(ids.tobytes() + mask.tobytes())
-        if not self.packs:
-            raise UserError("no chats to train on")
-        digest.update(str(self.packs).encode())  # the rows' numbers mean another order in another packing
-        self.digest = digest.hexdigest()
-        self.bytes_per_token = 0.0
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids, targets, docs of row i, each (T,)."""
-        ids, targets, docs = [], [], []
-        for number, k in enumerate(self.packs[i]):
-            tokens, mask, _ = self.samples[k]
-            ids.append(tokens[:-1])
-            targets.append(np.where(mask[1:], tokens[1:], IGNORE))
-            docs.append(np.full(len(tokens) - 1, number))
-        return (
-            _padded(np.concatenate(ids), self.seq_len, self.pad_id),
-            _padded(np.concatenate(targets), self.seq_len, IGNORE),
-            _padded(np.concatenate(docs), self.seq_len, len(docs)),
-        )
-
-    def where(self, i: int) -> str:
-        return f"{self.samples[self.packs[i][0]][2]} and the {len(self.packs[i]) - 1} chats packed with it"
-
-
-def _padded(values: np.ndarray, length: int, fill: int) -> np.ndarray:
+def padded(values: np.ndarray, length: int, fill: int) -> np.ndarray:
     return values if len(values) == length else np.append(values, np.full(length - len(values), fill, np.int64))
 
 
-def batch(rows: BinRows | MixedRows | ChatRows, indices: Sequence[int]) -> Batch:
-    """The rows with the given numbers as one micro-batch; rows that need more than a Batch say how: `make`."""
-    ids, targets, docs = zip(*(rows.row(i) for i in indices))
-    return getattr(rows, "make", Batch)(
-        torch.from_numpy(np.stack(ids)),
-        torch.from_numpy(np.stack(targets)),
-        None if docs[0] is None else torch.from_numpy(np.stack(docs).astype(np.int32)),
-        list(indices),
-    )
+def stack(rows: Sequence[tuple], indices: Sequence[int]) -> Batch:
+    """Rows (ids, targets, docs), each (T,), as one micro-batch."""
+    ids, targets, docs = zip(*rows)
+    docs = None if docs[0] is None else torch.from_numpy(np.stack(docs).astype(np.int32))
+    return Batch(torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(targets)), docs, list(indices))
+
+
+# ---------------------------------------------------------------- order
 
 
 def permute(k: int, n: int, key: str) -> int:
@@ -257,3 +163,27 @@ def row_number(k: int, n: int, seed: int) -> int:
 def step_rows(seen: int, rows_per_step: int, n: int, seed: int) -> list[int]:
     """Row numbers of the optimizer step that begins after `seen` rows, over all ranks, in order."""
     return [row_number(seen + j, n, seed) for j in range(rows_per_step)]
+
+
+def plan_step(batch_tokens: int, micro_batch: int, seq_len: int, ranks: int) -> tuple[int, int, int]:
+    """How the rows of an optimizer step are dealt out.
+
+    Returns:
+        rows per step over all ranks; rows per micro-batch, at most micro_batch, and as many as divide a rank's share
+        of the step without a rest; micro-batches per rank.
+    Raises:
+        UserError: batch_tokens cannot be dealt out to the ranks in whole rows.
+    """
+    share = ranks * seq_len
+    if batch_tokens % share:
+        nearest = max(share, batch_tokens // share * share)
+        multiple = f"ranks {ranks} x seq_len {seq_len} = {share}"
+        raise UserError(f"batch_tokens {batch_tokens} is not a multiple of {multiple}", f"--batch_tokens {nearest}")
+    mine = batch_tokens // share  # rows of one rank's share
+    micro = next(n for n in range(min(micro_batch, mine), 0, -1) if mine % n == 0)
+    return mine * ranks, micro, mine // micro
+
+
+def seed_micro_batch(seed: int, step: int, number: int) -> None:
+    """Dropout in the forward pass of a step's micro-batch depends on nothing that came before."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {number}".encode()).digest()[:8]) >> 1)

@@ -1,136 +1,137 @@
-"""config.json of a model folder: read, checked number by number, and written.
+"""config.json of a model folder: checked number by number when it is read, and written for transformers.
 
-In:  a config.json. Out: a ModelConfig, or an error that names the number. And back.
-Knows nothing of weights.
+In:  a config.json, or options. Out: a ModelConfig, or an error that names the number. And back.
+Knows nothing of weights. Other families than Llama: extras/families.
 """
 
 import dataclasses
+import math
 import reprlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from core import files
 from core.errors import UserError
 from model import Llama, ModelConfig
 
+MOST = 1 << 24  # of any size: larger numbers are mistakes or attacks, and would be allocated
+
+
+@dataclass(frozen=True)
+class CheckedConfig(ModelConfig):
+    """Sizes that come from a file or from the command line. Every number is checked before anything is allocated."""
+
+    def __post_init__(self):
+        # The blanks that super() fills are derived from these.
+        for name in ("hidden_size", "num_attention_heads"):
+            check_size(self, name)
+        if not self.head_dim and self.hidden_size % self.num_attention_heads:
+            heads = f"num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by {heads}")
+        super().__post_init__()
+        for name in ("intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim"):
+            check_size(self, name)
+        check_size(self, "max_position_embeddings")
+        check_size(self, "vocab_size", least=0)
+        check_size(self, "num_hidden_layers", most=1024)
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise ValueError(f"num_attention_heads {heads} is not divisible by num_key_value_heads {groups}")
+        if heads * self.head_dim > MOST:
+            raise ValueError(f"num_attention_heads {heads} x head_dim {self.head_dim} is above {MOST}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, must be even: RoPE turns pairs")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not (0 < getattr(self, name) < math.inf):
+                raise ValueError(f"{name} is {getattr(self, name)}, must be a positive number")
+
+
+def check_size(config: ModelConfig, name: str, least: int = 1, most: int = MOST) -> None:
+    """ValueError where a field is not in its range."""
+    if not least <= getattr(config, name) <= most:
+        raise ValueError(f"{name} is {getattr(config, name)}, must be from {least} to {most}")
+
 
 class Family:
-    """How the folders of Llama and its descendants in model.py are read and written. Others: extras/families.py.
-
-    Args:
-        architecture: what transformers calls the model.
+    """How the folders of a family are read and written: here Llama's.
 
     Attributes:
+        architecture: what transformers calls the model.
         model: its class here.
     """
 
-    model = Llama
-
-    def __init__(self, architecture: str):
-        self.architecture = architecture
-
-    def read(self, raw: dict, path: Path) -> ModelConfig:
-        """config.json -> config.
-
-        Raises:
-            UserError: a number that is missing or impossible, a way of computing that is not here.
-        """
-        if raw.get("hidden_act", "silu") != "silu" or raw.get("mlp_bias"):
-            raise UserError(f"{path}: hidden_act must be silu and mlp_bias false")
-        if raw.get("use_sliding_window"):
-            raise UserError(f"{path}: use_sliding_window is not supported")
-        return make_config(ModelConfig, raw | read_rope(raw, path), path)
+    architecture, model = "LlamaForCausalLM", Llama
 
     def write(self, config: ModelConfig) -> dict:
         """config -> config.json."""
-        scaling = {"rope_type": config.rope_type, "factor": config.rope_factor}
-        if config.original_max_position_embeddings:
-            scaling["original_max_position_embeddings"] = config.original_max_position_embeddings
-        if config.rope_type == "llama3":
-            scaling |= {name: ROPE_CONSTANTS[name] for name in ("low_freq_factor", "high_freq_factor")}
-        same = {k: v for k, v in dataclasses.asdict(config).items() if k not in ROPE_FIELDS}
-        return {
-            "architectures": [self.architecture],
-            **same,
-            "hidden_act": "silu",
-            "mlp_bias": False,
-            "rope_scaling": None if config.rope_type == "default" else scaling,
-            "attention_dropout": 0.0,
-        }
+        constant = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "rope_scaling": None}
+        about = {"architectures": [self.architecture], "model_type": "llama", "hidden_act": "silu"}
+        return about | dataclasses.asdict(config) | constant
 
     def ours(self, name: str) -> str:
         """Our name of a stored tensor, "" for a constant that old exports store."""
         return "" if name.endswith("rotary_emb.inv_freq") else name
 
     def theirs(self, name: str) -> str:
+        """The stored name of a tensor of ours."""
         return name
 
 
-# By model_type. Commands add those of extras/families.py.
-FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM"),
-    "qwen3": Family("Qwen3ForCausalLM"),
-}
+@dataclass(frozen=True)
+class OtherConfig(CheckedConfig):
+    """A config of another family: the classes derived from it, in extras/families, say which."""
 
-
-ROPE_FIELDS = ("rope_type", "rope_factor", "original_max_position_embeddings")
-
-
-# What transformers lets a config.json say and model.py takes as given.
-ROPE_CONSTANTS = {"beta_fast": 32, "beta_slow": 1, "low_freq_factor": 1, "high_freq_factor": 4, "truncate": True}
-
-
-def sizes(config: ModelConfig) -> dict:
-    """What tells one model from another; fields that came later only where they are used: older runs go on."""
-    later = {"model_type": "llama", "rope_type": "default", "rope_factor": 1.0, "original_max_position_embeddings": 0}
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in later or v != later[k]}
+    @property
+    def family(self) -> Family:
+        raise NotImplementedError
 
 
 def family_of(config: ModelConfig) -> Family:
-    return FAMILIES[config.model_type]
+    return config.family if isinstance(config, OtherConfig) else Family()
 
 
-def read_rope(raw: dict, path: Path) -> dict:
-    """rope_theta and ROPE_FIELDS out of a config.json, old (rope_scaling) or of transformers 5 (rope_parameters)."""
+def identify(config: ModelConfig) -> dict:
+    """What tells one model from another: what a resumed run must share with the one it continues."""
+    # Runs of earlier versions have the first key, and of the others only those that are used.
+    usual = {"model_type": "llama", "rope_type": "default", "rope_factor": 1.0, "original_max_position_embeddings": 0}
+    found = {"attention_bias": False} | dataclasses.asdict(config)
+    return {key: value for key, value in found.items() if key not in usual or value != usual[key]}
+
+
+def is_plain_llama(raw: dict) -> bool:
+    """Whether a config.json describes what model.py is; everything else is for extras/families to read or refuse."""
+    plain = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
     rope = raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters = {reprlib.repr(rope)} is not an object")
-    scaling = raw.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else None
-    plain = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
-    if (
-        kind is None
-        or (kind != "default" and scaling.get("factor") is None)
-        or any(
-            value is not None and key not in plain and value != ROPE_CONSTANTS.get(key)
-            for key, value in scaling.items()
-        )
-    ):
-        raise UserError(f"{path}: rope_scaling {reprlib.repr(scaling)} is not supported")
-    theta = raw.get("rope_theta")
-    found = {"rope_theta": rope.get("rope_theta", 10000.0) if theta is None else theta, "rope_type": kind}
-    if kind != "default":
-        found["rope_factor"] = scaling["factor"]
-        if kind in ("yarn", "llama3"):
-            found["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings", 0)
-    return found
+    scaled = (
+        not isinstance(rope, dict)
+        or rope.get("rope_type", "default") != "default"
+        or rope.keys() - {"rope_theta", "rope_type"}
+    )
+    return all(raw.get(k, v) == v for k, v in plain.items()) and not (raw.get("rope_scaling") or scaled)
 
 
-def make_config(cls: type, raw: dict, path: Path, **own):
-    """A ModelConfig or one derived from it, out of what a config.json says, every number checked; `own` is not."""
+def read_config(path: Path, hint: str = "") -> ModelConfig:
+    """What a plain Llama's config.json says.
+
+    Raises:
+        UserError: a number that is missing or impossible.
+    """
+    raw = files.read_json(path, hint)
+    theta = (raw.get("rope_parameters") or {}).get("rope_theta", raw.get("rope_theta"))
+    checked = make_config(CheckedConfig, raw | {"rope_theta": theta}, path)
+    return ModelConfig(**dataclasses.asdict(checked))
+
+
+def make_config(cls: type, raw: dict, path: Path, **own) -> ModelConfig:
+    """A config of the class, out of what a config.json says, every number checked; `own` is not."""
     raw = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048} | raw
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     values = {}
     for field in (f for f in dataclasses.fields(cls) if f.name not in own):
         value = raw.get(field.name)
         if value is None:
-            if field.name in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-            ):
+            if field.name in needed:
                 raise UserError(f"{path}: {field.name} is missing")
             continue
         fits = type(value) in (int, float) if field.type is float else type(value) is field.type
@@ -139,19 +140,9 @@ def make_config(cls: type, raw: dict, path: Path, **own):
             raise UserError(f"{path}: {field.name} = {reprlib.repr(value)} is not of type {field.type.__name__}")
         values[field.name] = field.type(value)
     try:
-        return cls(**values, **own)
+        config = cls(**values, **own)
     except ValueError as e:
         raise UserError(f"{path}: {e}") from None
-
-
-def load_config(folder: Path) -> ModelConfig:
-    """What a folder's config.json says, every number checked before anything is allocated."""
-    path = Path(folder) / "config.json"
-    raw = files.read_json(path, hint=f"is {folder} a model folder?")
-    name = raw.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{path}: model_type {reprlib.repr(name)} is not supported", f"known: {', '.join(FAMILIES)}")
-    config = FAMILIES[name].read(raw, path)
     if not config.vocab_size:
         raise UserError(f"{path}: vocab_size is 0")
     return config

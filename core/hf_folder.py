@@ -4,7 +4,6 @@ In:  a model, a tokenizer, plain data on the run. Out: a folder; from a folder a
 Knows nothing of runs, optimizers or losses.
 """
 
-import contextlib
 import hashlib
 import os
 import re
@@ -12,8 +11,9 @@ import reprlib
 import shutil
 import struct
 import tempfile
-import zipfile
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from core import files
 from core.errors import Diverged, UserError
-from core.hf_config import family_of, load_config
-from model import Llama
+from core.hf_config import family_of, read_config
+from core.memory import save_memory
+from model import Llama, ModelConfig
 from tokenizer import chat
 
 FORMAT = 1
@@ -85,87 +86,88 @@ def model_tensors(model: Llama, weights: dict[str, Tensor] | None = None) -> dic
     return {family_of(model.config).theirs(name): t for name, t in state.items()}
 
 
-def load_model(
-    folder: str | Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    allow_pickle: bool = False,
-) -> Llama:
-    """Build the model that a folder describes, with its weights.
+@dataclass
+class Opened:
+    """A model folder that was looked at: everything is checked, and no memory is taken yet.
 
-    Args:
-        dtype: of the weights in memory.
-        The rest and the errors as in `open_model`.
+    Attributes:
+        model: on the meta device.
+        weights: (name, values) of each of its weights, mapped from the files; to be read once.
+        paths: the files with the weights.
     """
-    return build(*open_model(folder, allow_pickle), device, dtype)
+
+    folder: Path
+    model: Llama
+    weights: Iterable[tuple[str, Tensor]]
+    paths: list[Path]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the weight files: says whether a base model is the same."""
+        return hashlib.sha256("".join(map(files.sha256, self.paths)).encode()).hexdigest()
 
 
-def build(
-    model: Llama, fill: Callable, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Llama:
-    """Memory and weights for what `open_model` returned."""
-    state: dict[str, Tensor] = {}
-    # Copies: what is only mapped would change, or end the process, when the file is written over during a run.
-    fill(lambda name, t: state.__setitem__(name, t.to(device=device, dtype=dtype, copy=True)))
-    model.load_state_dict(state, assign=True)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(True)
-
-
-def open_model(folder: str | Path, allow_pickle: bool = False) -> tuple[Llama, Callable]:
-    """Look at a model folder, and hold its weights ready.
+def open_model(folder: Path) -> Opened:
+    """Look at a folder with a plain Llama, as `save_model` writes it. All other folders: assembly/models.py.
 
     Args:
-        folder: config.json and model.safetensors (or shards named by model.safetensors.index.json), or where there is
-            neither, the same as pytorch_model.bin, or one .pt or .pth.
-        allow_pickle: read a .bin, .pt or .pth, by torch's unpickler that builds tensors and calls nothing else.
-    Returns:
-        the model on the meta device, and `fill` for `parallel.spread`: it calls what it is given with each weight's
-        name and values, which are mapped from the files.
+        folder: config.json and model.safetensors.
     Raises:
-        UserError: missing or damaged files, another family, weights that do not fit the config, NaN in weights.
+        UserError: missing or damaged files, weights that do not fit the config, NaN in weights.
     """
-    folder = Path(folder)
-    config = load_config(folder)
-    if files.read_json(folder / "config.json").get("quantization_config"):
-        raise UserError(
-            f"{folder}: its weights are quantised, they are for generation only", "take the folder that it was made of"
-        )
+    path = folder / "model.safetensors"
+    return match(folder, read_config(folder / "config.json", f"is {folder} a model folder?"), map_tensors(path), [path])
+
+
+def match(folder: Path, config: ModelConfig, state: dict[str, Tensor], paths: list[Path]) -> Opened:
+    """Bring a config and stored tensors together.
+
+    Args:
+        state: tensors by the names of their files, mapped, not read: nothing is allocated before sizes and names
+            have been compared.
+        paths: their files.
+    Raises:
+        UserError: weights that do not fit the config, NaN in weights.
+    """
     family = family_of(config)
-    paths = _weight_files(folder)
-    state: dict[str, Tensor] = {}
-    for path in paths:  # mapped, not read: nothing is allocated before sizes and names have been compared
-        tensors = (
-            _map_tensors(path, files.JSON_BYTES) if path.suffix == ".safetensors" else _load_pickled(path, allow_pickle)
-        )
-        if twins := sorted(state.keys() & tensors.keys()):
-            raise UserError(f"{path}: {twins[0]} is in another of the files, too")
-        state |= tensors
     state = {name: t for theirs, t in state.items() if (name := family.ours(theirs))}
     layers = {m[1] for name in state if (m := re.match(r"model\.layers\.(\d+)\.", name))}
     if len(layers) != config.num_hidden_layers:
         raise UserError(f"{folder}/config.json: describes {config.num_hidden_layers} layers, the weights {len(layers)}")
     with torch.device("meta"):  # names and shapes without memory
-        described = family.model(config)
+        described = save_memory(family.model(config))
     size = sum(p.numel() for p in described.parameters())
     on_disk = sum(path.stat().st_size for path in paths)
     # Every stored weight takes at least half a byte; a config that asks for far more was not written for these files.
     if size > 4 * on_disk + (1 << 20):
         raise UserError(f"{folder}/config.json: describes {size:,} parameters, the weights are {on_disk:,} bytes")
+    # Tied weights are stored once, and both names are in use for them.
     if config.tie_word_embeddings:
-        # Tied weights are stored once, and both names are in use for them.
         one = state.pop(HEAD, None)
         state.setdefault(EMBEDDING, one) if one is not None else None
         if EMBEDDING in state:
             state[HEAD] = state[EMBEDDING]
     check_tensors(paths[0], state, described.state_dict())
+    return Opened(folder, described, iter(state.items()), paths)
 
-    def fill(write: Callable[[str, Tensor], None]) -> None:
-        for name, values in state.items():
-            write(name, values)
 
-    return described, fill
+def build(
+    model: Llama,
+    weights: Iterable[tuple[str, Tensor]],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Llama:
+    """Memory and weights for a model on the meta device.
+
+    Args:
+        dtype: of the weights in memory.
+    """
+    # Copies: what is only mapped would change, or end the process, when the file is written over during a run.
+    state = {name: t.to(device=device, dtype=dtype, copy=True) for name, t in weights}
+    model.load_state_dict(state, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(True)
 
 
 def check_tokenizer(folder: Path, model: Llama, tokenizer) -> None:
@@ -183,47 +185,13 @@ def check_tokenizer(folder: Path, model: Llama, tokenizer) -> None:
         )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a folder: safetensors where there are any, else pickles."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        if (folder / f"{name}.index.json").is_file():
-            return _shards(folder / f"{name}.index.json", Path(name).suffix)
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in (".pt", ".pth") and p.is_file())
-    if len(pickles) > 1:
-        raise UserError(f"{folder}: weights in {pickles[0].name} or {pickles[1].name}?", "leave one of them there")
-    if not pickles:
-        raise UserError(f"{folder}/model.safetensors: No such file", f"is {folder} a model folder?")
-    return pickles
-
-
-def _shards(index: Path, suffix: str) -> list[Path]:
-    """The weight files that an index names."""
-    names = files.read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{index}: weight_map is missing")
-    shards = sorted(set(map(str, names.values())))
-    for name in shards:
-        # A name with a folder in it, or a link, could read any file of the machine.
-        plain = Path(name).name == name and name.endswith(suffix) and name.isprintable()
-        if not plain or (index.parent / name).is_symlink():
-            raise UserError(
-                f"{index}: {reprlib.repr(name)} is not a plain file name inside the folder",
-                f"a file of its own, {suffix}; cp -rL copies what links point to",
-            )
-        if not (index.parent / name).is_file():
-            raise UserError(f"{index.parent / name}: No such file", "an incomplete download?")
-    return [index.parent / name for name in shards]
-
-
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file of ours, copied: Windows neither moves nor removes a file that is mapped."""
     # The moments of a run have three times the names of its weights.
-    return {name: t.clone() for name, t in _map_tensors(path, 4 * files.JSON_BYTES).items()}
+    return {name: t.clone() for name, t in map_tensors(path, 4 * files.JSON_BYTES).items()}
 
 
-def _map_tensors(path: Path, most: int) -> dict[str, Tensor]:
+def map_tensors(path: Path, most: int = files.JSON_BYTES) -> dict[str, Tensor]:
     """All tensors of a safetensors file, mapped into memory; its names and shapes may take `most` bytes."""
     try:
         with open(path, "rb") as f:
@@ -238,34 +206,6 @@ def _map_tensors(path: Path, most: int) -> dict[str, Tensor]:
         raise UserError(f"{path}: {e.strerror or e}") from None
     except (SafetensorError, ValueError, RuntimeError) as e:
         raise UserError(f"{path}: not a safetensors file, or damaged: {e}") from None
-
-
-def _load_pickled(path: Path, allowed: bool) -> dict[str, Tensor]:
-    """All tensors of a file by torch.save, mapped where that is possible; nothing else in it is built or called.
-
-    Source: before torch 2.6 such a file could run code (CVE-2025-32434), before 2.10 damage memory (CVE-2026-24747).
-    """
-    if not allowed:
-        raise UserError(
-            f"{path}: a pickle, which can hold more than weights",
-            "pretrain.py, sft.py and sample.py read its tensors with --allow_pickle",
-        )
-    if torch.__version__ < (2, 10):
-        raise UserError(f"--allow_pickle needs torch 2.10, this is {torch.__version__}", "pip install -U torch")
-    try:
-        zipped = zipfile.is_zipfile(path)  # since torch 1.6; only these can be mapped
-        with zipfile.ZipFile(path) if zipped else contextlib.nullcontext() as archive:
-            if zipped and any(member.compress_type for member in archive.infolist()):
-                raise ValueError("torch.save compresses nothing")  # so this was made to grow
-        state = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except Exception as e:  # whatever a hostile file makes the unpickler stumble over; its advice is not for our users
-        raise UserError(f"{path}: holds more than weights, or is damaged ({type(e).__name__})") from None
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.is_cpu
-        for k, t in state.items()
-    ):
-        raise UserError(f"{path}: not a table of tensors by name")
-    return {k: t.detach() for k, t in state.items()}
 
 
 def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -302,11 +242,6 @@ def model_folder(path: str | Path, config: str = "config.json") -> Path:
         if (folder / config).exists() and (folder == path or verify(folder) is None):
             return folder
     raise UserError(f"{path}: no model in this folder", "train one with python pretrain.py, or check the path")
-
-
-def weights_digest(folder: Path) -> str:
-    """Hash of a folder's weight files: says whether a base model is the same."""
-    return hashlib.sha256("".join(map(files.sha256, _weight_files(folder))).encode()).hexdigest()
 
 
 def load_about(folder: Path) -> dict:

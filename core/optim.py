@@ -6,45 +6,35 @@ Knows nothing of data, loops or files.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
+from core.config import Range, Section
 from core.errors import UserError
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    optimizer: str = "adamw"  # adamw, or muon: Muon for the blocks' matrices and AdamW for the rest
-    lr: float = 3e-4  # at the top of the schedule
-    min_lr: float = 3e-5  # at its end; a tenth of lr is usual (Chinchilla, https://arxiv.org/abs/2203.15556)
-    warmup_steps: int = 100
-    schedule: str = "cosine"  # cosine, or wsd: warm up, stay, and fall linearly in the last decay_share of the rest
-    decay_share: float = 0.2  # https://arxiv.org/abs/2405.18392: 20 % is as good as a whole cosine
-    weight_decay: float = 0.1  # on matrices; norms and biases have none
-    beta1: float = 0.9
-    beta2: float = 0.95  # Llama 2's; 0.999 forgets too slowly for short runs
-    eps: float = 1e-8
-    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+class OptimConfig(Section):
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for the blocks' matrices and AdamW for the rest
+    lr: Annotated[float, Range(above=0)] = 3e-4  # at the top of the schedule
+    # At its end; a tenth of lr is usual (Chinchilla, https://arxiv.org/abs/2203.15556).
+    min_lr: Annotated[float, Range(least=0)] = 3e-5
+    warmup_steps: Annotated[int, Range(least=0)] = 100
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm up, stay, fall linearly in the last decay_share
+    # Of the steps after warm-up; https://arxiv.org/abs/2405.18392: 20 % is as good as a whole cosine.
+    decay_share: Annotated[float, Range(least=0, most=1)] = 0.2
+    weight_decay: Annotated[float, Range(least=0)] = 0.1  # on matrices; norms and biases have none
+    beta1: Annotated[float, Range(least=0, below=1)] = 0.9
+    beta2: Annotated[float, Range(least=0, below=1)] = 0.95  # Llama 2's; 0.999 forgets too slowly for short runs
+    eps: Annotated[float, Range(above=0)] = 1e-8
+    grad_clip: Annotated[float, Range(least=0)] = 1.0  # largest gradient norm; 0: no clipping
 
     def __post_init__(self):
-        for name, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(known)}")
-        # Written so that NaN fails every test.
-        for name in ("lr", "eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)}, must be above 0")
-        if not 0 <= self.min_lr <= self.lr:
+        super().__post_init__()
+        if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr}, must be from 0 to lr = {self.lr}")
-        if not 0 <= self.decay_share <= 1:
-            raise ValueError(f"decay_share = {self.decay_share}, must be from 0 to 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, must be at least 0 and below 1")
-        for name in ("warmup_steps", "weight_decay", "grad_clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)}, must not be negative")
 
 
 def learning_rate(step: int, max_steps: int, cfg: OptimConfig) -> float:

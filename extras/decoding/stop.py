@@ -4,7 +4,7 @@ In:  text piece by piece, as a decoder gives it. Out: the text up to the stop st
 Does not know ids or models.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class UntilStop:
@@ -36,3 +36,13 @@ class UntilStop:
         """What was held back, at the end of the text."""
         out, self._held = self._held, ""
         return out
+
+
+def cut_at_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pieces of a text up to the stop string that is whole first; no more of them are asked for then."""
+    until = UntilStop(stops)
+    for piece in pieces:
+        yield until.push(piece)
+        if until.stopped:
+            return
+    yield until.flush()

@@ -1,10 +1,9 @@
-"""How fast the machine could be, and where the time of a step goes.
+"""Where the time of a step goes.
 
-In:  a device, steps as they are made. Out: FLOP/s of large matrix products; a trace of some steps as files.
+In:  steps as they are made. Out: a trace of some steps as files.
 Knows nothing of models or data.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,36 +11,17 @@ from pathlib import Path
 import torch
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of three: what a model FLOPs utilization (MFU) is a share of.
-
-    Data sheets promise more than any product reaches (an H200 989 TFLOP/s in bf16, measured 791), and for CPUs nothing.
-    """
-    n = 8192 if device.type == "cuda" else 1024  # large enough to fill the device, 3 ms and 0.1 s
-    generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.rand(n, n, generator=generator, device=device).to(dtype) for _ in range(2))
-    taken = []
-    for _ in range(4):  # the first one sets things up
-        began = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        taken.append(time.perf_counter() - began)
-    return 2 * n**3 / min(taken[1:])
-
-
 @contextmanager
 def profiled(steps: int, folder: Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Trace some steps, from the fourth on: those before make memory and caches.
 
     Args:
-        steps: how many; 0: none.
+        steps: how many.
         folder: gets trace.json, for https://ui.perfetto.dev, and operations.txt, what took how long in all.
 
     Yields:
         what to call after each step.
     """
-    if not steps:
-        yield lambda: None
-        return
     from torch.profiler import ProfilerActivity, profile, schedule
 
     by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

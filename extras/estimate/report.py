@@ -8,18 +8,20 @@ Knows one device with the whole model on it (ddp); what runs beside training, as
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 import torch
 
-import trainer
-from core.data import batch
+from core.config import Range, Section
+from core.data import Rows, plan_step
+from core.device import choose_dtype, matmul_peak
 from core.distributed import Ranks
 from core.errors import UserError
+from core.size import describe, flops_per_token
 from extras.estimate import memory
-from extras.estimate import profile as speed
-from model import Llama, describe
+from model import Llama
 
 # TFLOP/s of dense products with 16-bit factors and 32-bit sums, of the makers' data sheets and white papers.
 CARDS = {"T4": 65, "V100": 125, "RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H20": 148, "H100": 989}
@@ -27,21 +29,19 @@ KINDS = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
-class EstimateConfig:
+class EstimateConfig(Section):
     dry_run: bool = False  # say what the run would take, and end
     memory: str = ""  # of a device, as 6GB: the largest micro-batch that fits it
-    tokens: float = 0.0  # positions to train on in all; 0: as the data, epochs and max_steps say
-    cards: int = 1  # so many of each kind of card
-    mfu: float = 0.4  # the share of its products' peak that a device keeps up in training
+    # Positions to train on in all; 0: as the data, epochs and max_steps say.
+    tokens: Annotated[float, Range(least=0)] = 0.0
+    cards: Annotated[int, Range(least=1)] = 1  # so many of each kind of card
+    # The share of its products' peak that a device keeps up in training.
+    mfu: Annotated[float, Range(above=0, most=1)] = 0.4
 
     def __post_init__(self):
+        super().__post_init__()
         if self.memory:
             gigabytes(self.memory)
-        if self.tokens < 0 or self.cards < 1 or not 0 < self.mfu <= 1:
-            raise ValueError(
-                f"tokens = {self.tokens}, cards = {self.cards}, mfu = {self.mfu}: tokens must not be "
-                "negative, cards at least 1, mfu above 0 and at most 1"
-            )
 
 
 def gigabytes(text: str) -> float:
@@ -57,7 +57,7 @@ def days(flops: float, tflops: float, cards: int, mfu: float) -> float:
     return flops / (tflops * 1e12 * cards * mfu) / 86400
 
 
-def report(model: Llama, cfg, rows, seq_len: int, ranks: Ranks) -> str:
+def describe_run(model: Llama, cfg, rows: Rows | None, seq_len: int, ranks: Ranks) -> str:
     """The whole estimate.
 
     Args:
@@ -68,68 +68,79 @@ def report(model: Llama, cfg, rows, seq_len: int, ranks: Ranks) -> str:
     Raises:
         UserError: neither rows nor tokens; a batch that cannot be divided.
     """
-    asked, device = cfg.estimate, ranks.device.type if ranks.device.type in memory.OVERHEAD else "cpu"
+    asked, options = cfg.estimate, cfg.train
+    device = ranks.device.type if ranks.device.type in memory.OVERHEAD else "cpu"
     if rows is None and not asked.tokens:
         raise UserError("there is no data whose tokens could be counted", "--tokens 30e9, or python data_process.py")
-    dtype = trainer.choose_dtype(cfg.train.dtype, ranks.device)
-    micro, several, told = cfg.train.micro_batch, True, []
-    positions = asked.tokens
+    step = memory.Step(options.micro_batch, seq_len, choose_dtype(options.dtype, ranks.device), device=device)
+    positions, told = asked.tokens, []
     if rows is not None:
-        per_step, micro, micro_batches, steps = trainer.plan(cfg.train, rows, ranks)
-        several = micro_batches > 1
+        per_step, micro, number = plan_step(options.batch_tokens, options.micro_batch, seq_len, ranks.world)
+        step = replace(step, rows=micro, several=number > 1, docs=rows.batch([0]).docs is not None)
         if not positions:
-            positions = steps * cfg.train.batch_tokens
+            steps = options.max_steps or max(1, round(options.epochs * len(rows) / per_step))
+            positions = steps * options.batch_tokens
             told = [f"data: {len(rows):,} rows of {seq_len}; {steps:,} steps of {per_step} rows"]
-    docs = rows is None or batch(rows, [0]).docs is not None
+    sections = [describe(model), _memory_table(model, cfg, step)]
+    if asked.memory:
+        sections.append(_largest_batches(model, cfg, step))
+    sections.append("\n".join([*told, *_time_table(model, cfg, step, positions, ranks)]))
+    return "\n\n".join(sections)
 
-    def peak(kind: str, dtype: torch.dtype, rows_now: int) -> float:
-        return memory.peak_bytes(model, rows_now, seq_len, dtype, kind, docs, cfg.optim, device, several) / 1e9
 
+def _memory_table(model: Llama, cfg, step: memory.Step) -> str:
+    """What takes the memory, for each dtype and kind of checkpointing."""
+    overhead = memory.OVERHEAD[step.device]
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
     gradients = sum(p.numel() for p in trained) * 4 / 1e9
     moments = gradients * _moments(cfg.optim.optimizer, model)
     lines = [
-        describe(model),
-        "",
-        f"memory of one device in GB at the peak of a step, {micro} rows of {seq_len} at once, "
-        f"x {memory.OVERHEAD[device]} for the allocator:",
+        f"memory of one device in GB at the peak of a step, {step.rows} rows of {step.seq_len} at once, "
+        f"x {overhead} for the allocator:",
         f"{'':<23} weights  gradients  moments  activations  in all",
     ]
-    for name, number in {"fp32": torch.float32, "bf16 or fp16": torch.bfloat16}.items():
+    for name, dtype in {"fp32": torch.float32, "bf16 or fp16": torch.bfloat16}.items():
         for kind in KINDS:
-            whole = peak(kind, number, micro)
+            whole = memory.peak_bytes(model, replace(step, dtype=dtype, checkpointing=kind), cfg.optim) / 1e9
             rest = max(0.0, whole - weights - gradients - moments)
-            chosen = (kind, number.itemsize) == (cfg.train.gradient_checkpointing, dtype.itemsize)
+            chosen = (kind, dtype.itemsize) == (cfg.train.gradient_checkpointing, step.dtype.itemsize)
             lines.append(
                 f"{name:<12} {kind:<10} {weights:>7.2f} {gradients:>10.2f} {moments:>8.2f} {rest:>12.2f} "
-                f"{whole * memory.OVERHEAD[device]:>7.2f}" + "  <- as configured" * chosen
+                f"{whole * overhead:>7.2f}" + "  <- as configured" * chosen
             )
-    if asked.memory:
-        limit = gigabytes(asked.memory) / memory.OVERHEAD[device]
-        fits = {kind: memory.fitting_rows(partial(peak, kind, dtype), limit, most=1024) for kind in KINDS}
-        lines += [
-            "",
-            f"largest micro_batch in {asked.memory}, {str(dtype).removeprefix('torch.')}: "
-            + ", ".join(f"{n or 'none'} with gradient_checkpointing {kind}" for kind, n in fits.items()),
-        ]
-    flops = model.flops_per_token(seq_len)
+    return "\n".join(lines)
+
+
+def _largest_batches(model: Llama, cfg, step: memory.Step) -> str:
+    """The largest micro-batch that fits the memory that was asked about."""
+    limit = gigabytes(cfg.estimate.memory) / memory.OVERHEAD[step.device]
+
+    def need(kind: str, rows: int) -> float:
+        return memory.peak_bytes(model, replace(step, rows=rows, checkpointing=kind), cfg.optim) / 1e9
+
+    fits = {kind: memory.fitting_rows(partial(need, kind), limit, most=1024) for kind in KINDS}
+    said = ", ".join(f"{n or 'none'} with gradient_checkpointing {kind}" for kind, n in fits.items())
+    return f"largest micro_batch in {cfg.estimate.memory}, {str(step.dtype).removeprefix('torch.')}: {said}"
+
+
+def _time_table(model: Llama, cfg, step: memory.Step, positions: float, ranks: Ranks) -> list[str]:
+    """How long it takes on this machine and on cards that people have."""
+    asked, flops = cfg.estimate, flops_per_token(model, step.seq_len)
     again = flops + flops / 3  # the forward pass, a third, once more
-    lines += [
-        "",
-        *told,
+    lines = [
         f"{positions:,.0f} positions x {flops:.3g} FLOPs = {positions * flops:.3g} FLOPs "
         f"({positions * again:.3g} with gradient_checkpointing full)",
         "",
         f"{f'at {asked.mfu:.0%} of the peak of matrix products':<50}{'':>10}  gradient_checkpointing full",
     ]
-    here = speed.matmul_peak(ranks.device, dtype) / 1e12
+    here = matmul_peak(ranks.device, step.dtype) / 1e12
     machines = {f"this machine ({ranks.device.type}, {here:.3g} TFLOP/s measured)": (here, 1)}
     machines |= {f"{asked.cards} x {name} ({tflops} TFLOP/s)": (tflops, asked.cards) for name, tflops in CARDS.items()}
     for name, (tflops, count) in machines.items():
         plain, full = (days(positions * work, tflops, count, asked.mfu) for work in (flops, again))
         lines.append(f"{name:<50}{_time(plain):>10}  {_time(full):>10}")
-    return "\n".join(lines)
+    return lines
 
 
 def _moments(optimizer: str, model: Llama) -> float:

@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import hf_config
 from core.errors import UserError
-from model import MLP, Attention, Cache, Llama, ModelConfig, rotate
+from core.hf_config import Family, make_config
+from extras.families.llama_kin import Kin, KinAttention, KinConfig, read_rope
+from model import MLP, positions_and_mask, rotate
 
 
 @dataclass(frozen=True)
-class FamilyConfig(ModelConfig):
+class FamilyConfig(KinConfig):
     """Sizes under Llama's names, and what a family does in its own way."""
 
     qkv: str = "groups"  # queries, keys, values: apart; one product, all of a group of heads side by side; or in a row
@@ -47,11 +48,15 @@ class FamilyConfig(ModelConfig):
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.rotary_share)
 
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
     def norm(self) -> nn.Module:
         return (nn.LayerNorm if self.layer_norm else nn.RMSNorm)(self.hidden_size, eps=self.rms_norm_eps)
 
 
-class FamilyAttention(Attention):
+class FamilyAttention(KinAttention):
     """Attention whose queries, keys and values may come out of one product."""
 
     def __init__(self, config: FamilyConfig, layer: int):
@@ -59,9 +64,9 @@ class FamilyAttention(Attention):
         self.config = config
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
 
-    def make_projections(self, config: FamilyConfig, bias: bool) -> None:
+    def make_projections(self, config: FamilyConfig) -> None:
         if config.qkv == "apart":
-            super().make_projections(config, config.qkv_bias)
+            super().make_projections(dataclasses.replace(config, attention_bias=config.qkv_bias))
         else:
             size = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
             self.query_key_value = nn.Linear(config.hidden_size, size, bias=config.qkv_bias)
@@ -132,7 +137,7 @@ class FamilyBlock(nn.Module):
         for name in config.norms:
             self.add_module(name, config.norm())
 
-    def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple | None, mask: Tensor | None, cache=None) -> Tensor:
         first, second = self.get_submodule(self.norms[0]), self.get_submodule(self.norms[-1])
         read = first(x)
         attended = self.self_attn(read, rope, mask, cache)
@@ -153,7 +158,7 @@ class NormedEmbedding(nn.Embedding):
         return self.norm(super().forward(ids))
 
 
-class FamilyModel(Llama):
+class FamilyModel(Kin):
     """A decoder out of FamilyBlocks; what it is called with and what it returns is Llama's."""
 
     def __init__(self, config: FamilyConfig):
@@ -165,12 +170,12 @@ class FamilyModel(Llama):
             if config.tie_word_embeddings:
                 self.lm_head.weight = self.model.embed_tokens.weight
 
-    def context(self, ids: Tensor, docs: Tensor | None, cache: Cache | None):
+    def context(self, ids: Tensor, docs: Tensor | None, cache=None):
         if not self.config.alibi:
             return super().context(ids, docs, cache)
-        _, mask = self._positions_and_mask(ids, docs, cache)
         t = ids.shape[1]
-        queries = torch.arange(t, device=ids.device)[None] if cache is None else cache.positions(t)  # (B or 1, T)
+        positions, mask = positions_and_mask(ids, docs) if cache is None else cache.positions_and_mask(t)
+        queries = torch.arange(t, device=ids.device)[None] if cache is None else positions  # (B or 1, T)
         keys = torch.arange(t if mask is None else mask.shape[-1], device=ids.device)  # (S,)
         distance = (keys - queries[..., None])[:, None]  # (B or 1, 1, T, S), 0 at a query's own place, negative before
         bias = alibi_slopes(self.config.num_attention_heads, ids.device)[:, None, None] * distance  # (B or 1, H, T, S)
@@ -188,7 +193,7 @@ def alibi_slopes(heads: int, device=None) -> Tensor:
 # ---------------------------------------------------------------- files
 
 
-class FamilyFiles(hf_config.Family):
+class FamilyFiles(Family):
     """A family's config.json and names.
 
     Args:
@@ -205,7 +210,7 @@ class FamilyFiles(hf_config.Family):
     def read(self, raw: dict, path: Path) -> FamilyConfig:
         found = self.choices(raw, path)
         own = {name: found.get(name, default) for name, default in CHOICES.items()} | {"source": raw}
-        config = hf_config.make_config(FamilyConfig, raw | found, path, **own)
+        config = make_config(FamilyConfig, raw | found, path, **own)
         if config.rotary_dim % 2 or (not config.rotary_dim and not config.alibi):
             raise UserError(f"{path}: {config.rotary_dim} numbers of a head are turned, must be even and not 0")
         return config
@@ -229,7 +234,7 @@ class FamilyFiles(hf_config.Family):
 
 
 # What a family decides, not its config.json, and what it is if it does not.
-CHOICES = {f.name: f.default for f in dataclasses.fields(FamilyConfig)[len(dataclasses.fields(ModelConfig)) :]}
+CHOICES = {f.name: f.default for f in dataclasses.fields(FamilyConfig)[len(dataclasses.fields(KinConfig)) :]}
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -287,7 +292,7 @@ def bloom(raw: dict, path: Path) -> dict:
 
 
 def gpt_neox(raw: dict, path: Path) -> dict:
-    rope = hf_config.read_rope(raw | {"rope_theta": _first(raw, "rope_theta", "rotary_emb_base")}, path)
+    rope = read_rope(raw | {"rope_theta": _first(raw, "rope_theta", "rotary_emb_base")}, path)
     share = _first(raw.get("rope_parameters") or {}, "partial_rotary_factor") or raw.get("rotary_pct", 0.25)
     bias = _flag(raw, path, "attention_bias", True)
     return rope | {
@@ -310,7 +315,7 @@ def falcon(raw: dict, path: Path) -> dict:
     groups = _first(raw, "num_kv_heads", "n_head_kv") if new else 1 if _flag(raw, path, "multi_query", True) else heads
     norms = ("ln_attn", "ln_mlp") if two else ("input_layernorm",) + ("post_attention_layernorm",) * (not parallel)
     bias = _flag(raw, path, "bias", False)
-    return hf_config.read_rope(raw, path) | {
+    return read_rope(raw, path) | {
         "num_attention_heads": heads,
         "num_hidden_layers": _first(raw, "num_hidden_layers", "n_layer"),
         "hidden_size": hidden,
@@ -329,7 +334,7 @@ def falcon(raw: dict, path: Path) -> dict:
 
 def glm(raw: dict, path: Path) -> dict:
     _only(raw, path, hidden_act="silu")
-    rope = hf_config.read_rope(raw, path)
+    rope = read_rope(raw, path)
     share = _first(raw.get("rope_parameters") or {}, "partial_rotary_factor") or raw.get("partial_rotary_factor", 0.5)
     return rope | {
         "qkv": "apart",
@@ -433,13 +438,11 @@ _CHATGLM = [
 ]
 
 
-def register() -> None:
-    """Make these families known to core/checkpoint.py."""
-    hf_config.FAMILIES |= {
-        "bloom": FamilyFiles(bloom, _BLOOM, "transformer."),
-        "gpt_neox": FamilyFiles(gpt_neox, _NEOX),
-        "falcon": FamilyFiles(falcon, _BLOOM),
-        "glm": FamilyFiles(glm, []),
-        "chatglm": FamilyFiles(chatglm, _CHATGLM),
-        "baichuan": FamilyFiles(baichuan, [(".W_pack.", ".query_key_value.")]),
-    }
+FAMILIES = {
+    "bloom": FamilyFiles(bloom, _BLOOM, "transformer."),
+    "gpt_neox": FamilyFiles(gpt_neox, _NEOX),
+    "falcon": FamilyFiles(falcon, _BLOOM),
+    "glm": FamilyFiles(glm, []),
+    "chatglm": FamilyFiles(chatglm, _CHATGLM),
+    "baichuan": FamilyFiles(baichuan, [(".W_pack.", ".query_key_value.")]),
+}

@@ -8,12 +8,14 @@ Shapes:  B batch, H heads, K key/value heads, T positions, D head_dim
 Source: Chen et al., LongLoRA, https://arxiv.org/abs/2309.12307
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from core.config import Range, Section
 from core.errors import UserError
 from model import Attention, Llama, ModelConfig
 
@@ -21,53 +23,49 @@ GROUPS = 4  # a group is a quarter of the row, as in the paper
 
 
 @dataclass(frozen=True)
-class LongConfig:
-    context: int = 0  # positions to reach, a multiple of what the base knows; 0: as many as the base
-    scaling: str = "linear"  # of positions: linear, dynamic, yarn
+class LongConfig(Section):
+    # Positions to reach, a multiple of what the base knows; 0: as many as the base.
+    context: Annotated[int, Range(least=0)] = 0
+    scaling: Literal["linear", "dynamic", "yarn"] = "linear"  # of positions
     shifted: bool = False  # in training, attention within groups of a quarter of a row; half of the heads shifted
 
-    def __post_init__(self):
-        if self.context < 0:
-            raise ValueError(f"context = {self.context}, must not be negative")
-        if self.scaling not in ("linear", "dynamic", "yarn"):
-            raise ValueError(f"scaling = {self.scaling!r}, must be linear, dynamic or yarn")
 
-
-def begin(model: Llama, cfg: LongConfig, identity: dict) -> dict:
-    """Make a model that was opened reach further, in place.
+def plan(config: ModelConfig, rope_type: str, cfg: LongConfig) -> dict:
+    """What changes in a model's config, so that it reaches further; {} for nothing.
 
     Args:
-        identity: of the run; gets what a resumed run must share.
-    Returns:
-        what changed in its config, {} for nothing.
+        rope_type: of the model; "": its positions are not turned as Llama's are.
     Raises:
         UserError: a context that the base has already, a model whose positions are scaled already or not turned.
     """
-    known, changes = model.config.max_position_embeddings, {}
-    if cfg.context:
-        if type(model.config) is not ModelConfig or model.config.rope_type != "default":
-            raise UserError(
-                f"context = {cfg.context}: not for {model.config.model_type} with rope_type {model.config.rope_type}",
-                "a Llama or Qwen whose positions are not scaled",
-            )
-        if cfg.context <= known:
-            raise UserError(f"context = {cfg.context}: the base has {known} positions", f"--context {4 * known}")
-        # transformers measures `dynamic` from max_position_embeddings; yarn alone wants to know what was trained on.
-        changes = {
-            "rope_type": cfg.scaling,
-            "rope_factor": cfg.context / known,
-            "max_position_embeddings": known if cfg.scaling == "dynamic" else cfg.context,
-            "original_max_position_embeddings": known if cfg.scaling == "yarn" else 0,
-        }
-        model.config = replace(model.config, **changes)
-    if cfg.shifted:
-        if model.config.num_attention_heads % 2:
-            raise UserError(f"shifted: {model.config.num_attention_heads} heads have no halves")
-        for block in model.model.layers:
-            block.self_attn.attend = partial(shifted_attention, block.self_attn)
-    if changes or cfg.shifted:
-        identity["long"] = changes | {"shifted": cfg.shifted}
-    return changes
+    known = config.max_position_embeddings
+    if not cfg.context:
+        return {}
+    if rope_type != "default":
+        said = f"context = {cfg.context}: not for {config.model_type} with rope_type {rope_type or 'of its own'}"
+        raise UserError(said, "a Llama or Qwen whose positions are not scaled")
+    if cfg.context <= known:
+        raise UserError(f"context = {cfg.context}: the base has {known} positions", f"--context {4 * known}")
+    # transformers measures `dynamic` from max_position_embeddings; yarn alone wants to know what was trained on.
+    return {
+        "rope_type": cfg.scaling,
+        "rope_factor": cfg.context / known,
+        "max_position_embeddings": known if cfg.scaling == "dynamic" else cfg.context,
+        "original_max_position_embeddings": known if cfg.scaling == "yarn" else 0,
+    }
+
+
+def shift(model: Llama) -> Llama:
+    """The same model with shifted sparse attention in training.
+
+    Raises:
+        UserError: an odd number of heads.
+    """
+    if model.config.num_attention_heads % 2:
+        raise UserError(f"shifted: {model.config.num_attention_heads} heads have no halves")
+    for block in model.model.layers:
+        block.self_attn.attend = partial(shifted_attention, block.self_attn)
+    return model
 
 
 def shifted_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,19 +10,25 @@ Shapes:  A (r, in), B (out, r), W (out, in)
 Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685
 """
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import files, hf_config, hf_folder
+from core import files, hf_folder
+from core.checkpoint import WholeModel
+from core.config import Range, Section
 from core.errors import UserError
+from core.hf_config import family_of
+from extras.finetune import nf4
 from model import Llama, ModelConfig
 
 CONFIG, PREFIX = "adapter_config.json", "base_model.model."  # of PEFT: a file, and what its names have before ours
@@ -31,14 +37,16 @@ QUANTIZING = ("quantize", "double_quant")  # of LoraConfig: what adapters' own f
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Section):
     r: int = 0  # rank of what is added to a matrix; 0: no LoRA, all weights are trained
-    alpha: float = 0.0  # what is added is scaled by alpha / r; 0: twice r
-    dropout: float = 0.0  # share of the inputs of A that are set to zero while training
+    alpha: Annotated[float, Range(least=0)] = 0.0  # what is added is scaled by alpha / r; 0: twice r
+    # Share of the inputs of A that are set to zero while training.
+    dropout: Annotated[float, Range(least=0, below=1)] = 0.0
     target_modules: tuple[str, ...] = ()  # linear layers, by the ends of their names; none: all of the blocks
     modules_to_save: tuple[str, ...] = ()  # what is trained whole besides: embed_tokens, lm_head, norm ...
     lora_config: str = ""  # a JSON file with lora_r, lora_alpha, lora_dropout, lora_target_modules instead of these
-    quantize: str = ""  # nf4 (QLoRA): weights of the blocks that LoRA stands beside are kept in 4.5 bits each
+    # nf4 (QLoRA): weights of the blocks that LoRA stands beside are kept in 4.5 bits each.
+    quantize: Literal["", "nf4"] = ""
     double_quant: bool = False  # nf4 in 4.127 bits: the scales of its blocks in 8 bits, too
 
     def __post_init__(self):
@@ -54,10 +62,9 @@ class LoraConfig:
             raise ValueError(f"r = {self.r}, must be at least 1 where there is LoRA")
         if not self.alpha:
             object.__setattr__(self, "alpha", 2.0 * self.r)
-        if not 0 <= self.alpha < math.inf or not 0 <= self.dropout < 1:
-            raise ValueError(f"alpha = {self.alpha}, dropout = {self.dropout}: from 0, and from 0 to below 1")
-        if self.quantize not in ("", "nf4") or (self.double_quant and not self.quantize):
-            raise ValueError(f"quantize = {self.quantize!r}, double_quant = {self.double_quant}: nf4, or neither")
+        super().__post_init__()
+        if self.double_quant and not self.quantize:
+            raise ValueError("double_quant = True, must go with quantize = nf4")
         if isinstance(self.target_modules, str):
             raise ValueError(f"target_modules = {self.target_modules!r}, must be a list of names")
 
@@ -151,115 +158,81 @@ def _replace(model: Llama, name: str, layer: nn.Module) -> None:
 # ---------------------------------------------------------------- training
 
 
-def tune(
-    model: Llama,
-    fill: Callable,
-    cfg,
-    base: Path | str,
-    identity: dict,
-    intro: list[str],
-    packed: Callable[[Tensor, bool], nn.Module],
-    changes: dict,
-) -> tuple[Callable, "Adapter | None"]:
-    """What a command does to an opened model before it trains it: LoRA, QLoRA or nothing, as the options say.
+def tune(base, cfg, changes: dict):
+    """LoRA or QLoRA for a run, as the options say.
 
     Args:
+        base: what the run begins with, a Base of assembly/training.py.
         cfg: with sections lora, optim and train.
-        base: the folder that was opened; "": the model is new.
-        identity: of the run; gets what a resumed run must share.
-        intro: lines for the run's beginning; gets how much is trained.
-        packed: see `apply`, for cfg.lora.quantize.
-        changes: see `begin`.
+        changes: what was changed in the base's config before, noted beside the adapter.
     Returns:
-        `fill` for the whole, and the saver, None for a whole model.
+        the base with LoRA in its model, first values of A and B behind its weights, and an Adapter as its saver.
     Raises:
         UserError: options that do not go together.
     """
-    if not cfg.lora.r:
-        return fill, None
-    if not base:
-        raise UserError("LoRA stands beside a model that there is", "--init_from DIR")
+    if base.folder is None:
+        raise UserError("LoRA needs a trained model to stand beside", "--init_from DIR")
     if cfg.optim.optimizer == "muon":  # its updates have full rank, a product's factors do not
         raise UserError('optimizer = "muon" does not go with LoRA', "--optimizer adamw, or configs/lora.toml")
     if cfg.lora.quantize and cfg.train.parallel == "fsdp":
         raise UserError('parallel = "fsdp" does not go with quantize', "--parallel ddp: packed weights are small")
-    fill, saver = begin(model, fill, cfg.lora, cfg.train.seed, base, packed if cfg.lora.quantize else None, changes)
-    identity["lora"] = saver.identity
+    config = base.model.config
+    model = apply(base.model, cfg.lora, nf4.Weight if cfg.lora.quantize else None)
+    saver = Adapter(cfg.lora, base.folder, base.identity["base"], config, changes)
     trained, frozen = ([p for p in model.parameters() if p.requires_grad is flag] for flag in (True, False))
-    intro.append(
-        f"{'QLoRA' if cfg.lora.quantize else 'LoRA'}: {sum(p.numel() for p in trained):,} parameters are "
-        f"trained, {sum(p.numel() * p.element_size() for p in frozen) / 1e6:,.0f} MB are frozen"
+    line = (
+        f"{'QLoRA' if cfg.lora.quantize else 'LoRA'}: {sum(p.numel() for p in trained):,} parameters are trained, "
+        f"{sum(p.numel() * p.element_size() for p in frozen) / 1e6:,.0f} MB are frozen"
     )
-    return fill, saver
+    return replace(
+        base,
+        model=model,
+        weights=weights_at_birth(model, base.weights, cfg.train.seed),
+        identity=base.identity | {"lora": saver.identity},
+        intro=(*base.intro, line),
+        saver=saver,
+    )
 
 
-def begin(
-    model: Llama,
-    fill: Callable,
-    cfg: LoraConfig,
-    seed: int,
-    base: Path,
-    packed: Callable[[Tensor, bool], nn.Module] | None = None,
-    changes: dict | None = None,
-) -> tuple[Callable, "Adapter"]:
-    """Apply LoRA to what `checkpoint.open_model` returned, for training.
-
-    Args:
-        base: the folder that was opened.
-        changes: what was changed in the base's config before, noted beside the adapter.
-        The rest as in `begun`.
-    Returns:
-        `fill` for the whole, and the saver for `engine.train`.
-    """
-    return begun(model, fill, cfg, seed, packed), Adapter(cfg, base, model.config, changes or {})
-
-
-def begun(
-    model: Llama, fill: Callable, cfg: LoraConfig, seed: int, packed: Callable[[Tensor, bool], nn.Module] | None = None
-) -> Callable:
-    """Apply LoRA to a model on the meta device, and give all of it its first values.
+def weights_at_birth(model: Llama, weights: Iterable[tuple[str, Tensor]], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, values) of a model with LoRA: those of its base, packed where they are to be, and the first of A and B.
 
     Args:
-        fill: calls what it is given with (name, values) of each of the plain model's weights.
+        model: with LoRA applied.
+        weights: of the plain model.
         seed: of A's first values; those of B are zero, so that the model begins as its base.
-        packed: see `apply`; weights are packed one after another, so that they never are in memory all at once.
-    Returns:
-        `fill` for the whole.
     """
-    apply(model, cfg, packed)
-    weights = {
-        f"{name}.weight": layer.weight
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLinear) and layer.packed
-    }
-    shapes = {name: p.shape for name, p in model.named_parameters() if ".lora_" in name}  # a pipeline takes layers away
-
-    def fill_both(write: Callable[[str, Tensor], None]) -> None:
-        def write_packed(name: str, values: Tensor) -> None:
-            if name not in weights:
-                write(name, values)
-                return
-            for part, t in weights[name].pack(values).items():
-                write(f"{name}.{part}", t)
-
-        fill(write_packed)
-        generator = torch.Generator().manual_seed(seed)
-        for name, shape in shapes.items():
-            # As wide as PEFT's uniform numbers, whatever the layer's width is.
-            std = 1 / math.sqrt(3 * shape[1]) if name.endswith("lora_A.weight") else 0.0
-            write(name, torch.zeros(shape).normal_(0.0, std, generator=generator))
-
-    return fill_both
+    # Looked up now: a pipeline takes layers away before the weights are read.
+    layers = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, LoraLinear) and m.packed}
+    shapes = {name: p.shape for name, p in model.named_parameters() if ".lora_" in name}
+    return itertools.chain(_packed(layers, weights), _narrow(shapes, seed))
 
 
-class Adapter:
-    """The saver of a run that trains LoRA (see `checkpoint.WholeModel`): only what is trained, as PEFT writes it."""
+def _packed(layers: dict[str, nn.Module], weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights one after another, so that they are never in memory all at once unpacked."""
+    for name, values in weights:
+        if name in layers:
+            yield from ((f"{name}.{part}", t) for part, t in layers[name].pack(values).items())
+        else:
+            yield name, values
+
+
+def _narrow(shapes: dict[str, torch.Size], seed: int) -> Iterator[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in shapes.items():
+        # As wide as PEFT's uniform numbers, whatever the layer's width is.
+        std = 1 / math.sqrt(3 * shape[1]) if name.endswith("lora_A.weight") else 0.0
+        yield name, torch.zeros(shape).normal_(0.0, std, generator=generator)
+
+
+class Adapter(WholeModel):
+    """The saver of a run that trains LoRA: only what is trained, as PEFT writes it."""
 
     file, trained_only = "adapter_model.safetensors", True
 
-    def __init__(self, cfg: LoraConfig, base: Path, config: ModelConfig, changes: dict):
+    def __init__(self, cfg: LoraConfig, base: Path, base_sha256: str, config: ModelConfig, changes: dict):
         self.cfg, self.base, self.config, self.changes = cfg, base, config, changes
-        self.base_sha256 = hf_folder.weights_digest(base)
+        self.base_sha256 = base_sha256
         # What a resumed run must share with the one it continues; QLoRA's only with it: runs from before it go on.
         skip = ("lora_config", *(QUANTIZING if not cfg.quantize else ()))
         self.identity = {k: v for k, v in asdict(cfg).items() if k not in skip} | {
@@ -272,7 +245,7 @@ class Adapter:
         weights = dict(weights)
         if self.config.tie_word_embeddings and f"{EMBEDDING}.weight" in weights:
             weights[f"{HEAD}.weight"] = weights[f"{EMBEDDING}.weight"].clone()  # PEFT has no tied ones: the same values
-        weights = {hf_config.family_of(self.config).theirs(name): t for name, t in weights.items()}
+        weights = {family_of(self.config).theirs(name): t for name, t in weights.items()}
         hf_folder.save_tensors(folder / self.file, {PREFIX + n: t.detach().contiguous() for n, t in weights.items()})
         hf_folder.save_about(
             folder,
@@ -282,7 +255,7 @@ class Adapter:
         targets = [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]
         if not self.cfg.target_modules:
             targets = sorted({name.rpartition(".")[2] for name in targets})
-        elif type(self.config) is ModelConfig:  # as the user said it; another family has other names
+        elif _has_llama_names(self.config):  # as the user said it; another family has other names
             targets = list(self.cfg.target_modules)
         whole = sorted({name.rpartition(".")[0] for name in weights if ".lora_" not in name})
         # Last: a folder that has it has all the rest.
@@ -302,38 +275,40 @@ class Adapter:
             },
         )
 
-    def load(self, folder: Path) -> dict[str, Tensor]:
+    def load(self, folder: Path, model: Llama) -> dict[str, Tensor]:
         return _load(folder / self.file, self.config)
 
 
 # ---------------------------------------------------------------- files
 
 
-def attach(model: Llama, fill: Callable, adapter: str | Path, base: Path) -> tuple[Llama, Callable, Path]:
-    """Apply a saved adapter, ours or PEFT's, to what `checkpoint.open_model` returned: its weights are never packed.
+def attach(opened: hf_folder.Opened, folder: Path) -> tuple[Llama, Iterator[tuple[str, Tensor]]]:
+    """Apply a saved adapter, ours or PEFT's, to a base: its weights are never packed.
 
     Args:
-        adapter: a folder with adapter_config.json, or of a run that was cut short.
-        base: the folder that was opened.
+        opened: the base.
+        folder: the adapter's, see `find_adapter`.
     Returns:
-        the model, `fill` for it with the adapter's values, and the adapter's folder.
+        the model, and its weights with the adapter's behind them.
     Raises:
         UserError: made for another base, merged into this one already, damaged, or of a kind that this is not.
     """
-    folder = hf_folder.model_folder(adapter, CONFIG)
-    path, here = folder / Adapter.file, hf_folder.weights_digest(base)
-    noted = hf_folder.load_about(folder).get("base_sha256", here)  # PEFT's own say nothing: names and shapes must fit
+    model, base = opened.model, opened.folder
+    path = folder / Adapter.file
+    # PEFT's own say nothing of the base: names and shapes must fit.
+    noted = hf_folder.load_about(folder).get("base_sha256", opened.digest)
     if files.sha256(path) in str(hf_folder.load_about(base).get("merged_sha256")):
         raise UserError(f"{folder}: is merged into {base} already")
-    if noted != here:
-        raise UserError(f"{folder}: an adapter for the base {str(noted)[:12]}, {base} is {here[:12]}", "--model BASE")
+    if noted != opened.digest:
+        made = f"an adapter for the base {str(noted)[:12]}, {base} is {opened.digest[:12]}"
+        raise UserError(f"{folder}: {made}", "--model BASE")
     values, read = _load(path, model.config), read_config(folder / CONFIG)
     modules = [name.rpartition(".")[0] for name in values]
     # A pattern, or names of another family: the weights say what was found.
-    if isinstance(read.get("target_modules"), str) or type(model.config) is not ModelConfig:
+    if isinstance(read.get("target_modules"), str) or not _has_llama_names(model.config):
         read["target_modules"] = tuple(m.removesuffix(".lora_A") for m in modules if m.endswith(".lora_A"))
     for word in read.get("modules_to_save", ()):
-        theirs = [hf_config.family_of(model.config).theirs(f"{name}.").rstrip(".") for name in [*modules, HEAD]]
+        theirs = [family_of(model.config).theirs(f"{name}.").rstrip(".") for name in [*modules, HEAD]]
         if not any(name.endswith(word) for name in theirs[: len(modules) + model.config.tie_word_embeddings]):
             raise UserError(f"{path}: {word} is missing", f"modules_to_save of {CONFIG} names it")
     read["modules_to_save"] = tuple(dict.fromkeys(m for m in modules if ".lora_" not in m))
@@ -344,22 +319,22 @@ def attach(model: Llama, fill: Callable, adapter: str | Path, base: Path) -> tup
     except UserError as e:
         raise UserError(f"{folder}: {e}") from None
     hf_folder.check_tensors(path, values, {n: p for n, p in model.named_parameters() if p.requires_grad})
-    try:  # a base that was made to reach further
-        model.config = replace(model.config, **hf_folder.load_about(folder).get("base_changes", {}))
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{folder}/run.json: base_changes: {e}") from None
+    return model, itertools.chain(opened.weights, values.items())
 
-    def fill_both(write: Callable[[str, Tensor], None]) -> None:
-        fill(write)
-        for name, t in values.items():
-            write(name, t)
 
-    return model, fill_both, folder
+def find_adapter(path: str | Path) -> Path:
+    """The adapter's folder: the path itself, or the newest whole checkpoint of a run that was cut short."""
+    return hf_folder.model_folder(path, CONFIG)
+
+
+def _has_llama_names(config: ModelConfig) -> bool:
+    """Whether a family's stored names are ours."""
+    return family_of(config).theirs("model.layers.0.self_attn.") == "model.layers.0.self_attn."
 
 
 def base_of(adapter: str | Path) -> str:
     """The base that an adapter names."""
-    path = hf_folder.model_folder(adapter, CONFIG) / CONFIG
+    path = find_adapter(adapter) / CONFIG
     name = files.read_json(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not Path(name).is_dir():
         raise UserError(f"{path}: its base {name!r} is not here", "--model BASE")
@@ -368,7 +343,7 @@ def base_of(adapter: str | Path) -> str:
 
 def _load(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """An adapter's tensors by our names."""
-    ours = hf_config.family_of(config).ours
+    ours = family_of(config).ours
     values = {ours(name.removeprefix(PREFIX)): t for name, t in hf_folder.load_tensors(path).items()}
     if config.tie_word_embeddings and (f"{HEAD}.weight" in values or f"{EMBEDDING}.weight" in values):
         head, embedding = values.pop(f"{HEAD}.weight", None), values.get(f"{EMBEDDING}.weight")

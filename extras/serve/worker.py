@@ -198,7 +198,7 @@ class Worker:
                 continue
             texts = self.batch.add(job.prompt, job.sampling, self.speaker.stop_ids, job.n, job.logprobs or 0)
             for k, text in enumerate(texts):
-                self.running[text] = Voice(job, job.first + k, self.speaker.text, self.speaker.until(job.stop))
+                self.running[text] = Voice(job, job.first + k, self.speaker.text, self.speaker.until_stop(job.stop))
         said = []
         for token in self.batch.step():
             voice = self.running[token.text]

@@ -1,0 +1,228 @@
+"""A training run put together: options, ranks, a model to begin with, the wings that the options ask for, the loop.
+
+In:  a command's options and its Task. Out: a finished run.
+The one place where training commands meet the wings. A wing is imported only where its section is named.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import trainer
+from assembly.models import open_model
+from core import config, distributed, hf_folder
+from core.checkpoint import WholeModel
+from core.data import plan_step
+from core.device import choose_dtype
+from core.distributed import Ranks
+from core.errors import UserError
+from core.memory import save_memory
+from core.optim import OptimConfig
+from core.parallel import DDP, FSDP, Strategy
+from model import Llama, ModelConfig
+from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
+from trainer import Task, TrainConfig
+
+WINGS = {
+    "lora": "extras.finetune.lora:LoraConfig",
+    "long": "extras.finetune.longlora:LongConfig",
+    "track": "extras.tracking.trackers:TrackConfig",
+    "estimate": "extras.estimate.report:EstimateConfig",
+}
+
+
+def load_options(doc: str, sections: dict[str, type | str], default: str):
+    """The options of a training command: its own sections, those of the loop, and those of the wings."""
+    sections = sections | {"optim": OptimConfig, "train": TrainConfig} | WINGS
+    return config.load(doc, sections, sys.argv[1:], default)
+
+
+def join_ranks(cfg) -> Ranks:
+    """This process among those that torchrun has started."""
+    return distributed.start(cfg.train.device, cfg.train.timeout_s)
+
+
+# ---------------------------------------------------------------- what a run begins with
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a run begins with.
+
+    Attributes:
+        model: on the meta device.
+        weights: (name, values) of each of its weights, to be read once.
+        folder: where it comes from; None: it is new.
+        identity: what a resumed run must share.
+        about: plain data of its folder's run.json.
+        intro: lines for the log.
+        saver: how the trained model becomes files.
+    """
+
+    model: Llama
+    weights: Iterable[tuple[str, Tensor]]
+    tokenizer: Tokenizer
+    folder: Path | None
+    identity: dict
+    about: dict = dataclasses.field(default_factory=dict)
+    intro: tuple[str, ...] = ()
+    saver: WholeModel = dataclasses.field(default_factory=WholeModel)
+
+
+def open_base(folder: str, allow_pickle: bool = False) -> Base:
+    """A model folder to go on from, with its tokenizer."""
+    path = hf_folder.model_folder(folder)
+    tokenizer, opened = load_tokenizer(path), open_model(path, allow_pickle)
+    hf_folder.check_tokenizer(path, opened.model, tokenizer)
+    identity = {"tokenizer": tokenizer.sha256, "base": opened.digest}
+    return Base(opened.model, opened.weights, tokenizer, path, identity, hf_folder.load_about(path))
+
+
+def new_base(sizes: ModelConfig, kin, tokenizer: Tokenizer, seed: int) -> Base:
+    """A model of these sizes with fresh weights and the tokenizer's vocabulary.
+
+    Args:
+        kin: KinOptions, or None for a plain Llama.
+    """
+    size = sizes.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        said = f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}"
+        raise UserError(said, "--vocab_size 0 takes the tokenizer's")
+    model = new_model(sizes, kin, size)
+    # The generator reads names and shapes from a model of its own: a pipeline takes layers out of the other.
+    weights = new_model(sizes, kin, size).weights_at_birth(seed)
+    return Base(model, weights, tokenizer, None, {"tokenizer": tokenizer.sha256, "base": ""})
+
+
+def new_model(sizes: ModelConfig, kin, vocab_size: int) -> Llama:
+    """A model on the meta device: shapes without memory."""
+    known = dataclasses.asdict(sizes) | {"vocab_size": vocab_size}
+    with torch.device("meta"):
+        if kin is None:
+            return save_memory(Llama(ModelConfig(**known)))
+        from extras.families.llama_kin import Kin, KinConfig
+
+        return save_memory(Kin(KinConfig(**known, **dataclasses.asdict(kin))))
+
+
+def adapt(base: Base, cfg) -> Base:
+    """The base as the options [long] and [lora] want it: a longer context, small matrices beside its weights."""
+    changes = {}
+    if cfg.long is not None:
+        base, changes = reach_further(base, cfg.long)
+    if cfg.lora is not None and cfg.lora.r:
+        from extras.finetune import lora
+
+        base = lora.tune(base, cfg, changes)
+    return base
+
+
+def reach_further(base: Base, cfg) -> tuple[Base, dict]:
+    """A base with a longer context, and what changed in its config."""
+    from extras.families import llama_kin
+    from extras.finetune import longlora
+
+    if cfg.context and base.folder is None:
+        raise UserError("context: a new model has max_position_embeddings", "--init_from DIR")
+    changes = longlora.plan(base.model.config, llama_kin.rope_type(base.model.config), cfg)
+    model = llama_kin.change(base.model, changes) if changes else base.model
+    model = longlora.shift(model) if cfg.shifted else model
+    identity = {"long": changes | {"shifted": cfg.shifted}} if changes or cfg.shifted else {}
+    return replace(base, model=model, identity=base.identity | identity), changes
+
+
+# ---------------------------------------------------------------- the run
+
+
+def estimate_without_data(cfg, ranks: Ranks) -> bool:
+    """With --dry_run --tokens, on a new model of known sizes: print the estimate, which needs no data."""
+    asked = cfg.estimate
+    if asked is None or not (asked.dry_run and asked.tokens and cfg.model.vocab_size) or cfg.data.init_from:
+        return False
+    from extras.estimate import report
+
+    model = new_model(cfg.model, cfg.kin, cfg.model.vocab_size)
+    print(report.describe_run(model, cfg, None, cfg.data.seq_len or cfg.model.max_position_embeddings, ranks))
+    return True
+
+
+def run(task: Task, cfg, ranks: Ranks) -> None:
+    """Train, or with --dry_run say what training would take."""
+    if cfg.estimate is not None and cfg.estimate.dry_run:
+        from extras.estimate import report
+
+        return print(report.describe_run(task.model, cfg, task.rows, task.rows.seq_len, ranks))
+    expected = expect_memory(task, cfg, ranks)
+    options = config.as_dict(cfg)
+    task = replace(task, about=task.about | {"options": options}, intro=(config.show(cfg), *task.intro, *expected))
+    with tracking(cfg, options, ranks) as track:
+        trainer.train(task, cfg, ranks, choose_strategy(cfg.train, ranks), track, tracing(cfg.train, ranks))
+    ranks.close()
+
+
+def choose_strategy(options: TrainConfig, ranks: Ranks) -> type[Strategy]:
+    """How the model is put on the ranks."""
+    if options.deterministic:
+        from extras.parallel.fixed_order import FixedOrder
+
+        return FixedOrder
+    if options.parallel == "pipeline":
+        from extras.parallel.pipeline import Pipeline
+
+        return Pipeline
+    if ranks.world == 1:  # nothing to share
+        return Strategy
+    if options.parallel == "zero1":
+        from extras.parallel.zero1 import ZeRO1
+
+        return ZeRO1
+    return {"ddp": DDP, "fsdp": FSDP}[options.parallel]
+
+
+def expect_memory(task: Task, cfg, ranks: Ranks) -> list[str]:
+    """With --max_memory_gb a line on the memory of a step; UserError where it is too much."""
+    options = cfg.train
+    if not options.max_memory_gb:
+        return []
+    if options.parallel != "ddp":
+        raise UserError(f'max_memory_gb = {options.max_memory_gb} knows parallel "ddp" only', "--max_memory_gb 0")
+    if task.loss is not trainer.next_token_loss:
+        raise UserError("max_memory_gb knows training on the next token only", "a smaller --micro_batch")
+    from extras.estimate import memory
+
+    _, rows, micro_batches = plan_step(options.batch_tokens, options.micro_batch, task.rows.seq_len, ranks.world)
+    step = memory.Step(
+        rows=rows,
+        seq_len=task.rows.seq_len,
+        dtype=choose_dtype(options.dtype, ranks.device),
+        checkpointing=options.gradient_checkpointing,
+        docs=task.rows.batch([0]).docs is not None,
+        device=ranks.device.type,
+        several=micro_batches > 1,
+    )
+    return [memory.check(task.model, cfg.optim, step, options.max_memory_gb)]
+
+
+def tracking(cfg, options: dict, ranks: Ranks):
+    """Context of the run: a tracker that gets each record, or None."""
+    if cfg.track is None:
+        return nullcontext()
+    from extras.tracking import trackers
+
+    return trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first)
+
+
+def tracing(options: TrainConfig, ranks: Ranks):
+    """log -> context of the steps, which are traced with --profile; it gives what to call after each step."""
+    if not options.profile or not ranks.first:
+        return lambda log: nullcontext(lambda: None)
+    from extras.estimate import profile
+
+    return lambda log: profile.profiled(options.profile, Path(options.out_dir) / "profile", log)
