@@ -8,6 +8,7 @@
 loaded only where a model follows its tokenizer, by prune --remap_model.
 """
 
+import pkgutil
 import sys
 
 from core import config, errors
@@ -41,7 +42,12 @@ def prune(argv: list[str]) -> None:
     """A vocabulary to a smaller one."""
     from extras.vocabulary import prune
 
-    prune.run(config.load(prune.__doc__, {"prune": prune.PruneConfig}, argv).prune)
+    prune.run(config.load(prune.__doc__, {"prune": prune.PruneConfig}, argv).prune, load_model)
+
+
+def load_model(folder):
+    """The model in a folder, of any family; what builds models, and torch with it, is loaded where one is asked for."""
+    return pkgutil.resolve_name("assembly.models:load_model")(folder)
 
 
 WORDS = {"train": train, "inspect": inspect, "prune": prune}

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -318,8 +318,12 @@ class PruneConfig(Section):
             raise ValueError("size needs a corpus: a text like those the model will read, which says what is useful")
 
 
-def run(cfg: PruneConfig) -> None:
-    """Choose the pieces that stay, write the smaller tokenizer with its report, and what is to follow it."""
+def run(cfg: PruneConfig, load_model: Callable) -> None:
+    """Choose the pieces that stay, write the smaller tokenizer with its report, and what is to follow it.
+
+    Args:
+        load_model: a function from a folder to a model, called for remap_model only.
+    """
     old = load(cfg.input)
     if old.model is None:
         raise TokenizerError(f"{old.path}: only sentencepiece .model files are pruned, this is a tokenizer.json")
@@ -333,7 +337,7 @@ def run(cfg: PruneConfig) -> None:
     found = report(old, new, texts)
     _write_json(Path(cfg.output) / "report.json", found)
     print(f"{show(found)}\n{new.path}: {new.vocab_size} ids, sha256 {new.sha256}")
-    remap.run(old, new, Path(cfg.output), cfg.remap_bin, cfg.remap_model, cfg.processes)
+    remap.run(old, new, Path(cfg.output), cfg.remap_bin, cfg.remap_model, cfg.processes, load_model)
 
 
 def _present(model: Model, classes: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ Does not choose pieces, and loads torch only where there are models.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,19 @@ BLOCK_TOKENS = 1 << 20  # read, decoded and encoded at a time
 
 
 def run(
-    old: Tokenizer, new: Tokenizer, folder: Path, bins: Sequence[str], models: Sequence[str], processes: int
+    old: Tokenizer,
+    new: Tokenizer,
+    folder: Path,
+    bins: Sequence[str],
+    models: Sequence[str],
+    processes: int,
+    load_model: Callable,
 ) -> None:
-    """Rewrite bins and models under their own names into `folder`; nothing that is there is replaced."""
+    """Rewrite bins and models under their own names into `folder`; nothing that is there is replaced.
+
+    Args:
+        load_model: a function from a folder to a model.
+    """
     paths = [Path(path) for path in (*bins, *models)]
     for path in paths:
         if (folder / path.name).exists() or [p.name for p in paths].count(path.name) > 1:
@@ -35,7 +45,7 @@ def run(
     if models:
         from extras.vocabulary.remap_model import remap_model
     for path in map(Path, models):
-        remap_model(path, folder / path.name, old, new)
+        remap_model(path, folder / path.name, old, new, load_model)
 
 
 def remap_bin(path: Path, output: Path, old: Tokenizer, new: Tokenizer, processes: int = 1) -> None:

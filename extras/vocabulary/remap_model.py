@@ -5,6 +5,7 @@ Does not choose pieces.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -15,12 +16,13 @@ from model import Llama
 from tokenizer import Tokenizer, load
 
 
-def remap_model(path: Path, output: Path, old: Tokenizer, new: Tokenizer) -> None:
+def remap_model(path: Path, output: Path, old: Tokenizer, new: Tokenizer, load_model: Callable) -> None:
     """Write a model whose embedding and head have the rows of the pieces that stayed, the rest unchanged.
 
     Args:
         path: a model folder with the old tokenizer in it.
         output: the new folder.
+        load_model: a function from a folder to a model.
 
     Raises:
         UserError: no model there, or one with another tokenizer.
@@ -29,7 +31,7 @@ def remap_model(path: Path, output: Path, old: Tokenizer, new: Tokenizer) -> Non
     theirs = load(folder)
     if theirs.sha256 != old.sha256:
         raise UserError(f"{folder}: its tokenizer is {theirs.sha256[:12]}, --input is {old.sha256[:12]}")
-    model = hf_folder.load_model(folder)
+    model = load_model(folder)
     before = sum(p.numel() for p in model.parameters())
     ids = {p.text: i for i, p in enumerate(old.model.pieces)}
     take_rows(model, [ids[p.text] for p in new.model.pieces])
