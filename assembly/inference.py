@@ -82,12 +82,6 @@ class Generator:
         found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
         return self.trim(text[: min(found)[1]] if found else text)
 
-    def until_stop(self, stops: Sequence[str]):
-        """What text passes through piece by piece, up to the first of the stop strings."""
-        from extras.decoding.stop import UntilStop
-
-        return UntilStop(stops)
-
     def trim(self, text: str) -> str:
         """A continuation as it is."""
         return text
