@@ -78,8 +78,9 @@ class Generator:
         """Text of new ids, up to the first of the stop strings."""
         decoder = self.decoder(prompt_ids)
         text = "".join(map(decoder.push, new_ids)) + decoder.flush()
-        ends = [at for at in map(text.find, stop) if at >= 0]
-        return self.trim(text[: min(ends, default=len(text))])
+        # The stop string that is whole first ends the text.
+        found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+        return self.trim(text[: min(found)[1]] if found else text)
 
     def trim(self, text: str) -> str:
         """A continuation as it is."""
