@@ -14,6 +14,7 @@ from test_commands import command
 import retrieve
 import sample
 import tokenizer
+from assembly.inference import Chat
 from core import errors
 from core.errors import UserError
 from extras.retrieval.augment import augment
@@ -381,8 +382,8 @@ def test_passages_that_leave_no_room_for_the_answer_are_left_out_and_told(ask, s
 
 
 def test_in_a_conversation_only_the_newest_question_has_passages(ask, home, monkeypatch):
-    seen, ids = [], sample.Speaker.ids
-    monkeypatch.setattr(sample.Speaker, "ids", lambda self, prompt: seen.append(prompt) or ids(self, prompt))
+    seen, encode = [], Chat.encode
+    monkeypatch.setattr(Chat, "encode", lambda self, prompt: seen.append(prompt) or encode(self, prompt))
     turns = iter(["孔融？", "李典？"])
     monkeypatch.setattr("builtins.input", lambda _: next(turns, ""))
     ask("--model", str(home / "long"), "--chat", "--retrieve", "notes", "--passages", "1")
