@@ -173,10 +173,10 @@ def ours(path: Path, text: tokenizer.Tokenizer, folder: Path, processes: int) ->
     """The chain of `python data_process.py --split line`."""
     read = readers.ReadConfig(input=(str(path),), split="line")
     split = corpus_bins.Split(0.01)
-    with pipeline.Books(folder, ["read", "tokenize"]) as books:
-        blocks = readers.blocks(read, books.accounts["read"])
-        results = pipeline.run(blocks, read, [], books, corpus_bins.Tokenize(text, split), processes)
-        corpus_bins.write(folder, text, split, results, books, path.name)
+    with pipeline.Report(folder, ["read", "tokenize"]) as report:
+        blocks = readers.blocks(read, report.accounts["read"])
+        results = pipeline.run(blocks, read, [], report, corpus_bins.Tokenize(text, split), processes)
+        corpus_bins.write(folder, text, split, results, report, path.name)
 
 
 def rounds(ways: dict[str, Callable], number: int) -> dict[str, list[float]]:
