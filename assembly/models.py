@@ -4,6 +4,7 @@ In:  a folder. Out: a model on the meta device with its weights, or a whole one.
 Knows nothing of what the model is opened for.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -46,6 +47,17 @@ def read_config(folder: str | Path) -> ModelConfig:
     from extras.families import folders
 
     return folders.read_config(folder)
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Hash of a folder's weight files, `Opened.digest` without opening them."""
+    folder = Path(folder)
+    paths = [folder / "model.safetensors"]
+    if not paths[0].is_file():
+        from extras.families import folders
+
+        paths = folders.weight_files(folder)
+    return hashlib.sha256("".join(map(files.sha256, paths)).encode()).hexdigest()
 
 
 def _is_plain(folder: Path) -> bool:
