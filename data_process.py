@@ -65,7 +65,7 @@ def main() -> None:
     if words or cfg.read:
         from extras.corpus.run import run
 
-        return run(cfg, words, make_tokenizer)
+        return run(cfg, words, make_tokenizer, load_model)
 
     # The demo replaces its own files without asking, and never those of another text.
     out = Path(cfg.process.out_dir)
@@ -104,6 +104,13 @@ def make_tokenizer(cfg: ProcessConfig, texts: Iterable[str]) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     print(f"{folder}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256[:12]}")
     return tokenizer
+
+
+def load_model(folder: Path):
+    """Any model folder, for the stage `filter`: with torch, so not before that stage asks."""
+    from assembly import models
+
+    return models.load_model(folder)
 
 
 def write_bin(path: Path, texts: list[str], tokenizer: Tokenizer, processes: int) -> None:

@@ -1,11 +1,12 @@
 """Documents that a trained model finds too surprising (noise) or too easy (repetitions, templates) are left out.
 
-In:  documents and a model folder of ours. Out: those whose bits per byte lie in a range.
+In:  documents, a model folder, and what loads it. Out: those whose bits per byte lie in a range.
 Does not know what the right range is: `--keep_rejected` and a look at rejects.jsonl say.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from core.config import Range, Section
@@ -25,14 +26,16 @@ class FilterConfig(Section):
             raise ValueError("min_bits must be below max_bits")
 
 
-def filter(docs: Iterable[Doc], account: Account, cfg: FilterConfig) -> Iterator[Doc]:
+def filter(
+    docs: Iterable[Doc], account: Account, cfg: FilterConfig, load_model: Callable[[Path], object]
+) -> Iterator[Doc]:
     """The stage; it runs in one process, torch uses the cores."""
     if not cfg.perplexity:
         raise UserError("filter needs a model", "--perplexity FOLDER")
     # Only here: the options are read, and all other stages run, without torch.
     from extras.corpus import perplexity
 
-    model, tokenizer = perplexity.load(cfg.perplexity)
+    model, tokenizer = perplexity.load(cfg.perplexity, load_model)
 
     def one(doc: Doc) -> Iterator[Doc]:
         bits = perplexity.bits_per_byte(model, tokenizer, doc.text)

@@ -1,11 +1,13 @@
 """How surprising a text is to a trained model.
 
-In:  a model folder of ours, a text. Out: bits per byte.
-Does not know what is done with the number: filter.py does.
+In:  a model folder, a text. Out: bits per byte.
+Does not know how a model is loaded: that is handed in; nor what is done with the number: filter.py does.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -16,10 +18,10 @@ from tokenizer import load as load_tokenizer
 
 
 @lru_cache(1)
-def load(path: str) -> tuple[Llama, Tokenizer]:
+def load(path: str, load_model: Callable[[Path], Llama]) -> tuple[Llama, Tokenizer]:
     """Once, not for every chunk of documents."""
     folder = hf_folder.model_folder(path)
-    return hf_folder.load_model(folder).eval(), load_tokenizer(folder)
+    return load_model(folder).eval(), load_tokenizer(folder)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 In:  files of any usual format. Out: train.bin and val.bin, or chats.jsonl, or docs.jsonl; accounting.json and
      rejects.jsonl, which say what became of every document; for `inspect` and `verify` lines on files.
-Does not know how a tokenizer is made: data_process.py hands that in.
+Does not know how a tokenizer is made or a model loaded: data_process.py hands both in.
 
 The files of this wing, in the order in which a document meets them:
 
@@ -52,15 +52,17 @@ RESULTS = {"tokenize": ("train.bin", "val.bin"), "sft": ("chats.jsonl",)}
 FREE = (("process", "processes"), ("process", "overwrite"), ("process", "out_dir"), ("read", "keep_going"))
 
 MakeTokenizer = Callable[[object, Iterable[str]], Tokenizer]  # (options of [process], texts) -> it, saved in out_dir
+LoadModel = Callable[[Path], object]  # folder -> its model; only the stage filter asks for one
 
 
-def run(cfg, words: list[str], make_tokenizer: MakeTokenizer) -> None:
+def run(cfg, words: list[str], make_tokenizer: MakeTokenizer, load_model: LoadModel) -> None:
     """Do what the command line asks for.
 
     Args:
         cfg: the command's options; sections of stages that nobody named are None.
         words: in front of the options: stages in order, or inspect or verify and their files.
         make_tokenizer: where tokenize is the last stage and no tokenizer of an earlier run is there.
+        load_model: for the stage filter.
 
     Raises:
         UserError: no files, words that are no stages, results that exist already, and what stages find.
@@ -78,7 +80,7 @@ def run(cfg, words: list[str], make_tokenizer: MakeTokenizer) -> None:
     names = stage_names(words)
     if not given:
         raise UserError(f"{' '.join(names)} needs files", "--input FILES; without stages and options the demo is made")
-    own_text(cfg, names, make_tokenizer)
+    own_text(cfg, names, make_tokenizer, load_model)
 
 
 def stage_names(words: list[str]) -> list[str]:
@@ -100,7 +102,7 @@ def inspect(path: Path, given: str) -> str:
     return "\n".join(tokenize.inspect(path, tokenizer))
 
 
-def own_text(cfg, names: list[str], make_tokenizer: MakeTokenizer) -> None:
+def own_text(cfg, names: list[str], make_tokenizer: MakeTokenizer, load_model: LoadModel) -> None:
     """The user's files through the stages, into bins or into JSON lines; arguments as in `run`."""
     # Nothing that exists is replaced without asking, and what is read is never written.
     out = Path(cfg.process.out_dir)
@@ -110,19 +112,20 @@ def own_text(cfg, names: list[str], make_tokenizer: MakeTokenizer) -> None:
             raise UserError(f"{out / name} exists", "--overwrite replaces it, --out_dir writes elsewhere")
         if (out / name).resolve() in [Path(path).resolve() for path in cfg.read.input]:
             raise UserError(f"{out / name} is read and would be written over", "another --out_dir")
+    stages = [stage(name, cfg, load_model) for name in names if name in STAGES]
     with Journal(out, [names, depends_on(cfg)]) as journal:
         if names[-1] != "tokenize":
-            lines = write_lines(out / results[0], cfg, names, journal)
+            lines = write_lines(out / results[0], cfg, stages, journal)
         else:
             # The vocabulary first; where it is to be trained, the stages run once for it alone.
             tokenizer = trained_before(out / "tokenizer", journal)
-            tokenizer = tokenizer or make_tokenizer(cfg.process, texts_of(cfg, names))
+            tokenizer = tokenizer or make_tokenizer(cfg.process, texts_of(cfg, stages))
             journal.open("tokenizer").append(tokenizer.sha256)
             # Very few documents: a second pass holds at least one out, or cuts a lone one.
             lines, split = [], tokenize.Split(cfg.process.val_share)
             while not lines:
                 try:
-                    lines = write_bins(cfg, names, tokenizer, split, journal)
+                    lines = write_bins(cfg, stages, tokenizer, split, journal)
                 except tokenize.NothingHeldOut as e:
                     split = e.split
     print("\n".join(lines))
@@ -145,54 +148,56 @@ def trained_before(folder: Path, journal: Journal) -> Tokenizer | None:
     return None
 
 
-def stage(name: str, cfg) -> Stage:
+def stage(name: str, cfg, load_model: LoadModel) -> Stage:
     """A stage with the options of this run."""
     found = STAGES[name]
     found = pkgutil.resolve_name(found) if isinstance(found, str) else found
-    return found._replace(options=vars(cfg)[name] or found.options)
+    work = partial(found.run, load_model=load_model) if name == "filter" else found.run
+    return found._replace(run=work, options=vars(cfg)[name] or found.options)
 
 
-def documents(cfg, names: list[str], report: pipeline.Report, finish=list, records=None) -> Iterator:
+def documents(cfg, stages: list[Stage], report: pipeline.Report, finish=list, records=None) -> Iterator:
     """What `finish` makes of the documents behind the last stage, chunk by chunk."""
-    stages = [stage(name, cfg) for name in names if name in STAGES]
     blocks = readers.blocks(cfg.read, report.accounts["read"])
     return pipeline.run(blocks, cfg.read, stages, report, finish, cfg.process.processes, records)
 
 
-def open_report(cfg, names: list[str]) -> pipeline.Report:
-    """The report of a run of these stages, beside its results."""
-    return pipeline.Report(Path(cfg.process.out_dir), ["read", *names], cfg.process.keep_rejected)
+def open_report(cfg, stages: list[Stage], *last: str) -> pipeline.Report:
+    """The report of a run of these stages, beside its results; `last` names what comes behind them."""
+    names = ["read", *(stage.name for stage in stages), *last]
+    return pipeline.Report(Path(cfg.process.out_dir), names, cfg.process.keep_rejected)
 
 
-def texts_of(cfg, names: list[str]) -> Iterator[str]:
+def texts_of(cfg, stages: list[Stage]) -> Iterator[str]:
     """The texts that the bins will be made of, for a vocabulary."""
-    with open_report(cfg, names) as report:
-        yield from (doc.text for docs in documents(cfg, names, report) for doc in docs)
+    with open_report(cfg, stages, "tokenize") as report:
+        yield from (doc.text for docs in documents(cfg, stages, report) for doc in docs)
         report.check([*report.accounts][-2], ", ".join(cfg.read.input))  # the stage in front of tokenize
 
 
-def write_bins(cfg, names: list[str], tokenizer: Tokenizer, split: tokenize.Split, journal: Journal) -> list[str]:
+def write_bins(cfg, stages: list[Stage], tokenizer: Tokenizer, split: tokenize.Split, journal: Journal) -> list[str]:
     """Both bins; lines on what became of the documents. `tokenize.NothingHeldOut` where one of them would be empty."""
     records = partial(journal.open, f"{tokenizer.sha256[:16]}-{split.border!r}-{split.cut}")
-    with open_report(cfg, names) as report:
-        results = documents(cfg, names, report, tokenize.Tokenize(tokenizer, split), records)
+    with open_report(cfg, stages, "tokenize") as report:
+        results = documents(cfg, stages, report, tokenize.Tokenize(tokenizer, split), records)
         lines = tokenize.write(report.folder, tokenizer, split, results, report, ", ".join(cfg.read.input))
     return report.lines() + lines
 
 
-def write_lines(path: Path, cfg, names: list[str], journal: Journal) -> list[str]:
+def write_lines(path: Path, cfg, stages: list[Stage], journal: Journal) -> list[str]:
     """JSON lines: the chats, or {"text", "source"} of each document."""
-    finish = chat_lines if names[-1] == "sft" else text_lines
-    with open_report(cfg, names) as report:
+    last = stages[-1].name
+    finish = chat_lines if last == "sft" else text_lines
+    with open_report(cfg, stages) as report:
 
         def write(temporary: Path) -> None:
             with open(temporary, "w", encoding="utf-8", newline="\n") as f:
-                for lines in documents(cfg, names, report, finish, partial(journal.open, "lines")):
+                for lines in documents(cfg, stages, report, finish, partial(journal.open, "lines")):
                     f.writelines(lines)
-            report.check(names[-1], ", ".join(cfg.read.input))
+            report.check(last, ", ".join(cfg.read.input))
 
         files.replace(path, write)
-    return [*report.lines(), f"{path}: {report.accounts[names[-1]].out:,} documents"]
+    return [*report.lines(), f"{path}: {report.accounts[last].out:,} documents"]
 
 
 def text_lines(docs: Iterable[Doc]) -> list[str]:
