@@ -22,11 +22,12 @@ from core.generate import SamplingConfig
 from core.hf_config import identify
 from core.memory import save_memory
 from core.optim import OptimConfig, make_optimizers
-from core.parallel import DDP, FSDP
+from core.parallel import DDP
 from extras.decoding.batching import continued
 from extras.estimate import memory
 from extras.finetune import lora, nf4
 from extras.formats import quantize
+from extras.parallel.fsdp import FSDP
 from extras.parallel.zero1 import ZeRO1
 from model import ModelConfig
 from trainer import next_token_loss
