@@ -63,6 +63,7 @@ class Strategy:
         self.model.to_empty(device=device)
         if self.model.config.tie_word_embeddings:  # to_empty makes two of a shared parameter
             self.model.lm_head.weight = self.model.model.embed_tokens.weight
+        # Weights come one after another, so that no second model is in memory.
         mine = dict(self.model.named_parameters())
         for name, values in weights:
             if name in mine:
@@ -118,6 +119,7 @@ class Strategy:
         mine, states = self.parameters(), {}
         for name, values in weights.items():
             mine[name].copy_(self.cut(values, mine[name]))
+        # "parameter:key" -> the state of each parameter.
         for key, values in moments.items():
             name, _, entry = key.rpartition(":")
             states.setdefault(name, {})[entry] = values
@@ -131,6 +133,7 @@ class Strategy:
         return whole.to(like.device)
 
     def _optimized(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+        """Each parameter that an optimizer of this rank steps: its name, itself, the optimizer."""
         names = {p: name for name, p in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -143,11 +146,11 @@ class DDP(Strategy):
     def prepare(self, weights: Iterable[tuple[str, Tensor]], cfg, dtype: torch.dtype) -> nn.Module:
         super().prepare(weights, cfg, dtype)
         self.averaged_over, device = self.ranks.world, self.ranks.device
-        return nn.parallel.DistributedDataParallel(
-            self.model, device_ids=[device.index] if device.type == "cuda" else None
-        )
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(self.model, ids)
 
     def sync(self, last: bool):
+        # Gradients of the micro-batches before are added up on each rank, and travel once.
         return nullcontext() if last else self.module.no_sync()
 
 

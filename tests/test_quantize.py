@@ -13,8 +13,7 @@ import tokenizer
 from assembly.models import load_model, open_model, read_config
 from core import hf_folder
 from core.errors import UserError
-from core.fast_linear import DecodingLinear, for_decoding
-from core.generate import SamplingConfig
+from core.generate import DecodingLinear, SamplingConfig, for_decoding
 from core.hf_config import family_of
 from extras.decoding.batching import complete
 from extras.families import others as families
