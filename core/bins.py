@@ -70,8 +70,7 @@ class BinWriter:
         assert array.size and array.min() >= 0 and array.max() < self.about["vocab_size"], "id outside the vocabulary"
         # Written in whole blocks, so that each has its hash.
         self._block += array.astype(self.dtype, copy=False).tobytes()
-        while len(self._block) >= BLOCK_BYTES:
-            self._flush(BLOCK_BYTES)
+        self._write_blocks(BLOCK_BYTES)
         self.tokens += array.size
         self.documents += documents
         self.text_bytes += text_bytes
@@ -83,15 +82,17 @@ class BinWriter:
 
     def flush(self) -> None:
         """Force all that was added to disk, after the last `add`: of several bins all can fail before one appears."""
-        if self._block:
-            self._flush(len(self._block))
+        self._write_blocks(1)
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _flush(self, size: int) -> None:
-        self._file.write(self._block[:size])
-        self._hashes.append(hashlib.sha256(self._block[:size]).hexdigest())
-        del self._block[:size]
+    def _write_blocks(self, least: int) -> None:
+        """Write blocks while there are at least so many bytes; the last one of a bin may be shorter than the others."""
+        while len(self._block) >= least:
+            block = self._block[:BLOCK_BYTES]
+            self._file.write(block)
+            self._hashes.append(hashlib.sha256(block).hexdigest())
+            del self._block[:BLOCK_BYTES]
 
     def __exit__(self, kind, error, trace) -> None:
         try:

@@ -262,7 +262,8 @@ class Run:
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
         files.write_json(temporary / "manifest.json", manifest)
         # ... and becomes the checkpoint by one rename.
-        if final.exists():  # a damaged one that was passed over
+        # One of that name is a damaged one that was passed over.
+        if final.exists():
             self._discard(final)
         os.rename(temporary, final)
         files.fsync_dir(self.folder)

@@ -95,6 +95,7 @@ def sha256(path: Path) -> str:
 def parse_object(text: bytes | str) -> dict:
     """A JSON object; ValueError where it is none, names a key twice (Python keeps the last), or holds a NaN."""
 
+    # Two programs could read two things where a key comes twice.
     def no_twins(pairs: list) -> dict:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -123,9 +124,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     """
     try:
         with open(path, "rb") as f:
-            for where, line in ((f"{path}:{number}", line.strip()) for number, line in enumerate(f, 1)):
+            for number, line in enumerate(f, 1):
+                where = f"{path}:{number}"
                 try:
-                    if line:
+                    if line := line.strip():
                         yield where, parse_object(line)
                 except ValueError as e:
                     raise UserError(f"{where}: not a JSON object in UTF-8: {e}") from None
@@ -138,12 +140,11 @@ def read_json(path: Path, hint: str = "") -> dict:
     try:
         with open(path, "rb") as f:
             text = f.read(JSON_BYTES + 1)
+        # One byte more was asked for: if it came, the file is too large.
+        if len(text) > JSON_BYTES:
+            raise UserError(f"{path}: larger than {JSON_BYTES:,} bytes", hint)
+        return parse_object(text)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}", hint) from None
-    # One byte more was asked for: if it came, the file is too large.
-    if len(text) > JSON_BYTES:
-        raise UserError(f"{path}: larger than {JSON_BYTES:,} bytes", hint)
-    try:
-        return parse_object(text)
     except ValueError as e:
         raise UserError(f"{path}: not a JSON object: {e}", hint) from None

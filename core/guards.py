@@ -32,6 +32,7 @@ class StopSignals:
         os.write(2, b"stopping after this step; once more stops at once, without saving\n")
 
     def __exit__(self, *error) -> None:
+        # As they were: the program goes on after the training.
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -96,7 +96,8 @@ class Strategy:
 
     def sample(self, say: Callable[[Llama], str]) -> str:
         """What `say(model)` says, on the first rank."""
-        with torch.compiler.set_stance("force_eager"):  # each length of a text would be compiled anew
+        # Compiled, each length of a text would be compiled anew.
+        with torch.compiler.set_stance("force_eager"):
             return say(self.model) if self.ranks.first else ""
 
     # -------- whole tensors for files, and parts of them back. All ranks call these; results count on the first one.
