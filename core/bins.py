@@ -95,6 +95,7 @@ class BinWriter:
             del self._block[:BLOCK_BYTES]
 
     def __exit__(self, kind, error, trace) -> None:
+        # After an error nothing of the bin stays.
         try:
             if error is None:
                 if not self.tokens:
@@ -171,6 +172,7 @@ class TokenBin:
         Read, not mapped: a file cut short under a running trainer gives an error here instead of a SIGBUS, and a
         50 GB bin does not count as 50 GB of resident memory.
         """
+        # Fewer bytes than asked for: somebody has cut the file since it was opened.
         size = self.dtype.itemsize
         raw = self._bytes(start * size, count * size)
         if len(raw) != count * size:
@@ -208,6 +210,7 @@ class TokenBin:
         Raises:
             UserError: no sidecar, or damaged blocks, each named with its bytes.
         """
+        # One block after another: the file may be larger than memory.
         if self._hashes is None:
             raise UserError(f"{self.path}: no {self.path.with_suffix('.json').name} beside it to compare it with")
         size = self._block_bytes

@@ -77,9 +77,7 @@ class Run:
         saver: how models become files.
     """
 
-    def __init__(
-        self, folder: str | Path, identity: dict, about: dict, tokenizer, keep: int = 2, write: bool = True, saver=None
-    ):
+    def __init__(self, folder: str | Path, identity: dict, about: dict, tokenizer, keep=2, write=True, saver=None):
         self.saver = saver or WholeModel()
         self.folder, self.identity, self.about, self.tokenizer = Path(folder), identity, about, tokenizer
         self.keep, self.write = max(2, keep), write

@@ -171,8 +171,9 @@ def _split(argv: list[str], sections: _Sections, doc: str) -> tuple[list[str], l
     words = list(argv)
     while words:
         word = words.pop(0)
+        # Flushed, so that a reader who has gone away (`| head`) shows here and not at exit.
         if word in ("-h", "--help"):
-            print(_help(doc, sections), flush=True)  # a reader gone away (`| head`) shows here, not at exit
+            print(_help(doc, sections), flush=True)
             sys.exit(0)
         if not word.startswith("--"):
             if not word.endswith(".toml"):
@@ -182,22 +183,22 @@ def _split(argv: list[str], sections: _Sections, doc: str) -> tuple[list[str], l
         # A flag: its value stands behind "=" or is the next word; a bool without one is true.
         name, equals, text = word[2:].partition("=")
         section, key = sections.find(name.replace("-", "_"))
-        if not equals:
-            if _type(sections[section], key) is bool and (not words or words[0].lower() not in ("true", "false")):
-                text = "true"
-            elif not words:
-                raise UserError(f"--{name} needs a value")
-            else:
-                text = words.pop(0)
-                # A list takes all words up to the next option, so that `--input texts/*.txt` works.
-                is_list = _is_list(sections[section], key)
-                while is_list and words and not (words[0].startswith("--") or words[0].endswith(".toml")):
-                    text += "," + words.pop(0)
+        is_bool, is_list = _type(sections[section], key) is bool, _is_list(sections[section], key)
+        if not equals and is_bool and (not words or words[0].lower() not in ("true", "false")):
+            text = "true"
+        elif not equals and not words:
+            raise UserError(f"--{name} needs a value")
+        elif not equals:
+            text = words.pop(0)
+            # A list takes all words up to the next option, so that `--input texts/*.txt` works.
+            while is_list and words and not (words[0].startswith("--") or words[0].endswith(".toml")):
+                text += "," + words.pop(0)
         flags.append((section, key, text))
     return paths, flags
 
 
 def _near(word: str, known) -> str:
+    """A hint for a word that is not known: the one that was probably meant, or all of them."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
 
@@ -237,6 +238,7 @@ def _convert(cls: type, section: str, key: str, value, where: str):
 
 
 def _scalar(kind: type, name: str, value, where: str):
+    """One word or number of an option, as `kind`."""
     problem = UserError(f"{where}: {name} = {value!r} is not of type {kind.__name__}")
     # TOML knows types and flags are text: a text is converted, a value of another type is a mistake.
     if kind is bool and isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):

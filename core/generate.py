@@ -1,6 +1,6 @@
 """Sampling: a prompt of ids in, ids out one at a time, with a key/value cache.
 
-In:  a model and a list of ids. Out: ids as they are chosen.
+In:  a model and a list of ids. Out: ids as they are chosen; and `for_decoding`, the same model with faster products.
 Knows ids, not text: what they mean, and when half a character has come, is the tokenizer's business. Many texts at
 once, beams and log-probabilities: extras/decoding.
 

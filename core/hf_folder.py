@@ -147,15 +147,12 @@ def match(folder: Path, config: ModelConfig, state: dict[str, Tensor], paths: li
     return Opened(folder, described, iter(state.items()), paths)
 
 
-def build(
-    model: Llama,
-    weights: Iterable[tuple[str, Tensor]],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Llama:
+def build(model: Llama, weights: Iterable[tuple[str, Tensor]], device="cpu", dtype=torch.float32) -> Llama:
     """Memory and weights for a model on the meta device.
 
     Args:
+        weights: (name, values) of each.
+        device: a torch device or its name.
         dtype: of the weights in memory.
     """
     # Copies: what is only mapped would change, or end the process, when the file is written over during a run.
