@@ -55,16 +55,15 @@ class Log:
         self.window.append(record)
         if self.bar:
             self.bar.update()
+        # Means over the steps since the last line: one step alone says little.
         if record["step"] % every == 0 or record["step"] == steps:
             loss, seconds = (sum(r[key] for r in self.window) / len(self.window) for key in ("loss", "seconds"))
             per_second, left = record["tokens"] / max(seconds, 1e-9), (steps - record["step"]) * seconds
-            self(
-                f"step {record['step']}/{steps} loss {loss:.4f}"
-                + (f" val {self.val_loss:.4f}" if self.val_loss is not None else "")
-                + f" lr {record['lr']:.2e} norm {record['grad_norm']:.2f} {per_second:,.0f} tokens/s"
-                + rest(per_second, left)
-                + (f" scale {record['scale']:g}" if "scale" in record else "")
-            )
+            val = f" val {self.val_loss:.4f}" if self.val_loss is not None else ""
+            scale = f" scale {record['scale']:g}" if "scale" in record else ""
+            line = f"step {record['step']}/{steps} loss {loss:.4f}{val} lr {record['lr']:.2e}"
+            line += f" norm {record['grad_norm']:.2f} {per_second:,.0f} tokens/s"
+            self(line + rest(per_second, left) + scale)
             self.window = []
         self.metrics(record)
 
@@ -88,6 +87,7 @@ class Log:
         path = Path(self.files[1].name)
         if not path.stat().st_size:
             return
+        # Written anew without them, and opened again at its end.
         self.files[1].close()
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         files.write_text(path, "".join(line + "\n" for line in lines if self._step(line) <= step))
