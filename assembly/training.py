@@ -168,6 +168,8 @@ def run(task: Task, cfg, ranks: Ranks) -> None:
         from extras.estimate import report
 
         return print(report.describe_run(task.model, cfg, task.rows, task.rows.seq_len, ranks))
+    if cfg.train.parallel == "pipeline" and task.loss is not trainer.next_token_loss:
+        raise UserError('parallel = "pipeline" trains on next tokens only', "--parallel fsdp")
     expected = expect_memory(task, cfg, ranks)
     options = config.as_dict(cfg)
     task = replace(task, about=task.about | {"options": options}, intro=(config.show(cfg), *task.intro, *expected))
