@@ -63,10 +63,11 @@ class Strategy:
         self.model.to_empty(device=device)
         if self.model.config.tie_word_embeddings:  # to_empty makes two of a shared parameter
             self.model.lm_head.weight = self.model.model.embed_tokens.weight
-        mine = dict(self.model.named_parameters())
+        empty = dict(self.model.named_parameters())
         for name, values in weights:
-            if name in mine:
-                mine[name].copy_(self.cut(values, mine[name]))
+            if (p := empty.pop(name, None)) is not None:
+                p.copy_(self.cut(values, p))
+        assert not empty, f"no values for {', '.join(empty)}"
 
     # -------- what the loop calls
 

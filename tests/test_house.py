@@ -115,7 +115,18 @@ def imports_point_down(name, tree):
                 yield f"{name} ({mine}) imports {other} ({theirs})"
 
 
+def is_loaded_late(name) -> bool:
+    """Whether functions alone import a file: what stands at its top then waits until one of them is called."""
+    module, at_top, inside = module_of(name), set(), set()
+    for other, tree in TREES.items():
+        at_top |= set(imports(other, tree, top_level=True))
+        inside |= set(imports(other, tree))
+    return module in inside and not any(f"{found}.".startswith(f"{module}.") for found in at_top)
+
+
 def optional_packages_are_imported_where_they_are_used(name, tree):
+    if is_loaded_late(name):
+        return
     ours = {"core", "extras", "tokenizer", "model", *COMMANDS}
     for other in imports(name, tree, top_level=True):
         top = other.split(".")[0]
@@ -388,6 +399,8 @@ def test_the_rule_catches(rule, name, bad):
             "core/x.py",
             "import torch, json\ndef f():\n    import yaml",
         ),
+        # Only functions import this file.
+        (optional_packages_are_imported_where_they_are_used, "extras/serve/schema.py", "import pydantic"),
         (nothing_is_unpickled_or_evaluated, "core/x.py", "model.eval()\nload_state_dict(s, strict=True)\njson.load(f)"),
         (
             nothing_is_unpickled_or_evaluated,
