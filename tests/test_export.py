@@ -21,8 +21,7 @@ import tokenizer
 from core import hf_folder
 from core.errors import UserError
 from core.generate import SamplingConfig, complete
-from extras.formats import folders as doors
-from extras.formats import gguf_file, llama2c
+from extras.formats import gguf_file, llama2c, original_llama
 from model import ModelConfig
 from tokenizer import chat
 from tokenizer.sentencepiece_model import CONTROL, SPACE, TokenizerError, write_model
@@ -246,7 +245,7 @@ def test_llama_cpp_gives_the_ids_of_a_vocabulary_of_ours(folder, small, small_wi
                     assert ids_of(ask, line) == text.encode(line), line
 
 
-@pytest.mark.parametrize("kind", gguf_file.TYPES)
+@pytest.mark.parametrize("kind", gguf_file.LARGEST)
 def test_gguf_reads_names_sizes_and_weights(kind, folder, small, monkeypatch):
     gguf = pytest.importorskip("gguf")
     config = OF_GGUF["biases"]
@@ -750,6 +749,6 @@ def test_wrong_words_and_options_are_refused(folder, monkeypatch, tmp_path):
 
 def test_the_two_layouts_of_q_and_k_are_inverse_and_known():
     rows = torch.arange(16.0)[:, None]
-    assert doors.interleaved(rows, 2)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
-    assert torch.equal(doors.half_split(doors.interleaved(rows, 2), 2), rows)
-    assert torch.equal(doors.interleaved(rows[:, 0], 2), doors.interleaved(rows, 2)[:, 0])
+    assert original_llama.interleaved(rows, 2)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+    assert torch.equal(original_llama.half_split(original_llama.interleaved(rows, 2), 2), rows)
+    assert torch.equal(original_llama.interleaved(rows[:, 0], 2), original_llama.interleaved(rows, 2)[:, 0])

@@ -2,7 +2,7 @@
 
 In:  the bytes of a `.model` (a protobuf ModelProto). Out: a `Model`, and the same bytes again.
 Use: `model = read_model("tokenizer.model")`, change it, `Path(p).write_bytes(write_model(model))`.
-Does not know how to encode text. It is the door: sentencepiece ends the whole process on some malformed files, so what
+Does not know how to encode text. sentencepiece ends the whole process on some malformed files, so what
 has not passed `parse_model` is never handed to it.
 
 The schema is sentencepiece_model.proto of https://github.com/google/sentencepiece. Fields we have no name for are kept

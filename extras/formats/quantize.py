@@ -2,7 +2,7 @@
 
 In:  a model with weights in fp32 or bf16, or a folder that `save` wrote. Out: the same model, in bf16 but for these
 weights; folders in the format compressed-tensors, which transformers and vLLM read.
-Knows nothing of training: nothing here has a gradient. (QLoRA's four bits, with one, are extras/nf4.py.)
+Knows nothing of training: nothing here has a gradient. (QLoRA's four bits, with one, are extras/finetune/nf4.py.)
 
 One new token reads every weight once and computes little: it is as fast as memory is, and half or a quarter of the
 bytes is half or a quarter of the time.
@@ -10,17 +10,21 @@ bytes is half or a quarter of the time.
 Shapes:  N outputs, K inputs, G inputs in a group, M rows of x
 """
 
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import files, hf_config, hf_folder
+from core.config import Section
 from core.errors import UserError
 from model import Llama
+from tokenizer import load as load_tokenizer
 
 KINDS = ("none", "int8", "int4")
 GROUP = 32  # inputs that share a scale in int4: half a bit more for each weight, and as fast as 128
@@ -30,6 +34,35 @@ GROUP = 32  # inputs that share a scale in int4: half a bit more for each weight
 # in fp32 both products are 6 and 30 times as slow.
 FEW_ROWS = 4
 PIECE = 1 << 21  # weights: as bf16 they stay in the cache until they are multiplied
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(Section):
+    model: str = "out/sft"  # a model folder
+    type: Literal["int8", "int4"] = "int8"
+    output: str = ""  # the folder to make, for sample.py, serve.py, transformers and vLLM
+    overwrite: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.output:
+            raise ValueError("output must be given")
+
+
+def export(cfg: QuantizeConfig) -> None:
+    """What `python export.py quantize` does: a model folder with rounded weights, in compressed-tensors' format."""
+    folder, path = hf_folder.model_folder(cfg.model), Path(cfg.output)
+    files.check_free([path], cfg.overwrite)
+    tokenizer = load_tokenizer(folder)
+    model = build(*hf_folder.open_model(folder), cfg.type)
+    hf_folder.check_tokenizer(folder, model, tokenizer)
+    for note in save(path, model, cfg.type, tokenizer, hf_folder.load_about(folder)):
+        print(f"note: {note}: sample.py and serve.py read this folder, transformers and vLLM will not", file=sys.stderr)
+    size = (path / "model.safetensors").stat().st_size
+    print(f"{path}: {cfg.type}, {size:,} bytes; python sample.py --model {path}")
+
+
+# ---------------------------------------------------------------- layers
 
 
 class Int8Linear(nn.Module):

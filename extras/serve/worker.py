@@ -13,9 +13,9 @@ import traceback
 from collections import deque
 from dataclasses import dataclass, field
 
-import tokenizer
 from core.generate import Batch, SamplingConfig, Text, Token
 from extras.serve.answers import Said, Told
+from tokenizer import Tokenizer, UntilStop
 
 
 class Inbox:
@@ -46,7 +46,7 @@ class Job:
     """One prompt of a request and the n texts behind it.
 
     Attributes:
-        logprobs: as in `Asked`.
+        logprobs: as in `schema.Asked`.
         first: number of its first text among the request's.
         answer: a chat's: without white space around it, and not a continuation of the prompt's text.
         gone: nobody waits for it any more.
@@ -66,9 +66,9 @@ class Job:
 class Voice:
     """The ids of one text into what may be given out of it."""
 
-    def __init__(self, job: Job, index: int, text: tokenizer.Tokenizer):
-        self.job, self.index, self.text = job, index, text
-        self.decoder, self.until = text.stream(), tokenizer.UntilStop(job.stop)
+    def __init__(self, job: Job, index: int, tokenizer: Tokenizer):
+        self.job, self.index, self.tokenizer = job, index, tokenizer
+        self.decoder, self.until = tokenizer.stream(), UntilStop(job.stop)
         for id in [] if job.answer else job.prompt:  # a continuation's first space is text
             self.decoder.push(id)
         self.made = self.length = self.given = 0  # ids; characters that came, and those that were given out
@@ -106,7 +106,7 @@ class Voice:
 
     def _bytes(self, id: int) -> bytes:
         # Twice: a tokenizer may take a space off the beginning.
-        data = self.text.decode_bytes([id, id])
+        data = self.tokenizer.decode_bytes([id, id])
         return data[len(data) // 2 :]
 
 
