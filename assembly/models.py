@@ -41,7 +41,7 @@ def load_model(
 def read_config(folder: str | Path) -> ModelConfig:
     """What a folder's config.json says, every number checked."""
     folder = Path(folder)
-    if _is_plain(folder):
+    if hf_config.is_plain_llama(_read(folder)):
         return hf_config.read_config(folder / "config.json")
     from extras.families import folders
 
@@ -49,5 +49,9 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def _is_plain(folder: Path) -> bool:
-    raw = files.read_json(folder / "config.json", hint=f"is {folder} a model folder?")
+    raw = _read(folder)
     return hf_config.is_plain_llama(raw) and not raw.get("quantization_config")
+
+
+def _read(folder: Path) -> dict:
+    return files.read_json(folder / "config.json", hint=f"is {folder} a model folder?")

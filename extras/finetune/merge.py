@@ -4,13 +4,15 @@ In:  the folders of base and adapter. Out: a model folder, in fp32.
 Knows nothing of training.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from core import files, hf_folder
 from core.config import Section
+from core.hf_folder import Opened
 from extras.finetune import lora
-from tokenizer import load as load_tokenizer
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,14 @@ class MergeConfig(Section):
             raise ValueError("output must be given")
 
 
-def export(cfg: MergeConfig) -> None:
+def export(cfg: MergeConfig, open_with_adapter: Callable[[str, str], tuple[Opened, Tokenizer]]) -> None:
     """What `python export.py merge` does."""
-    base, path = hf_folder.model_folder(cfg.model or lora.base_of(cfg.adapter)), Path(cfg.output)
+    path, adapter = Path(cfg.output), lora.find_adapter(cfg.adapter)
     files.check_free([path], cfg.overwrite)
-    tokenizer = load_tokenizer(base)
-    model, fill, adapter = lora.attach(*hf_folder.open_model(base), cfg.adapter, base)
-    hf_folder.check_tokenizer(base, model, tokenizer)
-    model = lora.merge(hf_folder.build(model, fill))
+    opened, tokenizer = open_with_adapter(cfg.model, cfg.adapter)
+    model = lora.merge(hf_folder.build(opened.model, opened.weights))
     # The folder says what is in it already, so that an adapter is not added twice.
-    of_base, of_adapter = hf_folder.load_about(base), hf_folder.load_about(adapter)
+    of_base, of_adapter = hf_folder.load_about(opened.folder), hf_folder.load_about(adapter)
     merged = f"{of_base.get('merged_sha256', '')} {files.sha256(adapter / lora.Adapter.file)}".strip()
     hf_folder.save_model(path, model, tokenizer, of_base | of_adapter | {"merged_sha256": merged})
-    print(f"{cfg.output}: {base} with {adapter} merged; python sample.py --model {cfg.output}")
+    print(f"{cfg.output}: {opened.folder} with {adapter} merged; python sample.py --model {cfg.output}")

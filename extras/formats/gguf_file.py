@@ -7,6 +7,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp
 q and k and for which tensors stay in fp32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,8 @@ from core import files, hf_folder
 from core.config import Section
 from core.errors import UserError
 from core.generate import SamplingConfig
-from extras.formats.original_llama import interleaved, open_folder, vocabulary
+from core.hf_folder import Opened
+from extras.formats.original_llama import build, interleaved, vocabulary
 from model import Llama
 from tokenizer import Tokenizer, chat
 
@@ -47,17 +49,18 @@ class GgufConfig(Section):
     overwrite: bool = False
 
 
-def export(cfg: GgufConfig) -> None:
+def export(cfg: GgufConfig, open_folder: Callable[[str], tuple[Opened, Tokenizer]]) -> None:
     """What `python export.py gguf` does: the file, and a Modelfile for Ollama."""
     library()  # before the model is loaded
-    folder, model, tokenizer = open_folder(cfg.model)
+    opened, tokenizer = open_folder(cfg.model)
+    model = build(opened)
     name = Path(cfg.model).resolve().name
     path = Path(cfg.output or Path(cfg.model).resolve().with_name(f"{name}-{cfg.type}"))
     if path.suffix != ".gguf":
         path /= f"{name}-{cfg.type}.gguf"
     beside = path.with_name("Modelfile")
     files.check_free([path, beside], cfg.overwrite)
-    chat_format = hf_folder.load_about(folder).get("chat_format")
+    chat_format = hf_folder.load_about(opened.folder).get("chat_format")
     counts = write(path, model, tokenizer, cfg.type, name, chat_format)
     files.write_text(beside, modelfile(path.name, tokenizer, model.config.max_position_embeddings, chat_format))
     tensors = ", ".join(f"{number} {kind}" for kind, number in counts.items())

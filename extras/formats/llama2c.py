@@ -16,8 +16,8 @@ import re
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,10 @@ import torch
 from core import files, hf_folder
 from core.config import Section
 from core.errors import UserError
-from extras.formats.original_llama import half_split, interleaved, open_folder, vocabulary
+from core.hf_config import CheckedConfig
+from core.hf_folder import Opened
+from core.size import num_parameters
+from extras.formats.original_llama import build, half_split, interleaved, vocabulary
 from model import Llama, ModelConfig, rope_table
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
@@ -85,9 +88,10 @@ class FromLlama2cConfig(Section):
             raise ValueError("model, tokenizer and output must be given")
 
 
-def export(cfg: Llama2cConfig) -> None:
+def export(cfg: Llama2cConfig, open_folder: Callable[[str], tuple[Opened, Tokenizer]]) -> None:
     """What `python export.py llama2c` does: the two files for run.c."""
-    _, model, tokenizer = open_folder(cfg.model)
+    opened, tokenizer = open_folder(cfg.model)
+    model = build(opened)
     path = Path(cfg.output)
     beside = path.with_name("tokenizer.bin")
     files.check_free([path, beside], cfg.overwrite)
@@ -108,7 +112,7 @@ def make_folder(cfg: FromLlama2cConfig) -> None:
         path = Path(temporary) / "tokenizer.model"
         path.write_bytes(read_tokenizer(cfg.tokenizer, model.config.vocab_size))
         hf_folder.save_model(folder, model, load_tokenizer(path), {"source": Path(cfg.model).name})
-    print(f"{folder}: {model.num_parameters()[0]:,} parameters; python sample.py --model {folder} --prompt ''")
+    print(f"{folder}: {num_parameters(model)[0]:,} parameters; python sample.py --model {folder} --prompt ''")
 
 
 def order(config: ModelConfig) -> Iterator[str]:
@@ -135,9 +139,10 @@ def check(model: Llama, tokenizer: Tokenizer) -> None:
     """UserError where run.c would compute something else than this model, or make other ids of most texts."""
     c = model.config
     vocabulary(tokenizer, c.vocab_size)
+    biased = any(name.endswith("bias") for name, _ in model.named_parameters())
     fixed = (tokenizer.model.unk_id, tokenizer.bos_id, tokenizer.eos_id)
     problems = {
-        "attention_bias is true: run.c has no biases": c.attention_bias,
+        "attention_bias is true: run.c has no biases": biased,
         f"head_dim is {c.head_dim}: run.c has hidden_size / heads": c.head_dim * c.num_attention_heads != c.hidden_size,
         f"rope_theta is {c.rope_theta:g}: run.c computes with 10000": c.rope_theta != 10000,
         f"rms_norm_eps is {c.rms_norm_eps:g}: run.c computes with 1e-5": c.rms_norm_eps != 1e-5,
@@ -258,7 +263,7 @@ def _config(path: str | Path, head: bytes) -> ModelConfig:
     try:
         if of_keys < 1 or vocab_size == 0:  # ModelConfig takes zero for "the usual"
             raise ValueError(f"{of_keys} key/value heads, {vocab_size} pieces")
-        return ModelConfig(
+        checked = CheckedConfig(
             abs(vocab_size),
             hidden,
             intermediate,
@@ -270,6 +275,7 @@ def _config(path: str | Path, head: bytes) -> ModelConfig:
             rope_theta=10000.0,
             tie_word_embeddings=vocab_size > 0,
         )
+        return ModelConfig(**asdict(checked))
     except ValueError as e:
         raise UserError(f"{path}: no header of llama2.c: {e}", "is it a model.bin?") from None
 

@@ -11,7 +11,7 @@ Shapes:  N outputs, K inputs, G inputs in a group, M rows of x
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import files, hf_config, hf_folder
+from core import files, hf_folder
 from core.config import Section
 from core.errors import UserError
-from model import Llama
-from tokenizer import load as load_tokenizer
+from core.hf_config import family_of
+from core.hf_folder import Opened
+from model import Llama, ModelConfig
+from tokenizer import Tokenizer
 
 KINDS = ("none", "int8", "int4")
 GROUP = 32  # inputs that share a scale in int4: half a bit more for each weight, and as fast as 128
@@ -49,14 +51,13 @@ class QuantizeConfig(Section):
             raise ValueError("output must be given")
 
 
-def export(cfg: QuantizeConfig) -> None:
+def export(cfg: QuantizeConfig, open_folder: Callable[[str], tuple[Opened, Tokenizer]]) -> None:
     """What `python export.py quantize` does: a model folder with rounded weights, in compressed-tensors' format."""
-    folder, path = hf_folder.model_folder(cfg.model), Path(cfg.output)
+    path = Path(cfg.output)
     files.check_free([path], cfg.overwrite)
-    tokenizer = load_tokenizer(folder)
-    model = build(*hf_folder.open_model(folder), cfg.type)
-    hf_folder.check_tokenizer(folder, model, tokenizer)
-    for note in save(path, model, cfg.type, tokenizer, hf_folder.load_about(folder)):
+    opened, tokenizer = open_folder(cfg.model)
+    model = build(opened.model, opened.weights, cfg.type)
+    for note in save(path, model, cfg.type, tokenizer, hf_folder.load_about(opened.folder)):
         print(f"note: {note}: sample.py and serve.py read this folder, transformers and vLLM will not", file=sys.stderr)
     size = (path / "model.safetensors").stat().st_size
     print(f"{path}: {cfg.type}, {size:,} bytes; python sample.py --model {path}")
@@ -217,33 +218,33 @@ def quantize(model: Llama, kind: str) -> Llama:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
-    def fill(write: Callable[[str, Tensor], None]) -> None:
+    def take_out() -> Iterator[tuple[str, Tensor]]:
         while parameters:  # a layer is replaced, and the memory of its weight free, before the next one
-            write(*parameters.popitem())
+            yield parameters.popitem()
 
-    return build(model, fill, kind, None)
+    return build(model, take_out(), kind, None)
 
 
 @torch.no_grad()
-def build(model: Llama, fill: Callable, kind: str, device: torch.device | str | None = "cpu") -> Llama:
-    """`checkpoint.build` and `quantize` in one: each weight is rounded as it is read, so that no fp32 copy of all
+def build(
+    model: Llama, weights: Iterable[tuple[str, Tensor]], kind: str, device: torch.device | str | None = "cpu"
+) -> Llama:
+    """`hf_folder.build` and `quantize` in one: each weight is rounded as it is read, so that no fp32 copy of all
     exists.
 
     Args:
-        model: on the meta device, with `fill`, as `checkpoint.open_model` returns them.
+        model: on the meta device.
+        weights: (name, values) of each of its weights.
         kind: int8 or int4.
         device: None: where the values are.
     """
     linear, rest = _linear(model), {}
-
-    def write(name: str, values: Tensor) -> None:
+    for name, values in weights:
         layer = name.removesuffix(".weight")
         if layer in linear:
             _put(model, layer, LAYERS[kind](values.to(device=device), None))
         else:
             rest[name] = values.detach().to(device=device, dtype=torch.bfloat16, copy=True)
-
-    fill(write)
     return _finished(model, linear, rest)
 
 
@@ -352,7 +353,7 @@ def _says(found, wanted) -> bool:
 
 
 def save(folder: Path, model: Llama, kind: str, tokenizer, about: dict) -> list[str]:
-    """Write a quantised model as a Hugging Face folder; arguments as `checkpoint.save_model`.
+    """Write a quantised model as a Hugging Face folder; arguments as `hf_folder.save_model`.
 
     Returns:
         reasons why transformers and vLLM will not read it (`load` will), for the user.
@@ -370,14 +371,16 @@ def save(folder: Path, model: Llama, kind: str, tokenizer, about: dict) -> list[
     return ragged[:1] + ["transformers quantises no Falcon"] * (files.read_json(path)["model_type"] == "falcon")
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu") -> Llama:
+def load(folder: str | Path, config: ModelConfig, device: torch.device | str = "cpu") -> Llama:
     """The model of a folder whose `kind_of` is int8 or int4, with the very weights that were saved.
 
+    Args:
+        config: what the folder's config.json says.
     Raises:
         UserError: damaged files, weights that do not fit the config.
     """
     folder, kind = Path(folder), kind_of(folder)
-    path, family = folder / "model.safetensors", hf_config.family_of(config := hf_config.load_config(folder))
+    path, family = folder / "model.safetensors", family_of(config)
     with torch.device("meta"):
         model = family.model(config)
     linear = _linear(model)
@@ -414,41 +417,3 @@ def _check(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> N
     hf_folder.check_tensors(
         path, {n: t for n, t in found.items() if n not in whole}, {n: t for n, t in wanted.items() if n not in whole}
     )
-
-
-INTEL = Path("/proc/cpuinfo").exists() and "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-
-
-class DecodingLinear(nn.Linear):
-    """A linear layer for a CPU, with the products that are fast for few rows of x.
-
-    In fp32 that is oneDNN's: torch's own goes to MKL, which gives one row one core, and is slower still with a few.
-    Compiled, one row is multiplied and summed: in bf16 that reads 33 GB/s, oneDNN's 11, as it is made for many rows.
-    Milliseconds of 35,207 x 768 on two cores (AMD EPYC), torch's and this: fp32 1 row 8.1 and 3.7, 16 rows 19 and 8.5,
-    512 rows 487 and 306; bf16 compiled, 1 row: 4.7 and 1.7.
-    On an Intel Xeon with AMX, 64,794 x 1,024: fp32 1 row 8.8 and 9.0 (2,752 x 1,024: 0.38 and 0.44), 16 rows 61 and 40:
-    one row stays with MKL there. bf16, 1 row: torch's 7.0, as matrix times vector 3.9.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        compiling, one_row = torch.compiler.is_compiling(), x.numel() == x.shape[-1]
-        if INTEL and one_row and not compiling:
-            if x.dtype != torch.bfloat16:
-                return super().forward(x)
-            y = torch.mv(self.weight, x.view(-1))
-            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        if compiling and one_row:
-            y = (self.weight * x.view(1, -1)).sum(dim=-1, dtype=torch.float32).to(x.dtype)
-            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        if x.dtype == torch.float32 and not compiling:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
-
-
-def for_decoding(model: Llama) -> Llama:
-    """The same model with products for few rows, where it is on a CPU. Names and values of its weights stay."""
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    for module in model.modules():
-        if known and type(module) is nn.Linear and module.weight.device.type == "cpu":
-            module.__class__ = DecodingLinear
-    return model
