@@ -10,7 +10,7 @@ import pytest
 import small_run
 import torch
 from safetensors.torch import load_file
-from test_engine import metrics
+from test_trainer import metrics
 
 import trainer
 from core import distributed, errors
