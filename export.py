@@ -12,53 +12,44 @@ transformers, vLLM, SGLang and lm-eval read a model folder as it is. What is the
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from pkgutil import resolve_name
 
-from assembly import inference
+from assembly.inference import attach
 from assembly.models import open_model
-from core import config, errors, hf_folder
+from core import config, errors
 from core.errors import UserError
 from core.hf_folder import Opened
-from tokenizer import Tokenizer
-from tokenizer import load as load_tokenizer
 
-
-def open_folder(path: str) -> tuple[Opened, Tokenizer]:
-    """The folder with a run's weights and its tokenizer, which belong together."""
-    folder = hf_folder.model_folder(path)
-    tokenizer, opened = load_tokenizer(folder), open_model(folder)
-    hf_folder.check_tokenizer(folder, opened.model, tokenizer)
-    return opened, tokenizer
-
-
-def open_with_adapter(path: str, adapter: str) -> tuple[Opened, Tokenizer]:
-    """The same with an adapter; "" as path: the base that the adapter names."""
-    opened, tokenizer = open_folder(path or inference.base_of(adapter))
-    model, weights = inference.attach(opened, adapter)
-    return replace(opened, model=model, weights=weights), tokenizer
-
-
-# Word -> its section of options, the function that takes it, and how this opens folders. Only what is asked for is
-# imported.
+# Word -> its section of options, and the function that does it. Only what is asked for is imported.
 WAYS = {
-    "gguf": ("extras.formats.gguf_file:GgufConfig", "extras.formats.gguf_file:export", open_folder),
-    "llama2c": ("extras.formats.llama2c:Llama2cConfig", "extras.formats.llama2c:export", open_folder),
+    "gguf": ("extras.formats.gguf_file:GgufConfig", "extras.formats.gguf_file:export"),
+    "llama2c": ("extras.formats.llama2c:Llama2cConfig", "extras.formats.llama2c:export"),
     "from-llama2c": ("extras.formats.llama2c:FromLlama2cConfig", "extras.formats.llama2c:make_folder"),
-    "merge": ("extras.finetune.merge:MergeConfig", "extras.finetune.merge:export", open_with_adapter),
-    "quantize": ("extras.formats.quantize:QuantizeConfig", "extras.formats.quantize:export", open_folder),
+    "merge": ("extras.finetune.merge:MergeConfig", "extras.finetune.merge:export"),
+    "quantize": ("extras.formats.quantize:QuantizeConfig", "extras.formats.quantize:export"),
 }
 
 
 def main() -> None:
     word, argv = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if word in ("-h", "--help"):
-        config.load(__doc__, {name.replace("-", "_"): way[0] for name, way in WAYS.items()}, [word])
+        config.load(__doc__, {name.replace("-", "_"): section for name, (section, _) in WAYS.items()}, [word])
     if word not in WAYS:
         raise UserError(f"{word or 'nothing'}: no such export", f"python export.py {' or '.join(WAYS)}")
-    section, way, *opener = WAYS[word]
+    section, way = map(resolve_name, WAYS[word])
     name = word.replace("-", "_")
-    options = vars(config.load(__doc__, {name: resolve_name(section)}, argv))[name]
-    resolve_name(way)(options, *opener)
+    # A wing opens no models: it is told how.
+    way(getattr(config.load(__doc__, {name: section}, argv), name), open_folder)
+
+
+def open_folder(folder: Path, adapter: str = "") -> Opened:
+    """A model folder of any family, with an adapter beside its weights where one is named."""
+    opened = open_model(folder)
+    if not adapter:
+        return opened
+    model, weights = attach(opened, adapter)
+    return replace(opened, model=model, weights=weights)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from assembly.inference import Speaker, SpeakerConfig
+from assembly.inference import InferenceConfig, open_generator
 from core import config, errors
 from core.config import Range, Section
 from core.errors import UserError
@@ -48,18 +48,18 @@ class ServeConfig(Section):
 
 
 def main() -> None:
-    cfg = config.load(__doc__, {"speaker": SpeakerConfig, "serve": ServeConfig}, sys.argv[1:])
+    cfg = config.load(__doc__, {"inference": InferenceConfig, "serve": ServeConfig}, sys.argv[1:])
     wire.packages()  # before the model is loaded
-    asked, speaker = cfg.serve, Speaker(cfg.speaker)
-    if asked.context > speaker.context:
-        raise UserError(f"--context {asked.context}: the model has {speaker.context} positions")
-    name = Path(cfg.speaker.adapter or speaker.name).resolve().name
+    asked, generator = cfg.serve, open_generator(cfg.inference)
+    if asked.context > generator.context:
+        raise UserError(f"--context {asked.context}: the model has {generator.context} positions")
+    name = Path(cfg.inference.adapter or generator.name).resolve().name
     sock = wire.listening(asked.host, asked.port)
-    writer = worker.Worker(speaker, asked.rows, asked.queue, asked.context or speaker.context)
+    writer = worker.Worker(generator, asked.rows, asked.queue, asked.context or generator.context)
     server = wire.make(app.App(writer, name, asked.host, asked.api_key, asked.names), writer)
     host = f"[{asked.host}]" if ":" in asked.host else asked.host
     print(
-        f"{name}: {'a chat' if speaker.chat_format else 'a base'} model, {writer.context} positions, "
+        f"{name}: {'a chat' if generator.chat_format else 'a base'} model, {writer.context} positions, "
         f"{asked.rows} texts at once; http://{host}:{sock.getsockname()[1]}",
         flush=True,
     )

@@ -33,6 +33,7 @@ from zlib import crc32
 import numpy as np
 import sentencepiece
 import torch
+from core.loss import next_token_loss
 
 import tokenizer
 import trainer
@@ -42,7 +43,6 @@ from core import bins, checkpoint, config, data, errors, hf_folder, optim, paral
 from core.distributed import Ranks
 from core.errors import UserError
 from core.generate import Batch, SamplingConfig
-from core.loss import next_token_loss
 from extras.corpus import dedup, pipeline, readers
 from extras.corpus import tokenize as corpus_bins
 from extras.finetune import lora, nf4
@@ -173,10 +173,10 @@ def ours(path: Path, text: tokenizer.Tokenizer, folder: Path, processes: int) ->
     """The chain of `python data_process.py --split line`."""
     read = readers.ReadConfig(input=(str(path),), split="line")
     split = corpus_bins.Split(0.01)
-    with pipeline.Books(folder, ["read", "tokenize"]) as books:
-        blocks = readers.blocks(read, books.accounts["read"])
-        results = pipeline.run(blocks, read, [], books, corpus_bins.Tokenize(text, split), processes)
-        corpus_bins.write(folder, text, split, results, books, path.name)
+    with pipeline.Report(folder, ["read", "tokenize"]) as report:
+        blocks = readers.blocks(read, report.accounts["read"])
+        results = pipeline.run(blocks, read, [], report, corpus_bins.Tokenize(text, split), processes)
+        corpus_bins.write(folder, text, split, results, report, path.name)
 
 
 def rounds(ways: dict[str, Callable], number: int) -> dict[str, list[float]]:

@@ -69,7 +69,7 @@ def load(doc: str, sections: dict[str, type | str], argv: list[str], default: st
         argv: command-line words without the program's name.
         default: TOML file read where argv names none.
     Returns:
-        A namespace with one dataclass instance per section, None for a section that was not imported.
+        A namespace with one dataclass instance per section, None for one declared by its path that nothing names.
     Raises:
         UserError: unknown section or key, a value of the wrong type, a dataclass that refuses its values.
     """
@@ -89,7 +89,8 @@ def load(doc: str, sections: dict[str, type | str], argv: list[str], default: st
     result = SimpleNamespace()
     for name in sections:
         try:
-            setattr(result, name, sections[name](**values.get(name, {})) if sections.is_loaded(name) else None)
+            wanted = name in values or name in sections.eager
+            setattr(result, name, sections[name](**values.get(name, {})) if wanted else None)
         except ValueError as e:
             places = sorted({where for (section, _), where in origin.items() if section == name})
             raise UserError(f"[{name}] {e}", f"set in {', '.join(places)}" if places else "") from None
@@ -110,6 +111,10 @@ def show(cfg: SimpleNamespace) -> str:
 
 class _Sections(dict):
     """Section name -> class; one that is declared by its path is imported when it is asked for."""
+
+    def __init__(self, sections: dict[str, type | str]):
+        super().__init__(sections)
+        self.eager = {name for name in self if self.is_loaded(name)}  # these are there even where nothing names them
 
     def __getitem__(self, name: str) -> type:
         if not self.is_loaded(name):

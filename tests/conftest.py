@@ -21,7 +21,7 @@ from core.hf_config import family_of  # noqa: E402
 from core.memory import save_memory  # noqa: E402
 from model import Llama, ModelConfig  # noqa: E402
 from tokenizer import load  # noqa: E402
-from tokenizer.sentencepiece_model import write_model  # noqa: E402
+from tokenizer.sentencepiece_writer import write_model  # noqa: E402
 from tokenizer.train import train  # noqa: E402
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from core import files
 
 HEAD, JSON = struct.Struct("<QI"), struct.Struct("<Q")  # bytes of the body and its CRC-32; bytes of the JSON in it
 SOURCES = Path(__file__).resolve().parents[2]
-CODE = ("data_process.py", "core/data.py", "extras/corpus/*.py", "tokenizer/*.py")  # what results depend on
+CODE = ("data_process.py", "core/bins.py", "extras/corpus/*.py", "tokenizer/*.py")  # what results depend on
 
 
 class Journal:

@@ -25,9 +25,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 from core import files
+from core.config import Range, Section
 from core.errors import UserError
 from extras.corpus import wiki
 from extras.corpus.account import Account, Doc
@@ -72,33 +73,31 @@ ADAPTERS = {
 
 
 @dataclass(frozen=True)
-class ReadConfig:
+class ReadConfig(Section):
     input: tuple[str, ...] = ()  # files; none: the demo
-    format: str = "auto"  # text, jsonl, json, csv, parquet, wiki; auto: by the file's name
+    # auto: by the file's name.
+    format: Literal["auto", "text", "jsonl", "json", "csv", "parquet", "wiki", "wikitext"] = "auto"
     encoding: str = "auto"  # a name that Python knows; auto: by byte order mark, else UTF-8 or GB18030 by what fits
-    split: str = "file"  # text files: a document is the whole file, a line, or what stands between blank lines
+    # Text files: a document is the whole file, a line, or what stands between blank lines.
+    split: Literal["file", "line", "blank"] = "file"
     text_field: tuple[str, ...] = ("text",)  # of JSON, CSV and Parquet; several are joined by a line break
-    adapter: str = ""  # the fields of a well-known corpus instead: see ADAPTERS in extras/corpus/readers.py
-    max_doc_bytes: int = 16 << 20  # longer documents are rejected: one endless line must not take all memory
-    errors: str = "reject"  # documents with bytes that are no text: reject them, or replace the bytes by U+FFFD
+    # The fields of a well-known corpus instead: see ADAPTERS in extras/corpus/readers.py.
+    adapter: Literal["", *ADAPTERS] = ""
+    # Longer documents are rejected: one endless line must not take all memory.
+    max_doc_bytes: Annotated[int, Range(least=1)] = 16 << 20
+    # Documents with bytes that are no text: reject them, or replace the bytes by U+FFFD.
+    errors: Literal["reject", "replace"] = "reject"
     keep_going: bool = False  # a file that is missing or damaged is reported and the others go on
 
     def __post_init__(self):
-        for name, known in (
-            ("split", ("file", "line", "blank")),
-            ("errors", ("reject", "replace")),
-            ("format", ("auto", "text", *dict.fromkeys(FORMATS.values()))),
-            ("adapter", ("", *ADAPTERS)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(filter(None, known))}")
+        super().__post_init__()
         if self.encoding != "auto":
             try:
                 "".encode(self.encoding)  # refuses what is no encoding of texts, too: rot13, base64
             except (LookupError, UnicodeError):
                 raise ValueError(f"encoding = {self.encoding!r} is not known") from None
-        if self.max_doc_bytes < 1 or not self.text_field:
-            raise ValueError("max_doc_bytes must be positive, text_field not empty")
+        if not self.text_field:
+            raise ValueError("text_field must not be empty")
 
 
 class Block(NamedTuple):

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from core import files, hf_folder
 from core.config import Section
-from core.hf_folder import Opened
 from extras.finetune import lora
-from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,20 @@ class MergeConfig(Section):
             raise ValueError("output must be given")
 
 
-def export(cfg: MergeConfig, open_with_adapter: Callable[[str, str], tuple[Opened, Tokenizer]]) -> None:
-    """What `python export.py merge` does."""
-    path, adapter = Path(cfg.output), lora.find_adapter(cfg.adapter)
+def export(cfg: MergeConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
+    """What `python export.py merge` does.
+
+    Args:
+        open_model: (folder of a base, folder of an adapter) -> both together.
+    """
+    base, path = hf_folder.model_folder(cfg.model or lora.base_of(cfg.adapter)), Path(cfg.output)
     files.check_free([path], cfg.overwrite)
-    opened, tokenizer = open_with_adapter(cfg.model, cfg.adapter)
+    tokenizer = load_tokenizer(base)
+    adapter, opened = lora.find_adapter(cfg.adapter), open_model(base, cfg.adapter)
+    hf_folder.check_tokenizer(base, opened.model, tokenizer)
     model = lora.merge(hf_folder.build(opened.model, opened.weights))
     # The folder says what is in it already, so that an adapter is not added twice.
-    of_base, of_adapter = hf_folder.load_about(opened.folder), hf_folder.load_about(adapter)
+    of_base, of_adapter = hf_folder.load_about(base), hf_folder.load_about(adapter)
     merged = f"{of_base.get('merged_sha256', '')} {files.sha256(adapter / lora.Adapter.file)}".strip()
     hf_folder.save_model(path, model, tokenizer, of_base | of_adapter | {"merged_sha256": merged})
-    print(f"{cfg.output}: {opened.folder} with {adapter} merged; python sample.py --model {cfg.output}")
+    print(f"{cfg.output}: {base} with {adapter} merged; python sample.py --model {cfg.output}")

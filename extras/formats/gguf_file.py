@@ -18,8 +18,7 @@ from core import files, hf_folder
 from core.config import Section
 from core.errors import UserError
 from core.generate import SamplingConfig
-from core.hf_folder import Opened
-from extras.formats.original_llama import build, interleaved, vocabulary
+from extras.formats.original_llama import interleaved, load_folder, vocabulary
 from model import Llama
 from tokenizer import Tokenizer, chat
 
@@ -49,18 +48,17 @@ class GgufConfig(Section):
     overwrite: bool = False
 
 
-def export(cfg: GgufConfig, open_folder: Callable[[str], tuple[Opened, Tokenizer]]) -> None:
+def export(cfg: GgufConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
     """What `python export.py gguf` does: the file, and a Modelfile for Ollama."""
     library()  # before the model is loaded
-    opened, tokenizer = open_folder(cfg.model)
-    model = build(opened)
+    folder, model, tokenizer = load_folder(cfg.model, open_model)
     name = Path(cfg.model).resolve().name
     path = Path(cfg.output or Path(cfg.model).resolve().with_name(f"{name}-{cfg.type}"))
     if path.suffix != ".gguf":
         path /= f"{name}-{cfg.type}.gguf"
     beside = path.with_name("Modelfile")
     files.check_free([path, beside], cfg.overwrite)
-    chat_format = hf_folder.load_about(opened.folder).get("chat_format")
+    chat_format = hf_folder.load_about(folder).get("chat_format")
     counts = write(path, model, tokenizer, cfg.type, name, chat_format)
     files.write_text(beside, modelfile(path.name, tokenizer, model.config.max_position_embeddings, chat_format))
     tensors = ", ".join(f"{number} {kind}" for kind, number in counts.items())
@@ -225,23 +223,18 @@ def _template(tokenizer: Tokenizer, chat_format: str | None) -> str:
         return "{{ .Prompt }}"
     form, special = chat.FORMATS[chat_format], chat.special_ids(tokenizer, chat_format)
 
-    def say(parts, content: str = "") -> str:
-        return "".join(
-            tokenizer.id_to_piece(special[part])
-            if isinstance(part, chat.Special)
-            else part.replace("{content}", content)
-            for part in parts
-        )
+    def say(part: str, content: str = "") -> str:
+        return part.format(content=content, **{slot: tokenizer.id_to_piece(id) for slot, id in special.items()})
 
     start, opening = form.start, form.question
     if adds_bos(tokenizer, chat_format):  # llama.cpp writes it
-        start, opening = (start[1:], opening) if start else ((), opening[1:])
+        start, opening = (start.removeprefix("{bos}"), opening) if start else ("", opening.removeprefix("{bos}"))
     first = say(opening, "{{ .Content }}")
     if form.system is None:
         joined = form.system_in_question.replace("{system}", "{{ $.System }}").replace("{content}", "{{ .Content }}")
         first = f"{{{{ if $.System }}}}{say(opening, joined)}{{{{ else }}}}{first}{{{{ end }}}}"
     system = f"{{{{ if .System }}}}{say(form.system, '{{ .System }}')}{{{{ end }}}}" if form.system else ""
-    later = say((*form.between, *form.question), "{{ .Content }}")
+    later = say(form.between + form.question, "{{ .Content }}")
     return (
         f"{{{{ $first := true }}}}{say(start)}{system}"
         '{{ range .Messages }}{{ if eq .Role "user" }}'

@@ -27,9 +27,8 @@ from core import files, hf_folder
 from core.config import Section
 from core.errors import UserError
 from core.hf_config import CheckedConfig
-from core.hf_folder import Opened
 from core.size import num_parameters
-from extras.formats.original_llama import build, half_split, interleaved, vocabulary
+from extras.formats.original_llama import half_split, interleaved, load_folder, vocabulary
 from model import Llama, ModelConfig, rope_table
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
@@ -44,8 +43,8 @@ from tokenizer.sentencepiece_model import (
     Model,
     Piece,
     parse_model,
-    write_model,
 )
+from tokenizer.sentencepiece_writer import write_model
 
 HEADER = struct.Struct("<7i")
 MAGIC = int.from_bytes(b"24ka", "little")  # begins the later versions
@@ -88,10 +87,9 @@ class FromLlama2cConfig(Section):
             raise ValueError("model, tokenizer and output must be given")
 
 
-def export(cfg: Llama2cConfig, open_folder: Callable[[str], tuple[Opened, Tokenizer]]) -> None:
+def export(cfg: Llama2cConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
     """What `python export.py llama2c` does: the two files for run.c."""
-    opened, tokenizer = open_folder(cfg.model)
-    model = build(opened)
+    _, model, tokenizer = load_folder(cfg.model, open_model)
     path = Path(cfg.output)
     beside = path.with_name("tokenizer.bin")
     files.check_free([path, beside], cfg.overwrite)
@@ -103,8 +101,8 @@ def export(cfg: Llama2cConfig, open_folder: Callable[[str], tuple[Opened, Tokeni
     print(f"{path}: {path.stat().st_size:,} bytes\n{beside}: {beside.stat().st_size:,} bytes")
 
 
-def make_folder(cfg: FromLlama2cConfig) -> None:
-    """What `python export.py from-llama2c` does: a model folder of the two files."""
+def make_folder(cfg: FromLlama2cConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
+    """What `python export.py from-llama2c` does: a model folder of the two files. There is no folder to open."""
     folder = Path(cfg.output)
     files.check_free([folder], cfg.overwrite)
     model = read_weights(cfg.model)
@@ -139,10 +137,9 @@ def check(model: Llama, tokenizer: Tokenizer) -> None:
     """UserError where run.c would compute something else than this model, or make other ids of most texts."""
     c = model.config
     vocabulary(tokenizer, c.vocab_size)
-    biased = any(name.endswith("bias") for name, _ in model.named_parameters())
     fixed = (tokenizer.model.unk_id, tokenizer.bos_id, tokenizer.eos_id)
     problems = {
-        "attention_bias is true: run.c has no biases": biased,
+        "attention_bias is true: run.c has no biases": any(n.endswith("bias") for n, _ in model.named_parameters()),
         f"head_dim is {c.head_dim}: run.c has hidden_size / heads": c.head_dim * c.num_attention_heads != c.hidden_size,
         f"rope_theta is {c.rope_theta:g}: run.c computes with 10000": c.rope_theta != 10000,
         f"rms_norm_eps is {c.rms_norm_eps:g}: run.c computes with 1e-5": c.rms_norm_eps != 1e-5,
@@ -263,13 +260,9 @@ def _config(path: str | Path, head: bytes) -> ModelConfig:
     try:
         if of_keys < 1 or vocab_size == 0:  # ModelConfig takes zero for "the usual"
             raise ValueError(f"{of_keys} key/value heads, {vocab_size} pieces")
+        sizes = (abs(vocab_size), hidden, intermediate, layers, of_queries, of_keys)
         checked = CheckedConfig(
-            abs(vocab_size),
-            hidden,
-            intermediate,
-            layers,
-            of_queries,
-            of_keys,
+            *sizes,
             max_position_embeddings=positions,
             rms_norm_eps=1e-5,
             rope_theta=10000.0,

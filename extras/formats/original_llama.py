@@ -1,19 +1,21 @@
 """A Llama as Meta's original code has it, which llama.cpp and llama2.c follow: what their formats ask for alike.
 
-In:  an opened folder, weights, a tokenizer. Out: a model; weights in the interleaved layout; a vocabulary that merging
-pairs explains.
+In:  a model folder, weights, a tokenizer. Out: weights in the interleaved layout, and a vocabulary that merging pairs
+explains.
 Knows no file format: gguf_file.py and llama2c.py do.
 """
 
-import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 
 from core import hf_folder
 from core.errors import UserError
-from core.hf_folder import Opened
+from core.hf_config import family_of
 from model import Llama
 from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
 from tokenizer.sentencepiece_model import BPE, SPACE, UNUSED, USER_DEFINED, Piece
 
 
@@ -38,16 +40,24 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def build(opened: Opened) -> Llama:
-    """The model of a folder in fp32; UserError where it is not what Meta's code computes."""
-    config = {"model_type": "llama", "rope_type": "default"} | dataclasses.asdict(opened.model.config)
-    kind, rope = config["model_type"], config["rope_type"]
+def load_folder(path: str, open_model: Callable[..., hf_folder.Opened]) -> tuple[Path, Llama, Tokenizer]:
+    """The folder with a run's weights, its model in fp32 and its tokenizer, which belong together.
+
+    Args:
+        open_model: folder -> what is in it, whatever its family.
+    """
+    folder = hf_folder.model_folder(path)
+    tokenizer, opened = load_tokenizer(folder), open_model(folder)
+    described = family_of(opened.model.config).write(opened.model.config)
+    kind, rope = described["model_type"], (described.get("rope_scaling") or {}).get("rope_type", "default")
     if (kind, rope) != ("llama", "default"):
         raise UserError(
-            f"{opened.folder}: {kind} with rope_type {rope}, only plain Llama models are written for others",
+            f"{folder}: {kind} with rope_type {rope}, only plain Llama models are written for others",
             "transformers reads the folder as it is, llama.cpp's own converter too",
         )
-    return hf_folder.build(opened.model, opened.weights)
+    model = hf_folder.build(opened.model, opened.weights)
+    hf_folder.check_tokenizer(folder, model, tokenizer)
+    return folder, model, tokenizer
 
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> list[Piece]:

@@ -11,7 +11,7 @@ Shapes:  N outputs, K inputs, G inputs in a group, M rows of x
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,9 +24,8 @@ from core import files, hf_folder
 from core.config import Section
 from core.errors import UserError
 from core.hf_config import family_of
-from core.hf_folder import Opened
 from model import Llama, ModelConfig
-from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
 
 KINDS = ("none", "int8", "int4")
 GROUP = 32  # inputs that share a scale in int4: half a bit more for each weight, and as fast as 128
@@ -51,13 +50,19 @@ class QuantizeConfig(Section):
             raise ValueError("output must be given")
 
 
-def export(cfg: QuantizeConfig, open_folder: Callable[[str], tuple[Opened, Tokenizer]]) -> None:
-    """What `python export.py quantize` does: a model folder with rounded weights, in compressed-tensors' format."""
-    path = Path(cfg.output)
+def export(cfg: QuantizeConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
+    """What `python export.py quantize` does: a model folder with rounded weights, in compressed-tensors' format.
+
+    Args:
+        open_model: folder -> what is in it, whatever its family.
+    """
+    folder, path = hf_folder.model_folder(cfg.model), Path(cfg.output)
     files.check_free([path], cfg.overwrite)
-    opened, tokenizer = open_folder(cfg.model)
+    tokenizer = load_tokenizer(folder)
+    opened = open_model(folder)
     model = build(opened.model, opened.weights, cfg.type)
-    for note in save(path, model, cfg.type, tokenizer, hf_folder.load_about(opened.folder)):
+    hf_folder.check_tokenizer(folder, model, tokenizer)
+    for note in save(path, model, cfg.type, tokenizer, hf_folder.load_about(folder)):
         print(f"note: {note}: sample.py and serve.py read this folder, transformers and vLLM will not", file=sys.stderr)
     size = (path / "model.safetensors").stat().st_size
     print(f"{path}: {cfg.type}, {size:,} bytes; python sample.py --model {path}")
@@ -217,12 +222,9 @@ def quantize(model: Llama, kind: str) -> Llama:
         kind: int8 or int4.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-
-    def take_out() -> Iterator[tuple[str, Tensor]]:
-        while parameters:  # a layer is replaced, and the memory of its weight free, before the next one
-            yield parameters.popitem()
-
-    return build(model, take_out(), kind, None)
+    # A layer is replaced, and the memory of its weight is free, before the next one.
+    weights = (parameters.popitem() for _ in range(len(parameters)))
+    return build(model, weights, kind, None)
 
 
 @torch.no_grad()
@@ -234,7 +236,7 @@ def build(
 
     Args:
         model: on the meta device.
-        weights: (name, values) of each of its weights.
+        weights: (name, values) of each of its weights, to be read once.
         kind: int8 or int4.
         device: None: where the values are.
     """
@@ -371,16 +373,15 @@ def save(folder: Path, model: Llama, kind: str, tokenizer, about: dict) -> list[
     return ragged[:1] + ["transformers quantises no Falcon"] * (files.read_json(path)["model_type"] == "falcon")
 
 
-def load(folder: str | Path, config: ModelConfig, device: torch.device | str = "cpu") -> Llama:
+def load(folder: Path, config: ModelConfig, device: torch.device | str = "cpu") -> Llama:
     """The model of a folder whose `kind_of` is int8 or int4, with the very weights that were saved.
 
     Args:
-        config: what the folder's config.json says.
+        config: what the folder's config.json says, checked.
     Raises:
         UserError: damaged files, weights that do not fit the config.
     """
-    folder, kind = Path(folder), kind_of(folder)
-    path, family = folder / "model.safetensors", family_of(config)
+    path, kind, family = folder / "model.safetensors", kind_of(folder), family_of(config)
     with torch.device("meta"):
         model = family.model(config)
     linear = _linear(model)

@@ -69,12 +69,12 @@ class App:
 
         from extras.serve import schema
 
-        self.worker, self.speaker, self.name, self.key = worker, worker.speaker, name, key
+        self.worker, self.generator, self.name, self.key = worker, worker.generator, name, key
         self.hosts = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host, *names}
         self.hosts = {host.lower() for host in self.hosts}
         # A page of another site can give its own name this machine's address, but no number.
         self.any_number = host in ("0.0.0.0", "::")
-        tokenizer = self.speaker.text
+        tokenizer = self.generator.tokenizer
         limits = schema.Limits(name, tokenizer.vocab_size, worker.rows, worker.queue, worker.context)
         self.read = partial(schema.read, limits=limits)
         # No token stands for more bytes of text than its entry has: what is far too long is refused unread.
@@ -85,7 +85,7 @@ class App:
             "created": int(time.time()),
             "owned_by": "local",
             "max_model_len": worker.context,
-            "chat": bool(self.speaker.chat_format),
+            "chat": bool(self.generator.chat_format),
         }
 
         def always(response):
@@ -193,7 +193,7 @@ class App:
         """One request."""
         from starlette.responses import JSONResponse, StreamingResponse
 
-        if chat and not self.speaker.chat_format:
+        if chat and not self.generator.chat_format:
             raise Refused(
                 400, f"{self.name} is a base model: it continues texts, under /v1/completions", None, "no_chat_model"
             )
@@ -233,11 +233,11 @@ class App:
         if least > context:
             raise too_long(name, f"at least {least}", context)
         try:
-            ids = self.speaker.ids(prompt) if chat else prompt
+            ids = self.generator.encode(prompt) if chat else prompt
         except TokenizerError as e:
             raise Refused(400, f"{name}: {e}", name, "invalid_value") from None
         if isinstance(ids, str):
-            ids = self.speaker.text.encode(ids, bos=True)
+            ids = self.generator.tokenizer.encode(ids, bos=True)
         if len(ids) > context:
             raise too_long(name, len(ids), context)
         if not ids:
