@@ -101,14 +101,15 @@ def identify(config: ModelConfig) -> dict:
 
 def is_plain_llama(raw: dict) -> bool:
     """Whether a config.json describes what model.py is; everything else is for extras/families to read or refuse."""
-    plain = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    plain = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
     rope = raw.get("rope_parameters") or {}
     scaled = (
         not isinstance(rope, dict)
         or rope.get("rope_type", "default") != "default"
         or rope.keys() - {"rope_theta", "rope_type"}
     )
-    return all(raw.get(k, v) == v for k, v in plain.items()) and not (raw.get("rope_scaling") or scaled)
+    usual = all(raw.get(k, v) == v for k, v in plain.items()) and not (raw.get("rope_scaling") or scaled)
+    return usual and raw.get("model_type") == "llama"
 
 
 def read_config(path: Path, hint: str = "") -> ModelConfig:
@@ -118,8 +119,8 @@ def read_config(path: Path, hint: str = "") -> ModelConfig:
         UserError: a number that is missing or impossible.
     """
     raw = files.read_json(path, hint)
-    theta = (raw.get("rope_parameters") or {}).get("rope_theta", raw.get("rope_theta"))
-    checked = make_config(CheckedConfig, raw | {"rope_theta": theta}, path)
+    rope = {"rope_theta": (raw.get("rope_parameters") or {}).get("rope_theta")} if raw.get("rope_theta") is None else {}
+    checked = make_config(CheckedConfig, raw | rope, path)
     return ModelConfig(**dataclasses.asdict(checked))
 
 
