@@ -17,6 +17,7 @@ Knows nothing of tasks, files or tensors.
 import errno
 import os
 import sys
+import traceback
 
 from tokenizer import TokenizerError
 
@@ -100,8 +101,6 @@ def run(main) -> None:
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
-        import traceback
-
         traceback.print_exc()
     prefix = "stopped" if code in (75, 130) else "error"
     print(f"{prefix}: {message}", file=sys.stderr, flush=True)

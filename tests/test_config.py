@@ -1,6 +1,7 @@
 """Promises of `core/config.py`: defaults < TOML files left to right < flags, and nothing unknown passes."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -240,3 +241,44 @@ def test_resolved_options_are_plain_data_that_loads_again(toml):
     plain = config.as_dict(cfg)
     assert plain["train"] == dataclasses.asdict(cfg.train) and plain["data"]["seed"] == 5
     assert "[train] lr=3.0 max_steps=10" in config.show(cfg) and len(config.show(cfg).split("\n")) == 2
+
+
+# Sections of wings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wings(tmp_path, monkeypatch):
+    """Sections of a wing that is here, of one that was deleted, and of one that lacks a module of its own."""
+    (tmp_path / "wings/broken").mkdir(parents=True)
+    (tmp_path / "wings/here").mkdir()
+    section = "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass One:\n    rank: int = 4  # of it\n"
+    (tmp_path / "wings/here/one.py").write_text(section)
+    (tmp_path / "wings/broken/one.py").write_text("import wings.broken.two\n" + section)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield {"train": Train} | {name: f"wings.{name}.one:One" for name in ("here", "deleted")}
+    for name in [name for name in sys.modules if name.split(".")[0] == "wings"]:
+        del sys.modules[name]
+
+
+def test_a_wing_is_imported_where_its_section_or_a_key_of_it_is_named(wings, toml):
+    assert config.load("", wings, ["--lr", "2"]).here is None and "wings.here.one" not in sys.modules
+    assert config.load("", wings, ["--rank", "2"]).here.rank == 2
+    assert config.load("", wings, [str(toml("[here]\nrank = 3\n"))]).here.rank == 3
+
+
+def test_a_deleted_wing_takes_its_sections_with_it(wings, toml, capsys):
+    with pytest.raises(SystemExit):
+        config.load("", wings, ["--help"])
+    said = capsys.readouterr().out
+    assert "rank: int = 4  # of it" in said and "--- [deleted]  not here: its wing was deleted" in said
+    # Who asks for it is told, and who makes another mistake is told of that.
+    for argv in (["--deleted.rank", "1"], [str(toml("[deleted]\nrank = 1\n"))]):
+        with pytest.raises(UserError, match=r"\[deleted\] is declared in wings.deleted.one, which is not here"):
+            config.load("", wings, argv)
+    with pytest.raises(UserError, match="unknown option --rnak -- did you mean rank"):
+        config.load("", wings, ["--rnak", "1"])
+
+
+def test_a_module_that_a_wing_lacks_is_not_taken_for_a_deleted_wing(wings):
+    with pytest.raises(ModuleNotFoundError, match=r"wings\.broken\.two"):
+        config.load("", {"broken": "wings.broken.one:One"}, ["--help"])
