@@ -95,6 +95,18 @@ class Generator:
         options = {"rows": rows, "n": n, "logprobs": logprobs, "compiled": self.compile}
         return continued(self.model, prompts, sampling, self.stop_ids, **options)
 
+    def new_batch(self, rows: int, length: int):
+        """A batch without texts, `rows` at once of up to `length` positions; see extras/decoding/batching.py."""
+        from extras.decoding.batching import Batch
+
+        return Batch(self.model, rows, length, self.compile)
+
+    def until(self, stop: Sequence[str]):
+        """What cuts a text at the first of these strings; see extras/decoding/stop.py."""
+        from extras.decoding.stop import UntilStop
+
+        return UntilStop(stop)
+
     def describe_room(self, prompts: list[list[int]], sampling: SamplingConfig) -> str:
         """A note where the context, not max_new_tokens, will end texts, or on what of prompts is left out; else ""."""
         longest = max(map(len, prompts))

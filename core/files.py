@@ -71,6 +71,13 @@ def lock(folder: Path):
     return handle
 
 
+def check_free(paths: list[Path], overwrite: bool) -> None:
+    """UserError where one of these is there already."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists", "--overwrite replaces it, --output writes elsewhere")
+
+
 def write_text(path: Path, text: str) -> None:
     """Put UTF-8 text at `path` in one step."""
     replace(path, lambda p: p.write_text(text, encoding="utf-8", newline="\n"))
