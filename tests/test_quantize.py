@@ -13,7 +13,7 @@ from small_run import newborn
 
 import tokenizer
 from assembly import models
-from core import hf_config, hf_folder
+from core import hf_folder
 from core.errors import UserError
 from core.fast_linear import DecodingLinear, for_decoding
 from core.generate import SamplingConfig

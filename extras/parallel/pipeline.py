@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from core.data import plan_step
 from core.distributed import Ranks
@@ -136,8 +137,6 @@ class PipelinedLlama(nn.Module):
         Returns:
             that sum on the last rank, elsewhere 0.
         """
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-
         if self.schedule is None:
             stage = PipelineStage(self.stage, self.ranks.rank, self.ranks.world, self.ranks.device)
             loss = lambda out, _: out.sum() * self.scale  # noqa: E731 -- the schedule's own signature
