@@ -23,6 +23,7 @@ from core import device, files
 from core.checkpoint import Run, WholeModel
 from core.config import Range, Section
 from core.data import Batch, Rows, seed_micro_batch, step_rows
+from core.device import Speed, flops_per_token
 from core.distributed import Ranks
 from core.errors import Interrupted, UserError
 from core.guards import Spikes, StopSignals, refuse_non_finite
@@ -30,7 +31,6 @@ from core.log import Log
 from core.memory import save_memory
 from core.optim import LossScale, learning_rate, make_optimizers
 from core.parallel import Strategy
-from core.size import Speed, flops_per_token
 from core.validate import validate
 from model import Llama
 

@@ -70,8 +70,7 @@ class BinWriter:
         assert array.size and array.min() >= 0 and array.max() < self.about["vocab_size"], "id outside the vocabulary"
         # Written in whole blocks, so that each has its hash.
         self._block += array.astype(self.dtype, copy=False).tobytes()
-        while len(self._block) >= BLOCK_BYTES:
-            self._flush(BLOCK_BYTES)
+        self._write_blocks(BLOCK_BYTES)
         self.tokens += array.size
         self.documents += documents
         self.text_bytes += text_bytes
@@ -83,17 +82,20 @@ class BinWriter:
 
     def flush(self) -> None:
         """Force all that was added to disk, after the last `add`: of several bins all can fail before one appears."""
-        if self._block:
-            self._flush(len(self._block))
+        self._write_blocks(1)
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _flush(self, size: int) -> None:
-        self._file.write(self._block[:size])
-        self._hashes.append(hashlib.sha256(self._block[:size]).hexdigest())
-        del self._block[:size]
+    def _write_blocks(self, least: int) -> None:
+        """Write blocks while there are at least so many bytes; the last one of a bin may be shorter than the others."""
+        while len(self._block) >= least:
+            block = self._block[:BLOCK_BYTES]
+            self._file.write(block)
+            self._hashes.append(hashlib.sha256(block).hexdigest())
+            del self._block[:BLOCK_BYTES]
 
     def __exit__(self, kind, error, trace) -> None:
+        # After an error nothing of the bin stays.
         try:
             if error is None:
                 if not self.tokens:
@@ -170,6 +172,7 @@ class TokenBin:
         Read, not mapped: a file cut short under a running trainer gives an error here instead of a SIGBUS, and a
         50 GB bin does not count as 50 GB of resident memory.
         """
+        # Fewer bytes than asked for: somebody has cut the file since it was opened.
         size = self.dtype.itemsize
         raw = self._bytes(start * size, count * size)
         if len(raw) != count * size:
@@ -207,6 +210,7 @@ class TokenBin:
         Raises:
             UserError: no sidecar, or damaged blocks, each named with its bytes.
         """
+        # One block after another: the file may be larger than memory.
         if self._hashes is None:
             raise UserError(f"{self.path}: no {self.path.with_suffix('.json').name} beside it to compare it with")
         size = self._block_bytes

@@ -77,9 +77,7 @@ class Run:
         saver: how models become files.
     """
 
-    def __init__(
-        self, folder: str | Path, identity: dict, about: dict, tokenizer, keep: int = 2, write: bool = True, saver=None
-    ):
+    def __init__(self, folder: str | Path, identity: dict, about: dict, tokenizer, keep=2, write=True, saver=None):
         self.saver = saver or WholeModel()
         self.folder, self.identity, self.about, self.tokenizer = Path(folder), identity, about, tokenizer
         self.keep, self.write = max(2, keep), write
@@ -262,7 +260,8 @@ class Run:
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
         files.write_json(temporary / "manifest.json", manifest)
         # ... and becomes the checkpoint by one rename.
-        if final.exists():  # a damaged one that was passed over
+        # One of that name is a damaged one that was passed over.
+        if final.exists():
             self._discard(final)
         os.rename(temporary, final)
         files.fsync_dir(self.folder)

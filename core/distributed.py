@@ -87,7 +87,8 @@ class Ranks:
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
-            gc.collect()  # a pipeline's schedule, a ring of references, would keep threads of the group until the end
+            # A pipeline's schedule, a ring of references, would keep threads of the group until the end.
+            gc.collect()
             dist.destroy_process_group()
 
 
@@ -138,6 +139,7 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
         me = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
         hint = "a free MASTER_PORT, and every rank started within timeout_s"
         raise UserError(f"{me} does not meet the others at {where}: {e}", hint) from None
+    # An error leaves threads of the group, and they would abort the process at its end.
     ranks = Ranks(rank, world, place, store)
-    atexit.register(ranks.close)  # an error leaves threads of the group, and they would abort the process at its end
+    atexit.register(ranks.close)
     return ranks

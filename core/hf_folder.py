@@ -53,7 +53,12 @@ def save_model(folder: Path, model: Llama, tokenizer, about: dict, weights: dict
         if about.get("chat_format"):
             special["eos_token_id"] = sorted(chat.end_ids(tokenizer, about["chat_format"]))
         files.write_json(folder / "generation_config.json", {"_from_model_config": False, **special})
-    save_tensors(folder / "model.safetensors", model_tensors(model, weights))
+    # By the names of files; tied weights once, as the embedding.
+    theirs = family_of(model.config).theirs
+    state = {theirs(n): t.detach().contiguous() for n, t in (weights or dict(model.named_parameters())).items()}
+    if model.config.tie_word_embeddings:
+        state.pop(theirs(HEAD), None)
+    save_tensors(folder / "model.safetensors", state)
     save_about(folder, tokenizer, about)
     # Last: a folder with a config.json has all the rest.
     files.write_json(folder / "config.json", config)
@@ -76,14 +81,6 @@ def save_about(folder: Path, tokenizer, about: dict) -> None:
                 files.replace(folder / path.name, lambda p, path=path: shutil.copyfile(path, p))
         own = {"tokenizer_sha256": tokenizer.sha256}
     files.write_json(folder / "run.json", {"format": FORMAT, **about, **own})
-
-
-def model_tensors(model: Llama, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Weights by the names of files, the model's own if no others are given; tied ones once, as the embedding."""
-    state = {name: t.detach().contiguous() for name, t in (weights or dict(model.named_parameters())).items()}
-    if model.config.tie_word_embeddings:
-        state.pop(HEAD, None)
-    return {family_of(model.config).theirs(name): t for name, t in state.items()}
 
 
 @dataclass
@@ -150,15 +147,12 @@ def match(folder: Path, config: ModelConfig, state: dict[str, Tensor], paths: li
     return Opened(folder, described, iter(state.items()), paths)
 
 
-def build(
-    model: Llama,
-    weights: Iterable[tuple[str, Tensor]],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Llama:
+def build(model: Llama, weights: Iterable[tuple[str, Tensor]], device="cpu", dtype=torch.float32) -> Llama:
     """Memory and weights for a model on the meta device.
 
     Args:
+        weights: (name, values) of each.
+        device: a torch device or its name.
         dtype: of the weights in memory.
     """
     # Copies: what is only mapped would change, or end the process, when the file is written over during a run.

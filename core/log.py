@@ -28,6 +28,7 @@ class Log:
         self.window: list[dict] = []  # records of the steps since the last line
         self.val_loss: float | None = None
         if speak:
+            # Line by line, so that a kill loses at most one.
             folder.mkdir(parents=True, exist_ok=True)
             names = ("log.txt", "metrics.jsonl")
             self.files = [open(folder / n, "a", encoding="utf-8", buffering=1) for n in names]  # noqa: SIM115
@@ -41,7 +42,8 @@ class Log:
         if not self.speak:
             return
         self._write(0, line + "\n")
-        with suppress(OSError, ValueError):  # nobody reads our output any more: no reason to stop a week of training
+        # Where nobody reads our output any more, that is no reason to stop a week of training.
+        with suppress(OSError, ValueError):
             tqdm.write(line) if self.bar else print(line, flush=True)
 
     def step(self, record: dict, every: int, steps: int, rest: Callable[[float, float], str]) -> None:
@@ -77,7 +79,8 @@ class Log:
                 self.track(record)
 
     def _write(self, which: int, text: str) -> None:
-        with suppress(OSError):  # a full disk must not stop training here; saving a checkpoint will tell
+        # A full disk must not stop training here; saving a checkpoint will tell.
+        with suppress(OSError):
             self.files[which].write(text)
 
     def rewind(self, step: int) -> None:
@@ -98,11 +101,13 @@ class Log:
         try:
             return json.loads(line)["step"]
         except (ValueError, TypeError, KeyError):
-            return math.inf  # a kill, a full disk or a power cut tore it
+            # A kill, a full disk or a power cut tore the line.
+            return math.inf
 
     def close(self) -> None:
+        # Closing writes what the disk refused before.
         for f in self.files:
-            with suppress(OSError):  # closing writes what the disk refused before
+            with suppress(OSError):
                 f.close()
         if self.bar:
             self.bar.close()

@@ -15,8 +15,7 @@ import tokenizer
 from assembly import models
 from core import hf_config, hf_folder
 from core.errors import UserError
-from core.fast_linear import DecodingLinear, for_decoding
-from core.generate import SamplingConfig
+from core.generate import DecodingLinear, SamplingConfig, for_decoding
 from extras.decoding.batching import complete
 from extras.families import others as families
 from extras.families.llama_kin import KinConfig
