@@ -78,8 +78,15 @@ class Generator:
         """Text of new ids, up to the first of the stop strings."""
         decoder = self.decoder(prompt_ids)
         text = "".join(map(decoder.push, new_ids)) + decoder.flush()
-        ends = [at for at in map(text.find, stop) if at >= 0]
-        return self.trim(text[: min(ends, default=len(text))])
+        # The stop string that is whole first ends the text, as it does where text is streamed.
+        ends = [(at + len(string), at) for string in stop if (at := text.find(string)) >= 0]
+        return self.trim(text[: min(ends)[1]] if ends else text)
+
+    def until_stop(self, stops: Sequence[str]):
+        """What text passes through piece by piece, up to the first of the stop strings."""
+        from extras.decoding.stop import UntilStop
+
+        return UntilStop(stops)
 
     def trim(self, text: str) -> str:
         """A continuation as it is."""

@@ -20,7 +20,7 @@ from texts import BOOK, change  # noqa: E402
 
 from model import Llama, ModelConfig  # noqa: E402
 from tokenizer import load  # noqa: E402
-from tokenizer.sentencepiece_model import write_model  # noqa: E402
+from tokenizer.sentencepiece_writer import write_model  # noqa: E402
 from tokenizer.train import train  # noqa: E402
 
 torch.set_num_threads(1)

@@ -12,7 +12,8 @@ import pytest
 
 from tokenizer import TokenizerError, load
 from tokenizer.chat import FORMATS, end_ids, render, template
-from tokenizer.sentencepiece_model import CONTROL, Piece, read_model, write_model
+from tokenizer.sentencepiece_model import CONTROL, Piece, parse_model
+from tokenizer.sentencepiece_writer import write_model
 from tokenizer.train import CONTROL_PIECES, train
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
@@ -71,7 +72,7 @@ def with_chat_pieces(name, folder):
     path = DATA / "tokenizers" / name
     if not path.exists():
         pytest.skip(f"{path} is not here")
-    model = read_model(path)
+    model = parse_model(path.read_bytes())
     pieces = [*model.pieces, *(Piece(text, 0.0, CONTROL) for text in CONTROL_PIECES)]
     (folder / "tokenizer.model").write_bytes(write_model(replace(model, pieces=pieces)))
     return load(folder)

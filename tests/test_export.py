@@ -25,7 +25,8 @@ from extras.formats import folders as doors
 from extras.formats import gguf_file, llama2c
 from model import ModelConfig
 from tokenizer import chat
-from tokenizer.sentencepiece_model import CONTROL, SPACE, TokenizerError, write_model
+from tokenizer.sentencepiece_model import CONTROL, SPACE, TokenizerError
+from tokenizer.sentencepiece_writer import write_model
 
 GREEDY = SamplingConfig(max_new_tokens=48, temperature=0)
 SHAPE = ModelConfig(

@@ -1,4 +1,4 @@
-"""Promises of tokenizer.prune, tokenizer.inspect and extras.remap: what is kept stays reachable, texts come back, sizes
+"""Promises of vocabulary.py prune and inspect, and of what follows a pruned vocabulary: what is kept stays reachable, texts come back, sizes
 are exact, bins and models follow."""
 
 import dataclasses
@@ -20,12 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import ANY_TEXT, BOOK, DATA, HARD, RELAXED, change, real_model, real_texts
 
+from assembly.models import load_model
 from core import bins, hf_folder
 from core.errors import UserError
-from extras.vocabulary import inspect, prune, remap
+from extras.vocabulary import inspect, prune, remap, remap_model
 from model import ModelConfig
 from tokenizer import TokenizerError, load
-from tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, USER_DEFINED, Piece, parse_model, write_model
+from tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, USER_DEFINED, Piece, parse_model
+from tokenizer.sentencepiece_writer import write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATGLM = "chatglm2-6b.tokenizer.model"
@@ -407,10 +409,10 @@ def test_bins_that_do_not_fit_are_refused_and_nothing_is_written(small, unigram,
     half = prune.save(prune.pruned(small.model, prune.choose(small.model)), small, tmp_path / "half")
     old = write_bin(tmp_path / "old.bin", unigram, BOOK)
     with pytest.raises(UserError, match="made with tokenizer"):
-        remap.run(small, half, tmp_path / "half", [str(old)], [], 1)
+        remap.run(small, half, tmp_path / "half", [str(old)], [], 1, load_model)
     np.array([1, 700, 2], np.uint16).tofile(tmp_path / "foreign.bin")
     with pytest.raises(UserError, match="token 1 is 700, vocab is 600"):
-        remap.run(small, half, tmp_path / "half", [str(tmp_path / "foreign.bin")], [], 1)
+        remap.run(small, half, tmp_path / "half", [str(tmp_path / "foreign.bin")], [], 1, load_model)
     plain = change(small.model, normalizer=(*small.model.normalizer, (4, 0, 1)))
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="does not give texts back exactly"):
@@ -418,9 +420,9 @@ def test_bins_that_do_not_fit_are_refused_and_nothing_is_written(small, unigram,
     assert not list((tmp_path / "half").glob("*.bin")) and not (tmp_path / "x.bin").exists()
     (tmp_path / "half/old.bin").write_bytes(b"precious")
     with pytest.raises(UserError, match="would be written over"):
-        remap.run(unigram, half, tmp_path / "half", [str(old)], [], 1)
+        remap.run(unigram, half, tmp_path / "half", [str(old)], [], 1, load_model)
     with pytest.raises(UserError, match="would be written over"):
-        remap.run(unigram, half, tmp_path / "half", ["a/x.bin", "b/x.bin"], [], 1)
+        remap.run(unigram, half, tmp_path / "half", ["a/x.bin", "b/x.bin"], [], 1, load_model)
     assert (tmp_path / "half/old.bin").read_bytes() == b"precious"
 
 
@@ -442,8 +444,8 @@ def test_a_remapped_model_gives_the_kept_ids_the_logits_they_had(small, make_mod
     hf_folder.save_model(tmp_path / "old", model, small, {"chat_format": "chatml", "step": 7})
     kept = prune.choose(small.model, ["han"])
     new = prune.save(prune.pruned(small.model, kept), small, tmp_path / "new")
-    remap.run(small, new, tmp_path / "new", [], [str(tmp_path / "old")], 1)
-    smaller = hf_folder.load_model(tmp_path / "new/old")
+    remap.run(small, new, tmp_path / "new", [], [str(tmp_path / "old")], 1, load_model)
+    smaller = load_model(tmp_path / "new/old")
     assert smaller.config == dataclasses.replace(config, vocab_size=len(kept))
     assert load(tmp_path / "new/old").sha256 == new.sha256
     about = hf_folder.load_about(tmp_path / "new/old")
@@ -453,16 +455,54 @@ def test_a_remapped_model_gives_the_kept_ids_the_logits_they_had(small, make_mod
         wanted = model(torch.tensor(kept)[ids])[..., kept]
         assert torch.allclose(smaller(ids), wanted, atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match="its tokenizer is"):
-        remap.remap_model(tmp_path / "old", tmp_path / "x", new, new)
+        remap_model.remap_model(tmp_path / "old", tmp_path / "x", new, new, load_model)
 
 
 # The commands ---------------------------------------------------------------------------------------------------------
 
 
-def command(module, *args):
-    return subprocess.run(
-        [sys.executable, "-m", f"tokenizer.{module}", *map(str, args)], capture_output=True, text=True, cwd=ROOT
+def command(*args):
+    return subprocess.run([sys.executable, "vocabulary.py", *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+
+
+LOADED = """
+import sys
+import vocabulary
+from core import errors
+try:
+    errors.run(vocabulary.main)
+finally:
+    print("loaded:", *sorted({name.split(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize("word", ["train", "inspect", "prune"])
+def test_no_word_loads_torch_where_no_model_is_remapped(small, files, word):
+    args = {
+        "train": ["--input", files / "book.txt", "--output", files / "out", "--vocab_size", 600],
+        "inspect": ["--tokenizer", small.path, "--text", files / "book.txt"],
+        "prune": ["--input", small.path, "--output", files / "out", "--remap_bin", files / "train.bin"],
+    }[word]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, word, *map(str, args)], capture_output=True, text=True, cwd=ROOT
     )
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.split("loaded:")[1].split()
+    assert {"vocabulary", "tokenizer", "sentencepiece"} <= set(loaded) and not {"torch", "model"} & set(loaded)
+
+
+@pytest.mark.parametrize("word", ["", "prunes"])
+def test_another_word_is_refused_with_the_three_that_there_are(word):
+    done = command(*filter(None, [word]))
+    assert done.returncode == 2 and done.stderr == (
+        f"error: {word or 'nothing'}: no such word -- python vocabulary.py train or inspect or prune\n"
+    )
+
+
+def test_help_shows_the_options_of_every_word_or_of_one():
+    everything, one = command("--help").stdout, command("prune", "--help").stdout
+    assert all(f"class {name}Config" in everything for name in ("Vocabulary", "Inspect", "Prune"))
+    assert "How pieces stay reachable" in one and "class PruneConfig" in one and "InspectConfig" not in one
 
 
 @pytest.fixture

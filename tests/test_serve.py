@@ -25,6 +25,7 @@ from serving import Served, until
 import serve
 from core import errors
 from core.generate import SamplingConfig, Text, Token, continued
+from extras.decoding.stop import UntilStop
 from extras.serve.worker import Job, Voice
 
 pytest.importorskip("uvicorn")
@@ -187,7 +188,7 @@ def test_a_stop_string_ends_a_text_and_no_character_of_one_comes_out(base):
 def voice(text, ids: list[int], prompt=(), stop=(), answer=False, end="length") -> list[str]:
     """What a Voice gives out for ids, one by one."""
     job = Job(list(prompt), SamplingConfig(), 1, None, stop, 0, answer, None)
-    speaks, about = Voice(job, 0, text), Text([1], SamplingConfig(), set())
+    speaks, about = Voice(job, 0, text, UntilStop(stop)), Text([1], SamplingConfig(), set())
     return [speaks.take(Token(about, id, end if k == len(ids) - 1 else "", 0.0, [])).text for k, id in enumerate(ids)]
 
 

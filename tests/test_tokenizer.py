@@ -1,10 +1,11 @@
 """Promises of `tokenizer`: texts come back, ids equal sentencepiece's and transformers', bad files end in one line."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import ANY_TEXT, BOOK, DATA, HARD, RELAXED, change, real_model, real_texts
 
-from tokenizer import TokenizerError, UntilStop, load
+from tokenizer import TokenizerError, load
 from tokenizer.parallel import map_in_order
 from tokenizer.sentencepiece_model import (
     BPE,
@@ -23,9 +24,8 @@ from tokenizer.sentencepiece_model import (
     UNUSED,
     Piece,
     parse_model,
-    read_model,
-    write_model,
 )
+from tokenizer.sentencepiece_writer import write_model
 from tokenizer.train import CONTROL_PIECES, train
 
 
@@ -115,7 +115,7 @@ def test_a_vocabulary_without_a_piece_for_the_space_still_gives_texts_back(small
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfff", b"bytes", None])
 def test_what_is_not_text_is_refused(tok, text):
-    for encode in (tok.encode, lambda t: list(tok.encode_batch([t]))):
+    for encode in (tok.encode, lambda t: list(tok.encode_chunks([t]))):
         with pytest.raises(TokenizerError):
             encode(text)
 
@@ -127,10 +127,21 @@ def test_ids_out_of_range_are_refused(small, bad):
             call(bad)
 
 
+def rows_of(tok, texts, processes=1, start_method=None, **options):
+    """The ids of each text, by way of `encode_chunks` with processes that start in that way."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(start_method, force=True)
+    try:
+        for chunk in tok.encode_chunks(texts, processes, **options):
+            yield from np.split(chunk.ids, np.cumsum(chunk.sizes)[:-1])
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
 @pytest.mark.parametrize(("processes", "start_method"), [(1, None), (2, "fork"), (2, "spawn")])
 def test_batch_encoding_gives_the_ids_of_single_encoding_in_order(small_with_prefix, processes, start_method):
     texts = [*HARD, *BOOK, *(f"第{i}回" for i in range(5000)), *BOOK * 100]  # several chunks
-    arrays = small_with_prefix.encode_batch(texts, processes, bos=True, eos=True, start_method=start_method)
+    arrays = rows_of(small_with_prefix, texts, processes, start_method, bos=True, eos=True)
     count = 0
     for text, array in zip(texts, arrays, strict=True):
         assert array.dtype == np.uint16
@@ -149,13 +160,13 @@ def test_batch_encoding_reads_only_a_few_chunks_ahead(small):
             read += 1
             yield "天下大势" * 1000
 
-    assert len(list(islice(small.encode_batch(endless(), processes=2), 10))) == 10
+    assert len(list(islice(rows_of(small, endless(), processes=2), 10))) == 10
     assert read < 2000
 
 
 def test_a_worker_that_fails_ends_the_batch_with_its_error(small):
     with pytest.raises(TokenizerError, match="lone surrogate"):
-        list(small.encode_batch(["好"] * 9 + ["\ud800"], processes=2))
+        list(small.encode_chunks(["好"] * 9 + ["\ud800"], processes=2))
 
 
 def kill_itself(shared, chunk):
@@ -171,7 +182,7 @@ def test_a_tokenizer_json_encodes_in_several_processes_too(small, tmp_path):
     pytest.importorskip("tokenizers")
     small.save(tmp_path)
     tok = load(tmp_path / "tokenizer.json")
-    rows = tok.encode_batch([*HARD, *BOOK], processes=2, start_method="spawn")
+    rows = rows_of(tok, [*HARD, *BOOK], processes=2, start_method="spawn")
     assert [row.tolist() for row in rows] == [tok.encode(text) for text in [*HARD, *BOOK]]
 
 
@@ -189,7 +200,7 @@ def test_chunks_hold_every_text_once_with_its_bytes(small):
 @pytest.mark.parametrize("name", ["chatglm2-6b.tokenizer.model", "llama2-32k.tokenizer.model"])
 def test_real_models_are_rewritten_byte_for_byte(name):
     path = real_model(name)
-    assert write_model(read_model(path)) == path.read_bytes()
+    assert write_model(parse_model(path.read_bytes())) == path.read_bytes()
 
 
 def test_fields_equal_those_read_by_protobuf(small):
@@ -469,7 +480,7 @@ def test_the_command_trains_a_folder_and_refuses_bad_input_with_exit_code_2(tmp_
 
     def run(file):
         args = ["--input", file, "--output", tmp_path / "out", "--vocab_size", "600"]
-        command = [sys.executable, "-m", "tokenizer.train", *map(str, args)]
+        command = [sys.executable, "vocabulary.py", "train", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, cwd=root)
 
     done = run(tmp_path / "book.txt")
@@ -479,28 +490,3 @@ def test_the_command_trains_a_folder_and_refuses_bad_input_with_exit_code_2(tmp_
     for bad in ("gbk.txt", "missing.txt"):
         done = run(tmp_path / bad)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and bad in done.stderr
-
-
-# Stop strings ---------------------------------------------------------------------------------------------------------
-
-
-@given(st.text("ab。", max_size=12), st.lists(st.text("ab。", min_size=1, max_size=4), max_size=3), st.data())
-def test_text_ends_before_its_first_stop_string_and_leaks_no_part_of_it(text, stops, data):
-    """Against a search at every end in the whole text, however it comes in pieces."""
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
-    until = UntilStop(stops)
-    said = "".join(until.push(text[a:b]) for a, b in pairwise([0, *cuts, len(text)]))
-    end = next((end for end in range(len(text) + 1) if text[:end].endswith(tuple(stops))), None)
-    if end is None:
-        assert not until.stopped and said + until.flush() == text
-        held = text[len(said) :]  # no more was held back than the beginning of a stop string
-        assert not held or any(stop.startswith(held) for stop in stops)
-    else:
-        longest = max((stop for stop in stops if text[:end].endswith(stop)), key=len)
-        assert until.stopped and until.flush() == "" and said == text[:end].removesuffix(longest)
-
-
-def test_the_stop_string_that_is_whole_first_counts_however_the_text_is_cut():
-    assert UntilStop(["一二三", "二"]).push("一二三") == "一"
-    until = UntilStop(["一二三", "二"])
-    assert [until.push(c) for c in "一二三"] == ["", "一", ""]

@@ -1,21 +1,22 @@
 """Text to ids and back.
 
 In:  a folder or file with a sentencepiece `.model` or a `tokenizer.json`. Out: a `Tokenizer`.
-Use: `tok = load("out/pretrain"); tok.decode(tok.encode("话说天下大势")) == "话说天下大势"`.
+Use: `tokenizer = load("out/pretrain"); tokenizer.decode(tokenizer.encode("话说天下大势")) == "话说天下大势"`.
 Does not know models or tensors, and never imports torch. The parts:
 
-    sentencepiece_model.py   the fields of a `.model` file
-    backends.py              the two kinds of vocabulary file
-    huggingface.py           the files that transformers reads
-    chat.py                  messages -> ids and loss mask
-    parallel.py              several processes, results in order
-    train.py                 texts -> a new vocabulary
-    inspect.py               what is in a vocabulary, and how well it fits a text
-    prune.py                 a vocabulary -> a smaller one
+    sentencepiece_model.py     the fields of a `.model` file
+    sentencepiece_backend.py   that kind of vocabulary: text -> ids, the bytes of an id
+    tokenizer_json.py          the other kind, with the optional package tokenizers
+    huggingface.py             the files that transformers reads
+    chat.py                    messages -> ids and loss mask
+    parallel.py                several processes, results in order
+    train.py                   texts -> a new vocabulary
+    sentencepiece_writer.py    a `.model` file of a changed vocabulary, for pruning and converting
 """
 
 import codecs
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,11 +25,9 @@ from typing import NamedTuple
 import numpy as np
 
 from . import chat, huggingface
-from .backends import SentencePieceBackend, TokenizerJsonBackend
 from .parallel import map_in_order
-from .sentencepiece_model import Model, TokenizerError
-
-__all__ = ["Encoded", "StreamDecoder", "Tokenizer", "TokenizerError", "UntilStop", "load"]
+from .sentencepiece_backend import SentencePieceBackend
+from .sentencepiece_model import TokenizerError
 
 # Texts travel to the worker processes in chunks of about this many characters: large enough that starting a task
 # costs nothing, small enough that the chunks under way stay far below the memory of a token bin's writer.
@@ -53,7 +52,20 @@ def load(path) -> "Tokenizer":
         if not found:
             raise TokenizerError(f"{path}: no tokenizer.model or tokenizer.json in this folder -- is it a run folder?")
         path = found[0]
-    return Tokenizer(TokenizerJsonBackend(path) if path.suffix == ".json" else SentencePieceBackend(path))
+    if path.suffix != ".json":
+        return Tokenizer(SentencePieceBackend(path))
+    # This file of ours is there for an optional package, so it is imported only where somebody has a tokenizer.json.
+    from .tokenizer_json import TokenizerJsonBackend
+
+    return Tokenizer(TokenizerJsonBackend(path))
+
+
+class Encoded(NamedTuple):
+    """The ids of several texts one after another, how many each text has, and the UTF-8 bytes of all the texts."""
+
+    ids: np.ndarray
+    sizes: list[int]
+    text_bytes: int
 
 
 class Tokenizer:
@@ -72,14 +84,11 @@ class Tokenizer:
 
     def __init__(self, backend):
         self._backend = backend
-        self.path: Path = backend.path
-        self.sha256: str = backend.sha256
-        self.vocab_size: int = len(backend.pieces)
-        self.bos_id: int = backend.bos_id
-        self.eos_id: int = backend.eos_id
-        self.pad_id: int | None = backend.pad_id
-        self.special_ids: dict[str, int] = backend.special_ids
-        self.model: Model | None = getattr(backend, "model", None)
+        self.path, self.model, self.special_ids = backend.path, backend.model, backend.special_ids
+        self.bos_id, self.eos_id, self.pad_id = backend.bos_id, backend.eos_id, backend.pad_id
+        # Runs and bins name their tokenizer by this, so that nothing is read with another one.
+        self.sha256 = hashlib.sha256(backend.data).hexdigest()
+        self.vocab_size = len(backend.pieces)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def __repr__(self) -> str:
@@ -102,22 +111,28 @@ class Tokenizer:
         Raises:
             TokenizerError: not a text, or a lone surrogate in it.
         """
+        # The library would take what is no text for something else, or end with an error of its own.
         _check_text(text)
         return [self.bos_id] * bos + self._backend.encode(text, continues) + [self.eos_id] * eos
 
+    def encode_texts(self, texts: list[str], bos: bool = False, eos: bool = False) -> Encoded:
+        """Encode a list of texts at once; arguments and errors as `encode`."""
+        text_bytes = sum(map(_check_text, texts))
+        head, tail = [self.bos_id] * bos, [self.eos_id] * eos
+        rows = self._backend.encode_many(texts)
+        sizes = [bos + len(row) + eos for row in rows]
+        flat = itertools.chain.from_iterable(part for row in rows for part in (head, row, tail))
+        # np.fromiter refuses an id that does not fit the dtype, where .astype would wrap it silently.
+        return Encoded(np.fromiter(flat, self.dtype, sum(sizes)), sizes, text_bytes)
+
     def encode_chunks(
-        self,
-        texts: Iterable[str],
-        processes: int = 1,
-        bos: bool = False,
-        eos: bool = False,
-        start_method: str | None = None,
-    ) -> Iterator["Encoded"]:
+        self, texts: Iterable[str], processes: int = 1, bos: bool = False, eos: bool = False
+    ) -> Iterator[Encoded]:
         """Encode many texts in order, a chunk of them at a time, holding only a few chunks in memory.
 
         Args:
             texts: any iterable, read as the results are consumed.
-            processes, start_method: as in `map_in_order`.
+            processes: as in `map_in_order`.
             bos, eos: as in `encode`.
 
         Returns:
@@ -127,25 +142,7 @@ class Tokenizer:
             TokenizerError: as `encode`; or a worker was killed.
         """
         work = functools.partial(Tokenizer.encode_texts, bos=bos, eos=eos)
-        yield from map_in_order(work, self, _chunks(texts), processes, start_method)
-
-    def encode_batch(self, texts: Iterable[str], processes: int = 1, **options) -> Iterator[np.ndarray]:
-        """The ids of each text, an array (number of ids,) of `self.dtype`; the rest as in `encode_chunks`."""
-        for chunk in self.encode_chunks(texts, processes, **options):
-            at = 0
-            for size in chunk.sizes:
-                yield chunk.ids[at : at + size]
-                at += size
-
-    def encode_texts(self, texts: list[str], bos: bool = False, eos: bool = False) -> "Encoded":
-        """Encode a list of texts at once; arguments and errors as `encode`."""
-        text_bytes = sum(map(_check_text, texts))
-        head, tail = [self.bos_id] * bos, [self.eos_id] * eos
-        rows = self._backend.encode_many(texts)
-        sizes = [bos + len(row) + eos for row in rows]
-        flat = itertools.chain.from_iterable(part for row in rows for part in (head, row, tail))
-        # np.fromiter refuses an id that does not fit the dtype, where .astype would wrap it silently.
-        return Encoded(np.fromiter(flat, self.dtype, sum(sizes)), sizes, text_bytes)
+        yield from map_in_order(work, self, _chunks(texts), processes)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Decode ids to text. Ids that are not valid UTF-8 together give U+FFFD.
@@ -165,23 +162,25 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = True) -> bytes:
         """The bytes that ids stand for; what encoding puts in front of a text is taken off. Otherwise as `decode`."""
         ids = list(ids)
+        # The smallest and the largest say whether any is out of range.
         for i in ids and (min(ids), max(ids)):
             _check_id(i, self.vocab_size)
         table = self._id_bytes(skip_special)
         data = b"".join([table[i] for i in ids])
         return data.removeprefix(b" ") if self._backend.strips_space else data
 
-    def _id_bytes(self, skip_special: bool) -> list[bytes]:
-        table = self._backend.id_bytes
-        if not skip_special:
-            table = list(table)
-            for text, i in self.special_ids.items():
-                table[i] = text.encode()
-        return table
-
     def stream(self, skip_special: bool = True) -> "StreamDecoder":
         """A decoder that takes ids one by one; `skip_special` as in `decode`."""
         return StreamDecoder(self._id_bytes(skip_special), self._backend.strips_space)
+
+    def _id_bytes(self, skip_special: bool) -> list[bytes]:
+        """The bytes of each id: of a control piece none, or its text."""
+        if skip_special:
+            return self._backend.id_bytes
+        table = list(self._backend.id_bytes)
+        for text, i in self.special_ids.items():
+            table[i] = text.encode()
+        return table
 
     def id_to_piece(self, id: int) -> str:
         """The vocabulary entry of an id as the file writes it (`▁` for a space in sentencepiece models)."""
@@ -205,17 +204,10 @@ class Tokenizer:
         """
         template = None
         if chat_format is not None:
-            chat.special_ids(self, chat_format)  # refuses what could not be rendered
+            # Refuses a format that this vocabulary could not render.
+            chat.special_ids(self, chat_format)
             template = chat.template(chat_format)
         huggingface.save(self._backend, Path(folder), template)
-
-
-class Encoded(NamedTuple):
-    """The ids of several texts one after another, how many each text has, and the UTF-8 bytes of all the texts."""
-
-    ids: np.ndarray
-    sizes: list[int]
-    text_bytes: int
 
 
 class StreamDecoder:
@@ -226,7 +218,8 @@ class StreamDecoder:
 
     def __init__(self, id_bytes: list[bytes], strips_space: bool):
         self._id_bytes = id_bytes
-        self._strip = strips_space  # still to be dropped: the space that encoding puts in front of a text
+        # Still to be dropped: the space that encoding puts in front of a text.
+        self._strip = strips_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
@@ -236,6 +229,7 @@ class StreamDecoder:
         if self._strip and data:
             self._strip = False
             data = data.removeprefix(b" ")
+        # The decoder keeps the first bytes of a character until its last one has come.
         return self._utf8.decode(data)
 
     def flush(self) -> str:
@@ -243,38 +237,8 @@ class StreamDecoder:
         return self._utf8.decode(b"", True)
 
 
-class UntilStop:
-    """Text in piece by piece, out up to the stop string that is whole first; no character of one ever comes out.
-
-    Args:
-        stops: strings, none empty.
-
-    Attributes:
-        stopped: one of them has come; nothing comes out any more.
-    """
-
-    def __init__(self, stops: Iterable[str]):
-        self.stops, self.stopped, self._held = tuple(stops), False, ""
-
-    def push(self, piece: str) -> str:
-        """The text that is certain to stand before any stop string."""
-        self._held += "" if self.stopped else piece
-        found = [(at + len(stop), at) for stop in self.stops if (at := self._held.find(stop)) >= 0]
-        self.stopped = self.stopped or bool(found)
-        certain = min(found)[1] if found else len(self._held)
-        if not found:  # what may be the beginning of one is held back
-            starts = [n for stop in self.stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
-            certain -= max(starts, default=0)
-        out, self._held = self._held[:certain], "" if found else self._held[certain:]
-        return out
-
-    def flush(self) -> str:
-        """What was held back, at the end of the text."""
-        out, self._held = self._held, ""
-        return out
-
-
 def _check_id(id: int, vocab_size: int) -> None:
+    # Checked by hand: a list would take a negative id for a place from its end.
     if not 0 <= id < vocab_size:
         raise TokenizerError(f"id {id} is out of range: this vocabulary has ids 0 to {vocab_size - 1}")
 
@@ -286,17 +250,17 @@ def _check_text(text: str) -> int:
     try:
         return len(text.encode())
     except UnicodeEncodeError as e:
-        raise TokenizerError(
-            f"the text has a lone surrogate U+{ord(text[e.start]):04X} at character {e.start} -- "
-            "read the file as UTF-8, without errors='surrogateescape'"
-        ) from None
+        what = f"the text has a lone surrogate U+{ord(text[e.start]):04X} at character {e.start}"
+        raise TokenizerError(f"{what} -- read the file as UTF-8, without errors='surrogateescape'") from None
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about CHUNK_CHARS characters."""
     chunk, chars = [], 0
     for text in texts:
         chunk.append(text)
-        chars += (len(text) if isinstance(text, str) else 0) + 64  # so that a million empty texts are not one chunk
+        # 64 more for each, so that a million empty texts are not one chunk. What is no text is refused when encoded.
+        chars += (len(text) if isinstance(text, str) else 0) + 64
         if chars >= CHUNK_CHARS:
             yield chunk
             chunk, chars = [], 0

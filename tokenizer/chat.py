@@ -5,27 +5,20 @@ In:  messages `[{"role": "user", "content": "你好"}, {"role": "assistant", "co
 Out: ids and, born with them, a mask of the same length: 1 where the token is to be predicted with loss.
 Does not know tensors, padding or files. Markers are never searched for in ids: `render` knows what it writes.
 
-A format is data: for every turn a row of parts, a `Special` being one control id and a text being plain text with a
-`{content}` slot. Text between two control ids is encoded as one run, cut only where an answer begins. So the ids up
-to there are the prompt at generation, for any answer, and a message with "</s>" or "<|im_end|>" in it forges nothing.
+A format is data: a text for every turn, with slots for control ids, `{bos}`, and for what a message says, `{content}`.
+Text between two control ids is encoded as one run, cut only where an answer begins. So the ids up to there are the
+prompt at generation, for any answer, and a message with "</s>" or "<|im_end|>" in it forges nothing.
 """
 
 import json
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from operator import itemgetter
 
 from .sentencepiece_model import TokenizerError
-
-
-class Special(str):
-    """A control id: "bos", "eos", or the text of a control piece."""
-
-
-BOS, EOS = Special("bos"), Special("eos")
-IM_START, IM_END = Special("<|im_start|>"), Special("<|im_end|>")
-
-Parts = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -43,48 +36,40 @@ class ChatFormat:
         strip: take white space off both ends of questions and answers, as Meta's code does.
     """
 
-    question: Parts
-    answer: Parts
-    start: Parts = ()
-    between: Parts = ()
-    system: Parts | None = None
+    question: str
+    answer: str
+    start: str = ""
+    between: str = ""
+    system: str | None = None
     system_in_question: str = "{system}\n{content}"
     strip: bool = False
 
 
+# Slots for control ids: bos, eos, and control pieces by their text.
+PIECES = {"im_start": "<|im_start|>", "im_end": "<|im_end|>"}
+
 FORMATS = {
     # baby-llama2-chinese: prompt <bos> answer <eos>
-    "bos": ChatFormat(question=("{content}", BOS), answer=("{content}", EOS)),
+    "bos": ChatFormat("{content}{bos}", "{content}{eos}"),
     # Bloom chats of Firefly and BELLE: <bos>User:q</s>\n Assistant:a</s>\n User:q</s> ...
-    "user-assistant": ChatFormat(
-        start=(BOS,),
-        question=("User:{content}", EOS, "\n Assistant:"),
-        answer=("{content}", EOS),
-        between=("\n ",),
-    ),
-    "human-assistant": ChatFormat(
-        start=(BOS,),
-        question=("Human: {content}\nAssistant:",),
-        # The space belongs to the answer: pieces of most vocabularies begin with it, few end with it.
-        answer=(" {content}", EOS),
-        between=("\n",),
-    ),
+    "user-assistant": ChatFormat("User:{content}{eos}\n Assistant:", "{content}{eos}", start="{bos}", between="\n "),
+    # The space belongs to the answer: pieces of most vocabularies begin with it, few end with it.
+    "human-assistant": ChatFormat("Human: {content}\nAssistant:", " {content}{eos}", start="{bos}", between="\n"),
     # https://github.com/meta-llama/llama/blob/main/llama/generation.py, chat_completion
     "llama2": ChatFormat(
-        question=(BOS, "[INST] {content} [/INST]"),
-        answer=(" {content} ", EOS),
+        "{bos}[INST] {content} [/INST]",
+        " {content} {eos}",
         system_in_question="<<SYS>>\n{system}\n<</SYS>>\n\n{content}",
         strip=True,
     ),
     # https://github.com/openai/openai-python/blob/v0.28.1/chatml.md
     "chatml": ChatFormat(
-        system=(IM_START, "system\n{content}", IM_END, "\n"),
-        question=(IM_START, "user\n{content}", IM_END, "\n", IM_START, "assistant\n"),
-        answer=("{content}", IM_END),
-        between=("\n",),
+        "{im_start}user\n{content}{im_end}\n{im_start}assistant\n",
+        "{content}{im_end}",
+        between="\n",
+        system="{im_start}system\n{content}{im_end}\n",
     ),
 }
-
 
 TRAIN_ON = ("assistant", "last", "all")
 
@@ -111,34 +96,29 @@ def render(
     """
     if train_on not in TRAIN_ON:
         raise TokenizerError(f"train_on is {train_on!r} -- choose {', '.join(TRAIN_ON)}")
+    # Text and mask grow together, so that no marker has to be looked for later.
     special = special_ids(tokenizer, chat_format)
     ids: list[int] = []
     mask: list[int] = []
-
-    def emit(text: str, trained: bool) -> None:
-        """Encode a run of text; it continues other text unless a control id or nothing is in front."""
-        new = tokenizer.encode(text, continues=bool(ids) and not after_special)
-        ids.extend(new)
-        mask.extend([int(trained or train_on == "all")] * len(new))
-
-    run, in_answer, after_special = "", False, False
-    for part, trained in _parts(messages, FORMATS[chat_format], generation):
-        is_special = isinstance(part, Special)
-        if run and (is_special or trained != in_answer):
-            emit(run, in_answer)
-            run, after_special = "", False
-        in_answer = trained
+    after_special = False
+    # Texts side by side are one run, so that pieces may reach over the format's own words. An answer begins a new run.
+    for (trained, is_special), parts in groupby(_parts(messages, FORMATS[chat_format], generation), itemgetter(1, 2)):
+        run = [part for part, *_ in parts]
         if is_special:
-            ids.append(special[part])
-            mask.append(int(trained or train_on == "all"))
-            after_special = True
+            new = [special[slot] for slot in run]
+        elif text := "".join(run):
+            # It continues other text unless a control id or nothing is in front.
+            new = tokenizer.encode(text, continues=bool(ids) and not after_special)
         else:
-            run += part
-    if run:
-        emit(run, in_answer)
-    mask[0] = 0  # nothing stands before it to predict it from
+            continue
+        after_special = is_special
+        ids += new
+        mask += [int(trained or train_on == "all")] * len(new)
+    # Nothing stands before the first token to predict it from.
+    mask[0] = 0
     if train_on == "last" and any(mask):
-        end = len(mask) - mask[::-1].index(1)  # a question stands between two answers
+        # A question stands between two answers, so the last row of ones is the last answer.
+        end = len(mask) - mask[::-1].index(1)
         begin = max((i for i in range(end) if not mask[i]), default=-1) + 1
         mask = [0] * begin + mask[begin:]
     return ids, mask
@@ -158,22 +138,23 @@ def end_ids(tokenizer, chat_format: str) -> set[int]:
         TokenizerError: as `render` for formats.
     """
     special = special_ids(tokenizer, chat_format)
-    return {special[part] for part in FORMATS[chat_format].answer if isinstance(part, Special)} | {tokenizer.eos_id}
+    return {special[slot] for slot in _specials(FORMATS[chat_format].answer)} | {tokenizer.eos_id}
 
 
 def special_ids(tokenizer, chat_format: str) -> dict[str, int]:
-    """The control ids a format uses: "bos", "eos" and control pieces -> id; errors as `render` for formats."""
+    """The control ids by slot: "bos", "eos" and what the vocabulary has of `PIECES`; errors as `render` for formats."""
     if chat_format not in FORMATS:
         raise TokenizerError(f"unknown chat format {chat_format!r} -- choose one of {', '.join(FORMATS)}")
-    known = tokenizer.special_ids | {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id}
-    missing = _specials(FORMATS[chat_format]) - known.keys()
-    if missing:
-        working = [name for name, other in FORMATS.items() if _specials(other) <= known.keys()]
+    ids = {slot: tokenizer.special_ids[piece] for slot, piece in PIECES.items() if piece in tokenizer.special_ids}
+    ids |= {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    if missing := _specials(*_texts(FORMATS[chat_format])) - ids.keys():
+        working = [name for name, form in FORMATS.items() if _specials(*_texts(form)) <= ids.keys()]
         raise TokenizerError(
-            f"{tokenizer.path}: chat format {chat_format} needs the control pieces {' '.join(sorted(missing))} -- "
+            f"{tokenizer.path}: chat format {chat_format} needs the control pieces "
+            f"{' '.join(sorted(PIECES[slot] for slot in missing))} -- "
             f"with this vocabulary choose one of {', '.join(working)}"
         )
-    return known
+    return ids
 
 
 def template(chat_format: str) -> str:
@@ -191,81 +172,79 @@ def template(chat_format: str) -> str:
         the template's text.
     """
     form = FORMATS[chat_format]
-    content = "message['content'].strip()" if form.strip else "message['content']"
-    question = content
+    content = question = "message['content'].strip()" if form.strip else "message['content']"
+    # The system message is joined to the first question where it has no turn of its own.
     if form.system is None:
         joined = _expression(form.system_in_question, content=content, system="system")
         joined = f"({joined}).strip()" if form.strip else joined
         question = f"({joined} if loop.first and system is not none else {content})"
-    return "".join(
-        [
-            "{% set system = none %}{% set turns = messages %}",
-            "{% if messages[0]['role'] == 'system' %}",
-            "{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}{% endif %}",
-            _jinja(form.start, ""),
-            "{% if system is not none %}" + _jinja(form.system, "system") + "{% endif %}" if form.system else "",
-            "{% for message in turns %}",
-            "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}",
-            "{{ raise_exception('user and assistant must alternate') }}{% endif %}",
-            "{% if message['role'] == 'user' %}",
-            "{% if not loop.first %}" + _jinja(form.between, "") + "{% endif %}" if form.between else "",
-            _jinja(form.question, question),
-            "{% else %}",
-            _jinja(form.answer, content),
-            "{% endif %}{% endfor %}",
-        ]
+
+    def write(text: str, content: str = "", condition: str = "") -> str:
+        """Jinja that writes a text of the format, always or where a condition holds; "" for one that is not there."""
+        written = f"{{{{ {_expression(text, content=content)} }}}}" if text else ""
+        return f"{{% if {condition} %}}{written}{{% endif %}}" if text and condition else written
+
+    return (
+        "{% set system = none %}{% set turns = messages %}"
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}{% endif %}"
+        f"{write(form.start)}{write(form.system, 'system', 'system is not none')}"
+        "{% for message in turns %}"
+        "{% if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}"
+        "{{ raise_exception('user and assistant must alternate') }}{% endif %}"
+        "{% if message['role'] == 'user' %}"
+        f"{write(form.between, condition='not loop.first')}{write(form.question, question)}"
+        f"{{% else %}}{write(form.answer, content)}"
+        "{% endif %}{% endfor %}"
     )
-
-
-def _jinja(parts: Parts, content: str) -> str:
-    """Parts as jinja output; `content` is the expression for the slot."""
-    out = []
-    for part in parts:
-        if part in (BOS, EOS) and isinstance(part, Special):
-            out.append(f"{part}_token")
-        elif isinstance(part, Special):
-            out.append(json.dumps(part))
-        else:
-            out.append(_expression(part, content=content))
-    return "{{ " + " + ".join(out) + " }}" if out else ""
 
 
 def _expression(text: str, **slots: str) -> str:
     """A text with {slots} as a jinja expression: its literals quoted, its slots replaced by expressions."""
+    # transformers hands a template bos_token and eos_token; the text of any other control piece is quoted.
+    slots |= {"bos": "bos_token", "eos": "eos_token"} | {slot: json.dumps(piece) for slot, piece in PIECES.items()}
     out = []
-    for literal, slot, _, _ in string.Formatter().parse(text):
+    for literal, slot in _cut(text):
         out += [json.dumps(literal)] * bool(literal) + ([slots[slot]] if slot else [])
     return " + ".join(out)
 
 
-def _specials(form: ChatFormat) -> set[str]:
-    rows = (form.start, form.system or (), form.question, form.answer, form.between)
-    return {part for row in rows for part in row if isinstance(part, Special)}
+def _texts(form: ChatFormat) -> list[str]:
+    return [form.start, form.system or "", form.question, form.answer, form.between]
 
 
-def _fill(parts: Parts, content: str) -> list[str]:
-    # A Special has no slot and must stay a Special: str.format would make it a plain text.
-    return [part if isinstance(part, Special) else part.format(content=content) for part in parts]
+def _specials(*texts: str) -> set[str]:
+    """The slots for control ids in texts of a format."""
+    return {slot for text in texts for _, slot in _cut(text) if slot} - {"content"}
 
 
-def _parts(messages: list[dict], form: ChatFormat, generation: bool) -> Iterator[tuple[str, bool]]:
-    """The chat's parts in order as (text or Special, is it trained)."""
+@cache
+def _cut(text: str) -> list[tuple[str, str | None]]:
+    """A text of a format at its slots: "a{b}c" -> [("a", "b"), ("c", None)]."""
+    return [(literal, slot) for literal, slot, _, _ in string.Formatter().parse(text)]
+
+
+def _parts(messages: list[dict], form: ChatFormat, generation: bool) -> Iterator[tuple[str, bool, bool]]:
+    """The chat's parts in order as (a text, is it trained, False) or (a control id's slot, is it trained, True)."""
     system, turns = _check(messages, generation)
-    yield from ((part, False) for part in form.start)
+    clean = str.strip if form.strip else str
+    # Texts of the format with what fills their slot, and whether they are trained.
+    rows = [(form.start, "", False)]
     if system is not None and form.system is not None:
-        yield from ((part, False) for part in _fill(form.system, system))
-        system = None
-    for number, content in enumerate(turns):
-        content = content.strip() if form.strip else content
+        rows.append((form.system, system, False))
+    for number, content in enumerate(map(clean, turns)):
+        if number == 0 and system is not None and form.system is None:
+            content = clean(form.system_in_question.format(system=system, content=content))
         if number % 2:
-            yield from ((part, True) for part in _fill(form.answer, content))
-            continue
-        if number:
-            yield from ((part, False) for part in form.between)
-        elif system is not None:
-            content = form.system_in_question.format(system=system, content=content)
-            content = content.strip() if form.strip else content
-        yield from ((part, False) for part in _fill(form.question, content))
+            rows.append((form.answer, content, True))
+        else:
+            rows += [(form.between if number else "", "", False), (form.question, content, False)]
+    # The format is cut at its slots, never the message: what looks like a slot there is plain text.
+    for text, content, trained in rows:
+        for literal, slot in _cut(text):
+            yield literal, trained, False
+            if slot:
+                yield content if slot == "content" else slot, trained, slot != "content"
 
 
 def _check(messages: list[dict], generation: bool) -> tuple[str | None, list[str]]:
@@ -273,6 +252,7 @@ def _check(messages: list[dict], generation: bool) -> tuple[str | None, list[str
     if not isinstance(messages, list) or not messages:
         raise TokenizerError("a chat needs a list of at least one message")
     system, turns = None, []
+    # Each message by itself, and whether it is its turn.
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise TokenizerError(f"message {number}: needs role and content")
@@ -292,6 +272,7 @@ def _check(messages: list[dict], generation: bool) -> tuple[str | None, list[str
         if role == "assistant" and not content.strip():
             raise TokenizerError(f"message {number}: the assistant's content is empty")
         turns.append(content)
+    # The chat as a whole: it ends with an answer, or where one is to be generated with a question.
     last = len(messages) - 1
     if not turns:
         raise TokenizerError(f"message {last}: there is no user message after system")

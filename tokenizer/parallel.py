@@ -18,9 +18,7 @@ from .sentencepiece_model import TokenizerError
 _shared = None  # in a worker process: the object it was started with
 
 
-def map_in_order(
-    work: Callable, shared, chunks: Iterable, processes: int = 1, start_method: str | None = None
-) -> Iterator:
+def map_in_order(work: Callable, shared, chunks: Iterable, processes: int = 1) -> Iterator:
     """`work(shared, chunk)` of every chunk, in the order of the chunks.
 
     Chunks are read as results are consumed, 2 * processes + 1 of them at most ahead.
@@ -30,7 +28,6 @@ def map_in_order(
         shared: sent to each worker once, at its start (with "fork" it is there already and nothing is sent).
         chunks: any iterable.
         processes: 1 for none but this one; more start that many workers.
-        start_method: "fork", "spawn" or "forkserver"; None takes the platform's default.
 
     Returns:
         an iterator of results.
@@ -42,10 +39,10 @@ def map_in_order(
         yield from (work(shared, chunk) for chunk in chunks)
         return
     # Not multiprocessing.Pool: it waits for ever for a worker that the system killed.
-    context = multiprocessing.get_context(start_method)
-    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(shared,)) as pool:
+    with ProcessPoolExecutor(processes, initializer=_start, initargs=(shared,)) as pool:
         waiting = deque()
         try:
+            # Some chunks ahead, so that no worker waits for the one whose result is next; not all, for memory.
             for chunk in chunks:
                 waiting.append(pool.submit(_call, work, chunk))
                 if len(waiting) > 2 * processes:
@@ -55,6 +52,7 @@ def map_in_order(
         except BrokenProcessPool:
             raise TokenizerError("a worker process was killed -- out of memory? fewer --processes need less") from None
         finally:
+            # The reader of the results may have had enough.
             for future in waiting:
                 future.cancel()
 
@@ -63,7 +61,8 @@ def _start(shared) -> None:
     global _shared
     _shared = shared
     threading.Thread(target=_follow_parent, daemon=True).start()
-    gc.freeze()  # what is there stays: the collector need not look through a vocabulary again and again
+    # What is there stays: the collector need not look through a vocabulary again and again.
+    gc.freeze()
 
 
 def _follow_parent() -> None:

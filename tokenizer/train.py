@@ -1,7 +1,7 @@
 """Texts to a new vocabulary: a sentencepiece BPE with byte fallback.
 
 In:  any texts. Out: a `.model` file: unk 0, `<s>` 1, `</s>` 2, the control pieces of chats, 256 bytes, learned pieces.
-Run: `python -m tokenizer.train --input book.txt more.txt --output out/tokenizer --vocab_size 8000`
+Run: `python vocabulary.py train --input book.txt more.txt --output out/tokenizer --vocab_size 8000`
 Does not know how texts are cleaned, and keeps no state: the same texts and options give the same bytes.
 """
 
@@ -9,14 +9,11 @@ import io
 import os
 import random
 import re
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 
-from . import load
 from .sentencepiece_model import SPACE, TokenizerError
 
 # Control, never user-defined: user-defined pieces would be found inside texts, where anyone could forge a turn.
@@ -24,7 +21,8 @@ CONTROL_PIECES = ("<|im_start|>", "<|im_end|>")
 
 # sentencepiece leaves out, without an error, lines longer than its limit and lines that contain NUL or its own mark
 # U+2585. We cut there instead, and at U+2581, which it would take for a space.
-MAX_LINE = 1000  # characters: at most 4,000 bytes, below the limit of 4,192
+# MAX_LINE is in characters: at most 4,000 bytes, below the limit of 4,192.
+MAX_LINE = 1000
 CUT = re.compile("[\0\u2581\u2585]")
 
 
@@ -61,6 +59,7 @@ def train(
     lines = _choose(_lines(texts), max_lines, random.Random(seed))
     if not lines:
         raise TokenizerError(f"{path}: there is no text to train a vocabulary on")
+    # Every id and option is given, so that another version of the library makes the same vocabulary.
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -68,7 +67,9 @@ def train(
             model_type="bpe",
             vocab_size=vocab_size,
             character_coverage=character_coverage,
-            required_chars=SPACE,  # texts without any space would give a vocabulary that cannot write one
+            # Texts without any space would give a vocabulary that cannot write one.
+            required_chars=SPACE,
+            # With these no text is changed or lost: `decode(encode(text)) == text`.
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -85,21 +86,12 @@ def train(
         )
     except RuntimeError as e:
         raise TokenizerError(f"{path}: {_explain(str(e), vocab_size)}") from None
+    # Written beside it, then renamed: no reader ever sees half a file.
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     temporary.write_bytes(result.getvalue())
     os.replace(temporary, path)
     return path
-
-
-def read_lines(paths: Iterable[str]) -> Iterator[str]:
-    """The lines of UTF-8 text files, line ends included; TokenizerError where one is not UTF-8."""
-    for path in paths:
-        try:
-            with open(path, encoding="utf-8", newline="\n") as file:
-                yield from file
-        except UnicodeDecodeError as e:
-            raise TokenizerError(f"{path}: not UTF-8: {e.reason} at byte {e.start} -- convert it first") from None
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -116,6 +108,7 @@ def _choose(lines: Iterable[str], count: int, rng: random.Random) -> list[str]:
 
     sentencepiece can choose too, but (0.2.3) makes the same choice whatever seed it is given.
     """
+    # Line n, from 0, takes a place among n + 1 at random: it is chosen where the place is among the first `count`.
     chosen = []
     for number, line in enumerate(lines):
         if number < count:
@@ -135,38 +128,3 @@ def _explain(error: str, vocab_size: int) -> str:
             f"at least {found[1]}, or a lower character_coverage"
         )
     return f"sentencepiece could not train a vocabulary: {error}"
-
-
-@dataclass(frozen=True)
-class VocabularyConfig:
-    input: tuple[str, ...] = ()  # UTF-8 text files
-    output: str = ""  # folder for tokenizer.model, tokenizer.json and their settings
-    vocab_size: int = 8000
-    character_coverage: float = 0.9999  # share of the text that gets characters as tokens; the rarest become bytes
-    seed: int = 0  # of the choice of lines, where there are too many
-
-    def __post_init__(self):
-        if not self.input or not self.output:
-            raise ValueError("input and output must be given")
-
-
-def main() -> None:
-    from core import config
-
-    cfg = config.load(__doc__, {"train": VocabularyConfig}, sys.argv[1:]).train
-    path = train(
-        read_lines(cfg.input),
-        Path(cfg.output) / "tokenizer.model",
-        cfg.vocab_size,
-        character_coverage=cfg.character_coverage,
-        seed=cfg.seed,
-    )
-    tokenizer = load(path)
-    tokenizer.save(cfg.output)
-    print(f"{path}: {tokenizer.vocab_size} ids, sha256 {tokenizer.sha256}")
-
-
-if __name__ == "__main__":
-    from core import errors
-
-    errors.run(main)

@@ -187,21 +187,18 @@ def _template(text: Tokenizer, chat_format: str | None) -> str:
         return "{{ .Prompt }}"
     form, special = chat.FORMATS[chat_format], chat.special_ids(text, chat_format)
 
-    def say(parts, content: str = "") -> str:
-        return "".join(
-            text.id_to_piece(special[part]) if isinstance(part, chat.Special) else part.replace("{content}", content)
-            for part in parts
-        )
+    def say(part: str, content: str = "") -> str:
+        return part.format(content=content, **{slot: text.id_to_piece(id) for slot, id in special.items()})
 
     start, opening = form.start, form.question
     if adds_bos(text, chat_format):  # llama.cpp writes it
-        start, opening = (start[1:], opening) if start else ((), opening[1:])
+        start, opening = (start.removeprefix("{bos}"), opening) if start else ("", opening.removeprefix("{bos}"))
     first = say(opening, "{{ .Content }}")
     if form.system is None:
         joined = form.system_in_question.replace("{system}", "{{ $.System }}").replace("{content}", "{{ .Content }}")
         first = f"{{{{ if $.System }}}}{say(opening, joined)}{{{{ else }}}}{first}{{{{ end }}}}"
     system = f"{{{{ if .System }}}}{say(form.system, '{{ .System }}')}{{{{ end }}}}" if form.system else ""
-    later = say((*form.between, *form.question), "{{ .Content }}")
+    later = say(form.between + form.question, "{{ .Content }}")
     return (
         f"{{{{ $first := true }}}}{say(start)}{system}"
         '{{ range .Messages }}{{ if eq .Role "user" }}'

@@ -36,8 +36,8 @@ from tokenizer.sentencepiece_model import (
     Model,
     Piece,
     parse_model,
-    write_model,
 )
+from tokenizer.sentencepiece_writer import write_model
 
 HEADER = struct.Struct("<7i")
 MAGIC = int.from_bytes(b"24ka", "little")  # begins the later versions

@@ -66,9 +66,9 @@ class Job:
 class Voice:
     """The ids of one text into what may be given out of it."""
 
-    def __init__(self, job: Job, index: int, text: tokenizer.Tokenizer):
-        self.job, self.index, self.text = job, index, text
-        self.decoder, self.until = text.stream(), tokenizer.UntilStop(job.stop)
+    def __init__(self, job: Job, index: int, text: tokenizer.Tokenizer, until):
+        self.job, self.index, self.text, self.until = job, index, text, until
+        self.decoder = text.stream()
         for id in [] if job.answer else job.prompt:  # a continuation's first space is text
             self.decoder.push(id)
         self.made = self.length = self.given = 0  # ids; characters that came, and those that were given out
@@ -198,7 +198,7 @@ class Worker:
                 continue
             texts = self.batch.add(job.prompt, job.sampling, self.speaker.stop_ids, job.n, job.logprobs or 0)
             for k, text in enumerate(texts):
-                self.running[text] = Voice(job, job.first + k, self.speaker.text)
+                self.running[text] = Voice(job, job.first + k, self.speaker.text, self.speaker.until_stop(job.stop))
         said = []
         for token in self.batch.step():
             voice = self.running[token.text]

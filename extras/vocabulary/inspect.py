@@ -1,12 +1,12 @@
 """What is in a vocabulary, and how well it fits a text.
 
+    python vocabulary.py inspect --tokenizer chatglm2/tokenizer.model out/pretrain --text book.txt --pieces 10
+
 In:  tokenizers. Out: counts of pieces by class, pieces no text can reach, characters per token.
-Run: `python -m tokenizer.inspect --tokenizer chatglm2/tokenizer.model out/pretrain --text book.txt --pieces 10`
 Does not change a vocabulary; prune.py does.
 """
 
 import functools
-import sys
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,20 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import sentencepiece
 
-from tokenizer import Tokenizer, load
-from tokenizer.sentencepiece_model import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    SPACE,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Model,
-    TokenizerError,
-    write_model,
-)
-from tokenizer.train import read_lines
+from core.config import Section
+from extras.vocabulary.lines import read_lines
+from tokenizer import Tokenizer, TokenizerError, load
+from tokenizer.sentencepiece_model import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Model
+from tokenizer.sentencepiece_writer import write_model
 
 # Files that people download, so that a look at one says what it is.
 KNOWN = {
@@ -151,45 +142,46 @@ def fit(tokenizer: Tokenizer, texts: Iterable[str], processes: int = 1) -> Fit:
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Section):
     tokenizer: tuple[str, ...] = ("data/tokenizer",)  # folders or files; several are shown side by side
     text: tuple[str, ...] = ()  # UTF-8 files to measure characters per token on
     pieces: int = 0  # also show so many pieces of each class
     find: str = ""  # also show how this text is cut
 
 
-def main() -> None:
-    from core import config
-
-    cfg = config.load(__doc__, {"inspect": InspectConfig}, sys.argv[1:]).inspect
+def run(cfg: InspectConfig) -> None:
+    """Print what is asked for, of one tokenizer after another."""
     tokenizers = [load(path) for path in cfg.tokenizer]
-    for tok in tokenizers:
-        print("\n".join(describe(tok, cfg.pieces)) + "\n")
+    for tokenizer in tokenizers:
+        print("\n".join(describe(tokenizer, cfg.pieces)) + "\n")
     if cfg.find:
-        for tok in tokenizers:
-            ids = tok.encode(cfg.find)
-            print(f"{tok.path}: {len(ids)} tokens: {' '.join(f'{tok.id_to_piece(i)}({i})' for i in ids)}")
+        for tokenizer in tokenizers:
+            ids = tokenizer.encode(cfg.find)
+            print(f"{tokenizer.path}: {len(ids)} tokens: {' '.join(f'{tokenizer.id_to_piece(i)}({i})' for i in ids)}")
     for path in cfg.text:
-        for tok in tokenizers:
-            found = fit(tok, read_lines([path]))
+        for tokenizer in tokenizers:
+            found = fit(tokenizer, read_lines([path]))
             print(
-                f"{path}: {found.chars:,} characters, {found.counts.sum():,} tokens of {tok.path}: "
+                f"{path}: {found.chars:,} characters, {found.counts.sum():,} tokens of {tokenizer.path}: "
                 f"{found.chars_per_token:.4f} characters each, {found.bytes_per_token:.4f} bytes each, "
                 f"{(found.counts > 0).sum():,} pieces in use"
             )
 
 
-def describe(tok: Tokenizer, pieces: int = 0) -> list[str]:
+def describe(tokenizer: Tokenizer, pieces: int = 0) -> list[str]:
     """Lines on one tokenizer: sizes, specials, settings, pieces by class with `pieces` examples of each."""
-    name = KNOWN.get(tok.sha256)
-    lines = [f"{tok.path}: {tok.vocab_size:,} ids, {tok.dtype}", f"sha256 {tok.sha256}" + f" ({name})" * bool(name)]
-    ids = {"bos": tok.bos_id, "eos": tok.eos_id, "pad": tok.pad_id}
+    name = KNOWN.get(tokenizer.sha256)
+    lines = [
+        f"{tokenizer.path}: {tokenizer.vocab_size:,} ids, {tokenizer.dtype}",
+        f"sha256 {tokenizer.sha256}" + f" ({name})" * bool(name),
+    ]
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     lines.append(
         ", ".join(f"{role} {i}" for role, i in ids.items())
         + "; "
-        + " ".join(f"{text}={i}" for text, i in tok.special_ids.items())
+        + " ".join(f"{text}={i}" for text, i in tokenizer.special_ids.items())
     )
-    if (model := tok.model) is None:
+    if (model := tokenizer.model) is None:
         return [*lines, "a tokenizer.json: only .model files are taken apart further"]
     kind = {1: "unigram", 2: "BPE", 3: "words", 4: "characters"}[model.model_type]
     lost = unreachable(model)
@@ -204,9 +196,3 @@ def describe(tok: Tokenizer, pieces: int = 0) -> list[str]:
         examples = [p.text for p in model.pieces if pieces and piece_class(p) == name][:pieces]
         lines.append(f"{count:>8,} {name} " + " ".join(examples))
     return lines
-
-
-if __name__ == "__main__":
-    from core import errors
-
-    errors.run(main)

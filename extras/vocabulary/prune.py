@@ -1,8 +1,8 @@
 """A vocabulary to a smaller one: pieces chosen by script, by list, by frequency on a text, or by all of these.
 
-    python -m tokenizer.prune --input chatglm2/tokenizer.model --output data/small      # all Chinese, no English words
-    python -m tokenizer.prune --input tokenizer.model --output DIR --size 24000 --corpus wiki.txt news.txt
-    python -m tokenizer.prune --input tokenizer.model --output DIR --size 35203 --corpus wiki.txt \\
+    python vocabulary.py prune --input chatglm2/tokenizer.model --output data/small     # all Chinese, no English words
+    python vocabulary.py prune --input tokenizer.model --output DIR --size 24000 --corpus wiki.txt news.txt
+    python vocabulary.py prune --input tokenizer.model --output DIR --size 35203 --corpus wiki.txt \\
         --keep han,han-traditional --remap_bin train.bin val.bin --remap_model out/pretrain
 
 In:  a sentencepiece BPE or unigram model. Out: a tokenizer folder (as `Tokenizer.save` writes it), id_map.json (where
@@ -19,26 +19,21 @@ import itertools
 import json
 import os
 import re
-import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from extras.vocabulary.inspect import Fit, char_classes, count_classes, fit, read_lines, unreachable
-from tokenizer import Tokenizer, load
-from tokenizer.sentencepiece_model import (
-    BPE,
-    NORMAL,
-    SPACE,
-    UNIGRAM,
-    USER_DEFINED,
-    Model,
-    TokenizerError,
-    write_model,
-)
+from core.config import Range, Section
+from extras.vocabulary import remap
+from extras.vocabulary.inspect import Fit, char_classes, count_classes, fit, unreachable
+from extras.vocabulary.lines import read_lines
+from tokenizer import Tokenizer, TokenizerError, load
+from tokenizer.sentencepiece_model import BPE, NORMAL, SPACE, UNIGRAM, USER_DEFINED, Model
+from tokenizer.sentencepiece_writer import write_model
 
 # What a Chinese text is written with; English words are spelled in letters.
 CHINESE = ("han", "han-traditional", "kana", "bopomofo", "fullwidth", "digits", "punct", "symbols", "marks")
@@ -301,32 +296,34 @@ def show(found: dict) -> str:
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneConfig(Section):
     input: str = ""  # the tokenizer: a folder with a tokenizer.model, or such a file
     output: str = ""  # folder for everything that is written; a tokenizer that is there is never replaced by another
     keep: tuple[str, ...] = ()  # classes of pieces that stay; neither keep nor size: CHINESE, see prune.py
     keep_words: str = ""  # a file with a word a line; all that these are written with today stays
-    size: int = 0  # number of pieces, exactly: what keep leaves open goes to those the corpus needs most. 0: keep alone
+    # Number of pieces, exactly: what keep leaves open goes to those the corpus needs most. 0: keep alone.
+    size: Annotated[int, Range(least=0)] = 0
     corpus: tuple[str, ...] = ()  # UTF-8 texts to count pieces in, and to measure on before and after
     measure: tuple[str, ...] = ()  # UTF-8 texts to measure on only
     remap_bin: tuple[str, ...] = ()  # token bins of the old vocabulary, written anew into the output folder
     remap_model: tuple[str, ...] = ()  # model folders with the old vocabulary, likewise
-    processes: int = 2
+    processes: Annotated[int, Range(least=1)] = 2
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.input or not self.output:
             raise ValueError("input and output must be given")
-        if self.size < 0 or self.processes < 1:
-            raise ValueError("size must not be negative, processes at least 1")
         # The order of a model's own pieces says little: ChatGLM2's first 35,203 cost Chinese a third more tokens.
         if self.size and not self.corpus:
             raise ValueError("size needs a corpus: a text like those the model will read, which says what is useful")
 
 
-def main() -> None:
-    from core import config
+def run(cfg: PruneConfig, load_model: Callable) -> None:
+    """Choose the pieces that stay, write the smaller tokenizer with its report, and what is to follow it.
 
-    cfg = config.load(__doc__, {"prune": PruneConfig}, sys.argv[1:]).prune
+    Args:
+        load_model: a function from a folder to a model, called for remap_model only.
+    """
     old = load(cfg.input)
     if old.model is None:
         raise TokenizerError(f"{old.path}: only sentencepiece .model files are pruned, this is a tokenizer.json")
@@ -340,10 +337,7 @@ def main() -> None:
     found = report(old, new, texts)
     _write_json(Path(cfg.output) / "report.json", found)
     print(f"{show(found)}\n{new.path}: {new.vocab_size} ids, sha256 {new.sha256}")
-    if cfg.remap_bin or cfg.remap_model:
-        from extras.vocabulary import remap
-
-        remap.run(old, new, Path(cfg.output), cfg.remap_bin, cfg.remap_model, cfg.processes)
+    remap.run(old, new, Path(cfg.output), cfg.remap_bin, cfg.remap_model, cfg.processes, load_model)
 
 
 def _present(model: Model, classes: Iterable[str]) -> list[str]:
@@ -385,9 +379,3 @@ def save(model: Model, old: Tokenizer, folder: Path) -> Tokenizer:
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    from core import errors
-
-    errors.run(main)

@@ -1,23 +1,19 @@
-"""Token bins and models that follow a tokenizer to its pruned vocabulary.
+"""Token bins that follow a tokenizer to its pruned vocabulary; remap_model.py has what models need.
 
 In:  the tokenizer from before and the pruned one; bins and model folders of the first. Out: the same with the second.
-Run: `python -m tokenizer.prune ... --remap_bin train.bin --remap_model out/pretrain`
-Does not choose pieces.
+Run: `python vocabulary.py prune ... --remap_bin train.bin --remap_model out/pretrain`
+Does not choose pieces, and loads torch only where there are models.
 """
 
-import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 from tqdm import tqdm
 
-import tokenizer
-from core import bins, hf_folder
+from core import bins
 from core.errors import UserError
-from model import Llama
 from tokenizer import Tokenizer
 from tokenizer.parallel import map_in_order
 from tokenizer.sentencepiece_model import BYTE
@@ -26,20 +22,30 @@ BLOCK_TOKENS = 1 << 20  # read, decoded and encoded at a time
 
 
 def run(
-    old: Tokenizer, new: Tokenizer, folder: Path, bins: Sequence[str], models: Sequence[str], processes: int
+    old: Tokenizer,
+    new: Tokenizer,
+    folder: Path,
+    bins: Sequence[str],
+    models: Sequence[str],
+    processes: int,
+    load_model: Callable,
 ) -> None:
-    """Rewrite bins and models under their own names into `folder`; nothing that is there is replaced."""
+    """Rewrite bins and models under their own names into `folder`; nothing that is there is replaced.
+
+    Args:
+        load_model: a function from a folder to a model.
+    """
     paths = [Path(path) for path in (*bins, *models)]
     for path in paths:
         if (folder / path.name).exists() or [p.name for p in paths].count(path.name) > 1:
             raise UserError(f"{folder / path.name} would be written over", "remove it, or another --output")
     for path in map(Path, bins):
         remap_bin(path, folder / path.name, old, new, processes)
+    # Models need torch, bins do not.
+    if models:
+        from extras.vocabulary.remap_model import remap_model
     for path in map(Path, models):
-        remap_model(path, folder / path.name, old, new)
-
-
-# ---------------------------------------------------------------- bins
+        remap_model(path, folder / path.name, old, new, load_model)
 
 
 def remap_bin(path: Path, output: Path, old: Tokenizer, new: Tokenizer, processes: int = 1) -> None:
@@ -112,7 +118,9 @@ def encode_anew(tokenizers: tuple[Tokenizer, Tokenizer], ids: np.ndarray) -> tup
             whole.append("")
             broken[k] = _encode_broken(new, run)
     out = []
-    for k, row in enumerate(new.encode_batch(whole)):
+    encoded = new.encode_texts(whole)
+    rows = np.split(encoded.ids, np.cumsum(encoded.sizes)[:-1])
+    for k, row in enumerate(rows):
         out.append(broken.get(k, row))
         if k < len(at):
             out.append(np.array([names[int(ids[at[k]])]], new.dtype))
@@ -130,37 +138,3 @@ def _encode_broken(new: Tokenizer, run: bytes) -> np.ndarray:
         else:
             ids += new.encode(part, continues=bool(n))
     return np.array(ids, new.dtype)
-
-
-# ---------------------------------------------------------------- models
-
-
-def remap_model(path: Path, output: Path, old: Tokenizer, new: Tokenizer) -> None:
-    """Write a model whose embedding and head have the rows of the pieces that stayed, the rest unchanged.
-
-    Args:
-        path: a model folder with the old tokenizer in it.
-        output: the new folder.
-
-    Raises:
-        UserError: no model there, or one with another tokenizer.
-    """
-    folder = hf_folder.model_folder(path)
-    theirs = tokenizer.load(folder)
-    if theirs.sha256 != old.sha256:
-        raise UserError(f"{folder}: its tokenizer is {theirs.sha256[:12]}, --input is {old.sha256[:12]}")
-    model = hf_folder.load_model(folder)
-    before = sum(p.numel() for p in model.parameters())
-    ids = {p.text: i for i, p in enumerate(old.model.pieces)}
-    take_rows(model, [ids[p.text] for p in new.model.pieces])
-    about = hf_folder.load_about(folder)
-    hf_folder.save_model(output, model, new, about | {"pruned_from_tokenizer": old.sha256})
-    print(f"{output}: {before:,} -> {sum(p.numel() for p in model.parameters()):,} parameters")
-
-
-def take_rows(model: Llama, rows: list[int]) -> None:
-    """Leave only these rows, in this order, in the embedding and the head."""
-    embedding, head = model.model.embed_tokens, model.lm_head
-    embedding.weight = nn.Parameter(embedding.weight.detach()[rows])
-    head.weight = embedding.weight if model.config.tie_word_embeddings else nn.Parameter(head.weight.detach()[rows])
-    model.config = dataclasses.replace(model.config, vocab_size=len(rows))

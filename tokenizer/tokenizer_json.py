@@ -1,103 +1,16 @@
-"""The two kinds of vocabulary file, made to look the same.
+"""A vocabulary of the other kind: a `tokenizer.json`.
 
-In:  a `.model` (sentencepiece) or a `tokenizer.json` (the optional package tokenizers). Out: an object that turns plain
-text into ids and says which bytes each id stands for. Special-token text inside a text is plain text in both.
-Does not know bos and eos placement, chats, or files to be written.
+In:  the file, with the names of its bos and eos from the files beside it. Out: an object that `Tokenizer` asks; it has
+     the attributes and methods of sentencepiece_backend.py. Special-token text inside a text is plain text here too.
+Needs the optional package tokenizers, so `load` imports this file only for a tokenizer.json.
 """
 
-import hashlib
 import json
 import re
+from functools import cached_property
 from pathlib import Path
 
-import sentencepiece
-
-from .sentencepiece_model import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    SPACE,
-    UNKNOWN,
-    USER_DEFINED,
-    TokenizerError,
-    parse_model,
-    read_bytes,
-    write_model,
-)
-
-
-class SentencePieceBackend:
-    """A sentencepiece `.model`.
-
-    Args:
-        path: the file.
-
-    Raises:
-        TokenizerError: missing or unusable file.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.data = path, read_bytes(path)
-        self.model = model = parse_model(self.data, str(path))
-        self.sha256 = hashlib.sha256(self.data).hexdigest()
-        self.pieces = [p.text for p in model.pieces]
-        self.special_ids = {p.text: i for i, p in enumerate(model.pieces) if p.type == CONTROL}
-        self.bos_id, self.eos_id, self.pad_id = model.bos_id, model.eos_id, model.pad_id
-        self.id_bytes = [self._bytes_of(p) for p in model.pieces]  # what each id decodes to
-        can_write_space = any(p.text == SPACE and p.type in (NORMAL, USER_DEFINED) for p in model.pieces)
-        # Without a piece for the space, sentencepiece would write it as the bytes of U+2581 and never get it back.
-        self._prefix = model.add_dummy_prefix and (can_write_space or not model.byte_fallback)
-        # Decoding drops the space that encoding put in front.
-        self.strips_space = self._prefix or model.remove_extra_whitespaces
-        self._plain_processor = None
-        self._processor = self._load(self.data) if self._prefix == model.add_dummy_prefix else self._continuing()
-        # Characters that only the byte pieces write faithfully: sentencepiece takes U+2581 for a space.
-        self._byte_ids = {}
-        if model.byte_fallback:
-            ids = {p.text: i for i, p in enumerate(model.pieces) if p.type == BYTE}
-            for char in SPACE if can_write_space else SPACE + " ":
-                self._byte_ids[char] = [ids[f"<0x{b:02X}>"] for b in char.encode()]
-        self._to_split = re.compile("([" + "".join(self._byte_ids) + "])") if self._byte_ids else None
-
-    def _bytes_of(self, piece) -> bytes:
-        if piece.type == CONTROL:
-            return b""
-        if piece.type == BYTE:
-            return bytes([int(piece.text[3:5], 16)])
-        if piece.type == UNKNOWN:
-            return self.model.unk_surface.encode()
-        return piece.text.replace(SPACE, " ").encode()
-
-    def _load(self, data: bytes) -> sentencepiece.SentencePieceProcessor:
-        processor = sentencepiece.SentencePieceProcessor()
-        try:
-            processor.LoadFromSerializedProto(data)
-        except RuntimeError as e:
-            raise TokenizerError(f"{self.path}: sentencepiece refuses it: {e}") from None
-        return processor
-
-    def _continuing(self) -> sentencepiece.SentencePieceProcessor:
-        """The processor for text that follows other text: the same vocabulary without the dummy prefix."""
-        if self._plain_processor is None:
-            if self.model.add_dummy_prefix:
-                self._plain_processor = self._load(write_model(self.model.without_dummy_prefix()))
-            else:
-                self._plain_processor = self._processor
-        return self._plain_processor
-
-    def encode(self, text: str, continues: bool = False) -> list[int]:
-        if self._to_split is None or not self._to_split.search(text):
-            return (self._continuing() if continues else self._processor).encode(text)
-        ids, processor = [], self._continuing()
-        for part in self._to_split.split(text if continues or not self._prefix else " " + text):
-            ids += self._byte_ids[part] if part in self._byte_ids else processor.encode(part)
-        return ids
-
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        # One call into C++ for all texts that need no splitting is about a tenth faster than one call each.
-        if self._to_split is None or not any(map(self._to_split.search, texts)):
-            return self._processor.encode(texts, num_threads=1)
-        return [self.encode(text) for text in texts]
+from .sentencepiece_model import TokenizerError, read_bytes
 
 
 class TokenizerJsonBackend:
@@ -115,16 +28,17 @@ class TokenizerJsonBackend:
             import tokenizers
         except ImportError:
             raise TokenizerError(f"{path}: needs the package tokenizers -- pip install tokenizers") from None
-        self._library = tokenizers
+        # No fields of a .model: what needs them asks for None.
+        self._library, self.model = tokenizers, None
         self.path, self.data = path, read_bytes(path)
-        self.sha256 = hashlib.sha256(self.data).hexdigest()
+        # The names of bos and eos stand in one of the files beside it, as texts or as ids.
         prefix = path.name.removesuffix("tokenizer.json")
         self.config = self._beside(prefix + "tokenizer_config.json")
         maps = [self.config, self._beside(prefix + "special_tokens_map.json")]
         numbers = [self._beside("config.json"), self._beside("generation_config.json")]
         try:
             self._json = json.loads(self.data)
-            self._processor, self._plain_processor = self._load(self._json), None
+            self._processor = self._load(self._json)
             vocab = self._processor.get_vocab(with_added_tokens=True)
             self.special_ids = {t["content"]: t["id"] for t in self._json["added_tokens"] if t["special"]}
             self.pieces = [""] * (max(vocab.values()) + 1)
@@ -133,9 +47,11 @@ class TokenizerJsonBackend:
             self._read_decoder()
         except TokenizerError:
             raise
-        except Exception as e:  # tokenizers raises bare Exception
+        # tokenizers raises bare Exception.
+        except Exception as e:
             raise TokenizerError(f"{path}: not a usable tokenizer.json: {e!r} -- is it a whole file?") from None
-        self.tokens = {}  # role -> text, for the configuration we write
+        # Role -> text, for the configuration we write.
+        self.tokens = {}
         ids = {}
         for role in ("bos", "eos", "pad", "unk"):
             ids[role] = self._special_id(role, vocab, maps, numbers)
@@ -145,12 +61,14 @@ class TokenizerJsonBackend:
         for role in ("bos", "eos"):
             if ids[role] is None:
                 raise TokenizerError(f"{path}: no {role} token -- put its tokenizer_config.json beside it")
+        # bos and eos are control ids even where the file does not mark them so.
         self.special_ids |= {self.tokens[role]: ids[role] for role in ("bos", "eos")}
         for i in self.special_ids.values():
             self.id_bytes[i] = b""
 
     def __reduce__(self):
-        return TokenizerJsonBackend, (self.path,)  # a pickled one forgets that special tokens in a text are text
+        # A pickled processor forgets that special tokens in a text are text, so a worker process reads the file again.
+        return TokenizerJsonBackend, (self.path,)
 
     def _beside(self, name: str) -> dict:
         path = self.path.with_name(name)
@@ -165,6 +83,7 @@ class TokenizerJsonBackend:
         return found
 
     def _special_id(self, role: str, vocab: dict, maps: list[dict], numbers: list[dict]) -> int | None:
+        # By text first: a file may name a token either as a string or as an object.
         for found in maps:
             token = found.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token
@@ -172,20 +91,24 @@ class TokenizerJsonBackend:
                 return vocab[token]
         for found in numbers:
             i = found.get(f"{role}_token_id")
-            i = i[0] if isinstance(i, list) and i else i  # Llama 3 lists several ends
+            # Llama 3 lists several ends.
+            i = i[0] if isinstance(i, list) and i else i
             if isinstance(i, int) and 0 <= i < len(self.pieces):
                 return i
         return None
 
     def _load(self, config: dict):
         processor = self._library.Tokenizer.from_str(json.dumps(config))
+        # What a file may ask for: rows of one length. Here a text has the ids that it has.
         processor.no_padding()
         processor.no_truncation()
-        processor.encode_special_tokens = True  # "<s>" in a text is three characters, not bos
+        # "<s>" in a text is three characters, not bos.
+        processor.encode_special_tokens = True
         return processor
 
     def _read_decoder(self) -> None:
         """Which bytes each id stands for, from the decoder's steps."""
+        # The library decodes only whole rows of ids; a stream needs the bytes of one id. Unknown steps are refused.
         decoder = self._json["decoder"] or {"type": "Fuse"}
         steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
         self.strips_space, one_byte, from_byte_level, replaced = False, False, False, []
@@ -204,6 +127,7 @@ class TokenizerJsonBackend:
                 self.strips_space = True
             elif kind != "Fuse":
                 raise TokenizerError(f"{self.path}: its decoder {kind} is not supported")
+        # A piece is written in printable characters, or it names one byte, or it is text with its spaces replaced.
         self.id_bytes = []
         for piece in self.pieces:
             if from_byte_level and all(c in BYTE_LEVEL for c in piece):
@@ -215,26 +139,36 @@ class TokenizerJsonBackend:
                     piece = piece.replace(old, new)
                 self.id_bytes.append(piece.encode())
 
+    @cached_property
     def _continuing(self):
         """The processor for text that follows other text: nothing is put in front."""
-        if self._plain_processor is None:
-            self._plain_processor = self._load(
-                self._json | {name: _without_prefix(self._json.get(name)) for name in ("normalizer", "pre_tokenizer")}
-            )
-        return self._plain_processor
+        steps = ("normalizer", "pre_tokenizer")
+        return self._load(self._json | {name: _without_prefix(self._json.get(name)) for name in steps})
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        processor = self._continuing() if continues else self._processor
+        """The ids of a text; `continues` as in `Tokenizer.encode`."""
+        processor = self._continuing if continues else self._processor
         return processor.encode(text, add_special_tokens=False).ids
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text."""
         return [self.encode(text) for text in texts]
+
+    def write(self, folder: Path) -> dict:
+        """Write the vocabulary's file into a folder; returns what tokenizer_config.json says of it."""
+        # `load` would prefer a tokenizer.model of another vocabulary.
+        (folder / "tokenizer.model").unlink(missing_ok=True)
+        (folder / "tokenizer.json").write_bytes(self.data)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_eos_token": False}
+        kept = ("add_bos_token", "add_eos_token", "chat_template")
+        return config | {key: self.config[key] for key in kept if key in self.config}
 
 
 def _without_prefix(step: dict | None) -> dict | None:
     """A normaliser or pre-tokeniser without the step that puts a space in front of the text."""
     if step is None or step["type"] == "Prepend":
         return None
+    # A copy: the file's own steps stay as they are.
     step = dict(step)
     for name in ("normalizers", "pretokenizers"):
         if name in step:
