@@ -78,15 +78,9 @@ class Generator:
         """Text of new ids, up to the first of the stop strings."""
         decoder = self.decoder(prompt_ids)
         text = "".join(map(decoder.push, new_ids)) + decoder.flush()
-        # The stop string that is whole first ends the text, as it does where text is streamed.
-        ends = [(at + len(string), at) for string in stop if (at := text.find(string)) >= 0]
-        return self.trim(text[: min(ends)[1]] if ends else text)
-
-    def until_stop(self, stops: Sequence[str]):
-        """What text passes through piece by piece, up to the first of the stop strings."""
-        from extras.decoding.stop import UntilStop
-
-        return UntilStop(stops)
+        # The stop string that is whole first ends the text.
+        found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+        return self.trim(text[: min(found)[1]] if found else text)
 
     def trim(self, text: str) -> str:
         """A continuation as it is."""
@@ -100,6 +94,18 @@ class Generator:
 
         options = {"rows": rows, "n": n, "logprobs": logprobs, "compiled": self.compile}
         return continued(self.model, prompts, sampling, self.stop_ids, **options)
+
+    def new_batch(self, rows: int, length: int):
+        """A batch without texts, `rows` at once of up to `length` positions; see extras/decoding/batching.py."""
+        from extras.decoding.batching import Batch
+
+        return Batch(self.model, rows, length, self.compile)
+
+    def until(self, stop: Sequence[str]):
+        """What cuts a text at the first of these strings; see extras/decoding/stop.py."""
+        from extras.decoding.stop import UntilStop
+
+        return UntilStop(stop)
 
     def describe_room(self, prompts: list[list[int]], sampling: SamplingConfig) -> str:
         """A note where the context, not max_new_tokens, will end texts, or on what of prompts is left out; else ""."""

@@ -19,13 +19,11 @@ import trainer
 from assembly.models import open_model
 from core import config, distributed, hf_folder
 from core.checkpoint import WholeModel
-from core.data import plan_step
-from core.device import choose_dtype
 from core.distributed import Ranks
 from core.errors import UserError
 from core.memory import save_memory
 from core.optim import OptimConfig
-from core.parallel import DDP, FSDP, Strategy
+from core.parallel import DDP, Strategy
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
@@ -179,46 +177,31 @@ def run(task: Task, cfg, ranks: Ranks) -> None:
 
 
 def choose_strategy(options: TrainConfig, ranks: Ranks) -> type[Strategy]:
-    """How the model is put on the ranks."""
+    """How the model is put on the ranks. All but the first two are wings."""
     if options.deterministic:
-        from extras.parallel.fixed_order import FixedOrder
-
-        return FixedOrder
-    if options.parallel == "pipeline":
-        from extras.parallel.pipeline import Pipeline
-
-        return Pipeline
-    if ranks.world == 1:  # nothing to share
-        return Strategy
-    if options.parallel == "zero1":
-        from extras.parallel.zero1 import ZeRO1
-
-        return ZeRO1
-    return {"ddp": DDP, "fsdp": FSDP}[options.parallel]
+        from extras.parallel.fixed_order import FixedOrder as Chosen
+    elif ranks.world == 1 and options.parallel != "pipeline":
+        Chosen = Strategy  # nothing to share
+    elif options.parallel == "ddp":
+        Chosen = DDP
+    elif options.parallel == "fsdp":
+        from extras.parallel.fsdp import FSDP as Chosen
+    elif options.parallel == "zero1":
+        from extras.parallel.zero1 import ZeRO1 as Chosen
+    else:
+        from extras.parallel.pipeline import Pipeline as Chosen
+    return Chosen
 
 
 def expect_memory(task: Task, cfg, ranks: Ranks) -> list[str]:
     """With --max_memory_gb a line on the memory of a step; UserError where it is too much."""
-    options = cfg.train
-    if not options.max_memory_gb:
+    if not cfg.train.max_memory_gb:
         return []
-    if options.parallel != "ddp":
-        raise UserError(f'max_memory_gb = {options.max_memory_gb} knows parallel "ddp" only', "--max_memory_gb 0")
     if task.loss is not trainer.next_token_loss:
         raise UserError("max_memory_gb knows training on the next token only", "a smaller --micro_batch")
     from extras.estimate import memory
 
-    _, rows, micro_batches = plan_step(options.batch_tokens, options.micro_batch, task.rows.seq_len, ranks.world)
-    step = memory.Step(
-        rows=rows,
-        seq_len=task.rows.seq_len,
-        dtype=choose_dtype(options.dtype, ranks.device),
-        checkpointing=options.gradient_checkpointing,
-        docs=task.rows.batch([0]).docs is not None,
-        device=ranks.device.type,
-        several=micro_batches > 1,
-    )
-    return [memory.check(task.model, cfg.optim, step, options.max_memory_gb)]
+    return [memory.expect(task.model, task.rows, cfg, ranks)]
 
 
 def tracking(cfg, options: dict, ranks: Ranks):

@@ -33,6 +33,7 @@ from zlib import crc32
 import numpy as np
 import sentencepiece
 import torch
+from core.loss import next_token_loss
 
 import tokenizer
 import trainer
@@ -42,7 +43,6 @@ from core import bins, checkpoint, config, data, errors, hf_folder, optim, paral
 from core.distributed import Ranks
 from core.errors import UserError
 from core.generate import Batch, SamplingConfig
-from core.loss import next_token_loss
 from extras.corpus import dedup, pipeline, readers
 from extras.corpus import tokenize as corpus_bins
 from extras.finetune import lora, nf4

@@ -48,26 +48,6 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
     fsync_dir(path.parent)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder: `.tmp-PID-...` of processes that are gone."""
-    for path in Path(folder).glob(".tmp-*-*"):
-        pid = path.name.split("-")[1]
-        if pid.isdigit() and not _alive(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # there a signal would end the process that is asked after
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # somebody else's
-    return True
-
-
 def lock(folder: Path):
     """Hold a folder for this process; the lock goes with the process, however it ends, or with `close()` of the result.
 
@@ -89,6 +69,13 @@ def lock(folder: Path):
     handle.write(str(os.getpid()))
     handle.flush()
     return handle
+
+
+def check_free(paths: list[Path], overwrite: bool) -> None:
+    """UserError where one of these is there already."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists", "--overwrite replaces it, --output writes elsewhere")
 
 
 def write_text(path: Path, text: str) -> None:

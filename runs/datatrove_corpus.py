@@ -35,7 +35,7 @@ from core.errors import UserError
 from extras.corpus import clean, dedup, readers, tokenize
 from extras.corpus.account import Account, Doc, each
 from extras.corpus.journal import Records
-from extras.corpus.pipeline import Report
+from extras.corpus.pipeline import Report, clear_leftovers
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
 
@@ -247,7 +247,7 @@ def prepare(cfg) -> None:
         if json.loads(about.read_text(encoding="utf-8")) != options:
             raise UserError(f"{steps}: steps of other options or files", "delete it, or another --out_dir")
         if run.executor == "local":  # elsewhere, who is alive cannot be known from here
-            files.clear_leftovers(steps / "data")
+            clear_leftovers(steps / "data")
         return
     for name in ("train.bin", "val.bin"):
         if (path := Path(run.out_dir) / name).exists():

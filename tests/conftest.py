@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from core import hf_folder
+from core.hf_config import family_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 
@@ -31,7 +32,7 @@ settings.load_profile("seeded")
 
 def lively(config: ModelConfig, seed: int = 0) -> Llama:
     """A model whose attention is far from uniform and whose norms and biases are not trivial, unlike a fresh one's."""
-    model = Llama(config)
+    model = family_of(config).model(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

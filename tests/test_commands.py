@@ -300,7 +300,7 @@ def test_a_quantised_folder_answers_as_the_model_quantised_when_it_is_read(chain
         chain, "sample.py", "--model", f"out/{kind}", "--quantize", other, *ask
     )
     assert f"out/{kind} exists" in error(chain, "export.py", "quantize", "--type", kind, "--output", f"out/{kind}")
-    assert "must be int8 or int4" in error(chain, "export.py", "quantize", "--type", "int3", "--output", "out/x")
+    assert "must be one of int8, int4" in error(chain, "export.py", "quantize", "--type", "int3", "--output", "out/x")
 
 
 def test_truncate_left_answers_a_prompt_that_is_too_long_and_says_so(chain, tmp_path):

@@ -22,7 +22,7 @@ each_config = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 
 
 def sections_of(command, monkeypatch) -> dict[str, type]:
-    """The sections that a command hands to core.config, caught at the door."""
+    """The sections that a command hands to core.config."""
     caught = []
 
     def catch(doc, sections, argv, default=None):

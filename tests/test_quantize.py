@@ -1,4 +1,4 @@
-"""Promises of `extras/quantize.py`: the codes are the nearest ones, and the products are those of the rounded weights."""
+"""Promises of `extras/formats/quantize.py`: the codes are the nearest ones, and the products are those of the rounded weights."""
 
 import json
 import math

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from core import files
 from core.errors import UserError
@@ -144,6 +145,26 @@ def _chunked(docs: Iterable[Doc]) -> Iterator[list[Doc]]:
         yield chunk
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder: `.tmp-PID-...` of processes that are gone."""
+    for path in Path(folder).glob(".tmp-*-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdigit() and not _alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # there a signal would end the process that is asked after
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
 class Report:
     """The accounts of a run, one for each stage, and its rejects.jsonl, written as it goes on.
 
@@ -158,7 +179,7 @@ class Report:
         self.accounts = {name: Account(name, keep_texts) for name in stages}
         self.first: dict[tuple[str, str], str] = {}  # (stage, reason) -> where it was met first
         folder.mkdir(parents=True, exist_ok=True)
-        files.clear_leftovers(folder)
+        clear_leftovers(folder)
         self._temporary = folder / f".tmp-{os.getpid()}-rejects.jsonl"
         self._file = open(self._temporary, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 -- closed by __exit__
 

@@ -23,6 +23,7 @@ import numpy as np
 import tokenizer
 from core import config, errors, files
 from core.errors import UserError
+from core.generate import SamplingConfig
 from tokenizer import chat
 
 # What Lucene and bm25s call the defaults: k1, how much the second occurrence counts, b, how much length takes away.
@@ -197,6 +198,23 @@ class Shelf:
         while count and len(self.ids(with_passages(messages, found[:count]))) > self.room:
             count -= 1
         return with_passages(messages, found[:count]), found[:count], len(found) - count
+
+    def put_and_tell(self, prompt: str | list[dict]) -> tuple[list[dict], str]:
+        """The same with a line on the passages, for the terminal."""
+        messages, passages, left_out = self.put(prompt)
+        told = " ".join(f"{n}. {passage}" for n, passage in enumerate(passages, 1)) or "none"
+        told = "".join(c if c.isprintable() else "?" for c in told)  # no control characters on the terminal
+        return messages, f"passages: {told}" + (f" ({left_out} more had no room)" if left_out else "")
+
+
+def open_shelf(generator, cfg: RetrievalConfig, sampling: SamplingConfig) -> Shelf:
+    """The passages for a chat model; an answer of up to a quarter of the context has room behind them."""
+    if not generator.chat_format:
+        raise UserError("--retrieve needs a chat model", "python sft.py makes one")
+    room = generator.context - min(sampling.max_new_tokens, generator.context // 4)
+    shelf = Shelf(cfg, generator.encode, room)
+    print(f"note: {shelf.told}", file=sys.stderr)
+    return shelf
 
 
 # ---------------------------------------------------------------- chats to train on
