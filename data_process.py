@@ -29,7 +29,6 @@ from tokenizer import load as load_tokenizer
 from tokenizer.train import train as train_tokenizer
 
 DEMO = "三国演义"  # the source that the demo's bins name
-LOAD_MODEL = "assembly.models:load_model"
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ def main() -> None:
     if words or cfg.read:
         from extras.corpus.run import run
 
-        # The stage `filter` asks a model. It gets the way to one as a path, so that no other run loads torch.
-        return run(cfg, words, make_tokenizer, LOAD_MODEL)
+        return run(cfg, words, make_tokenizer, load_model)
 
     # The demo replaces its own files without asking, and never those of another text.
     out = Path(cfg.process.out_dir)
@@ -106,6 +104,13 @@ def make_tokenizer(cfg: ProcessConfig, texts: Iterable[str]) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     print(f"{folder}: {tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256[:12]}")
     return tokenizer
+
+
+def load_model(folder: Path):
+    """Any model folder, for the stage `filter`: with torch, so not before that stage asks."""
+    from assembly import models
+
+    return models.load_model(folder)
 
 
 def write_bin(path: Path, texts: list[str], tokenizer: Tokenizer, processes: int) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from extras.corpus import sanguo
-from extras.retrieval.bm25 import Index, augment
+from extras.retrieval.augment import augment
+from extras.retrieval.bm25 import Index
 
 NOVELS = 60  # made-up ones; each fact of theirs is asked once, so only reading helps
 PASSAGES, CHARS = 3, 40  # the model has 256 positions

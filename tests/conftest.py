@@ -4,9 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-from core import hf_folder
-from core.hf_config import family_of
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 
 import pytest
@@ -19,6 +16,8 @@ if str(ROOT) not in sys.path:  # a bare `pytest` puts only the tests' own folder
 
 from texts import BOOK, change  # noqa: E402
 
+from core import hf_folder  # noqa: E402
+from core.hf_config import family_of  # noqa: E402
 from model import Llama, ModelConfig  # noqa: E402
 from tokenizer import load  # noqa: E402
 from tokenizer.sentencepiece_writer import write_model  # noqa: E402

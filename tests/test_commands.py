@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from assembly.inference import Speaker, SpeakerConfig
+from assembly.inference import InferenceConfig, open_generator
 from core import data, hf_folder
 from tokenizer import chat, load
 from tokenizer.train import train
@@ -145,8 +145,8 @@ def test_a_base_model_continues(chain):
 
 
 def test_without_a_prompt_a_base_model_begins_at_the_beginning_of_a_document(chain):
-    speaker = Speaker(SpeakerConfig(model=str(chain / "out/pretrain"), device="cpu"))
-    assert speaker.ids("") == [speaker.text.bos_id]
+    generator = open_generator(InferenceConfig(model=str(chain / "out/pretrain"), device="cpu"))
+    assert generator.encode("") == [generator.tokenizer.bos_id]
     assert command(
         chain, "sample.py", "--model", "out/pretrain", "--temperature", "0", "--max_new_tokens", "8"
     ).startswith("第")
@@ -602,10 +602,10 @@ def test_ids_of_a_thousand_real_texts_are_transformers_ids(chain, shared_data):
     assert all(theirs(t)["input_ids"] == ours.encode(t, bos=True) for t in texts)
 
 
-def test_the_speaker_of_a_chat_model_stops_at_its_end_of_turn(chain):
-    speaker = Speaker(SpeakerConfig(model=str(chain / "out/sft")))
-    assert speaker.chat_format == "chatml"
-    assert speaker.stop_ids == {speaker.text.special_ids["<|im_end|>"], speaker.text.eos_id}
+def test_a_chat_model_stops_at_its_end_of_turn(chain):
+    generator = open_generator(InferenceConfig(model=str(chain / "out/sft")))
+    assert generator.chat_format == "chatml"
+    assert generator.stop_ids == {generator.tokenizer.special_ids["<|im_end|>"], generator.tokenizer.eos_id}
 
 
 def test_a_dry_run_counts_and_trains_nothing(chain, tmp_path):

@@ -12,7 +12,8 @@ import pretrain
 import reward
 import sft
 from core import config
-from model import Llama, ModelConfig, describe
+from core.size import describe, num_parameters
+from model import Llama, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "configs").glob("*.toml"))
@@ -77,7 +78,7 @@ def test_the_model_builds_and_has_as_many_parameters_as_its_numbers_say(path):
     with torch.device("meta"):
         model = Llama(sizes)
     assert sum(p.numel() for p in model.parameters()) == expected
-    assert model.num_parameters() == (expected, embedding)
+    assert num_parameters(model) == (expected, embedding)
     assert f"{expected:,}" in describe(model)
 
 

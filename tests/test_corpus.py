@@ -50,7 +50,7 @@ def run(folder, *words, **options):
     """The command's own functions, in this process."""
     flags = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in options.items()]
     names, cfg = corpus_run.stage_names(list(words)), load_config([f"--out_dir={folder}", *flags])
-    corpus_run.own_text(cfg, names, data_process.make_tokenizer, data_process.LOAD_MODEL)
+    corpus_run.own_text(cfg, names, data_process.make_tokenizer, data_process.load_model)
     return json.loads((folder / "accounting.json").read_text())
 
 
@@ -789,7 +789,7 @@ whole, out, files = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 def run(folder, processes):
     cfg = config.load("", data_process.SECTIONS, ["--out_dir", str(folder), "--input", files, "--split", "line",
                       "--vocab_size", "320", "--overwrite", "--processes", str(processes)])
-    corpus_run.own_text(cfg, ["clean", "dedup", "tokenize"], data_process.make_tokenizer, data_process.LOAD_MODEL)
+    corpus_run.own_text(cfg, ["clean", "dedup", "tokenize"], data_process.make_tokenizer, data_process.load_model)
 
 run(whole, 1)
 began = time.monotonic()

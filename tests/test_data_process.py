@@ -18,7 +18,7 @@ def run(folder, **options):
     options = {"out_dir": folder / "data", "processes": 1, "character_coverage": 1.0, **options}
     flags = [f"--{key}={','.join(value) if isinstance(value, tuple) else value}" for key, value in options.items()]
     cfg = config.load("", data_process.SECTIONS, flags)
-    corpus_run.own_text(cfg, ["tokenize"], data_process.make_tokenizer, data_process.LOAD_MODEL)
+    corpus_run.own_text(cfg, ["tokenize"], data_process.make_tokenizer, data_process.load_model)
 
 
 def process(folder, **options):

@@ -54,7 +54,7 @@ def corpus(tmp_path_factory) -> list[str]:
 def single(paths: list[str], text, out: Path, options: list[str]) -> Path:
     argv = ["--input", *paths, "--tokenizer", str(text.path), "--out_dir", str(out), "--processes", "1", *options]
     run.own_text(
-        config.load("", data_process.SECTIONS, argv), STAGES, data_process.make_tokenizer, data_process.LOAD_MODEL
+        config.load("", data_process.SECTIONS, argv), STAGES, data_process.make_tokenizer, data_process.load_model
     )
     return out
 

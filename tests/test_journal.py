@@ -86,7 +86,7 @@ def corpus(tmp_path, monkeypatch):
 
 def run(folder, words, corpus, *flags):
     cfg = load_config([f"--out_dir={folder}", f"--input={corpus}", "--vocab_size=320", *flags])
-    corpus_run.own_text(cfg, words, data_process.make_tokenizer, data_process.LOAD_MODEL)
+    corpus_run.own_text(cfg, words, data_process.make_tokenizer, data_process.load_model)
 
 
 def contents(folder):

@@ -52,15 +52,14 @@ def test_the_estimate_is_what_a_step_takes(options):
         [sys.executable, "-c", REAL, json.dumps(settings)], cwd=ROOT, capture_output=True, text=True, env=OWN_PAGES
     )
     assert done.returncode == 0, done.stderr
-    expected = memory.peak_bytes(
-        MODEL, rows, 256, torch.float32, kind, True, OptimConfig(optimizer=optimizer), "cpu", several
-    )
+    step = memory.Step(rows, 256, checkpointing=kind, several=several)
+    expected = memory.peak_bytes(MODEL, step, OptimConfig(optimizer=optimizer))
     assert expected == pytest.approx(json.loads(done.stdout)["bytes"], rel=0.1)
 
 
 def test_checkpointing_and_half_precision_take_less():
     need = {
-        (k, d): memory.peak_bytes(MODEL, 16, 256, d, k)
+        (k, d): memory.peak_bytes(MODEL, memory.Step(16, 256, d, k))
         for k in ("none", "selective", "full")
         for d in (torch.float32, torch.bfloat16)
     }
@@ -83,7 +82,7 @@ def test_a_run_that_would_not_fit_is_refused_with_the_smallest_change_that_does(
         small_run.run(tmp_path / "c", **options | {"micro_batch": 2 * fits}, max_memory_gb=0.002)
     with pytest.raises(UserError, match="one row with full checkpointing"):
         small_run.run(tmp_path / "d", **options, max_memory_gb=0.0001)
-    with pytest.raises(ValueError, match="max_memory_gb"):
+    with pytest.raises(UserError, match="max_memory_gb"):
         small_run.run(tmp_path / "e", max_memory_gb=1.0, parallel="fsdp")
 
 
@@ -91,11 +90,11 @@ def test_a_run_that_would_not_fit_is_refused_with_the_smallest_change_that_does(
 def test_freed_memory_stays_with_the_process_for_the_next_step():
     code = """
 import sys, torch
-from core import memory
+from core import device
 def resident():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) >> 10
 if sys.argv[1] == "keep":
-    memory.keep_freed_memory()
+    device.keep_freed_memory()
 before = resident()
 tensors = [torch.ones(8 << 20) for _ in range(8)]
 del tensors

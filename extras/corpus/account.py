@@ -129,7 +129,6 @@ class Stage(NamedTuple):
         prepare: (options, docs of a chunk) -> what the stage needs to know of them, made by workers. A stage in order
             that has it gets chunks (docs, what was made of them) instead of docs.
         items: it knows the fields of items: as the first stage it gets an item's JSON, not the text in it.
-        asks_model: `run` takes one argument more, `load_model`, a function from a folder to a model.
     """
 
     name: str
@@ -138,4 +137,3 @@ class Stage(NamedTuple):
     where: str = "workers"
     prepare: Callable[[object, list[Doc]], object] | None = None
     items: bool = False
-    asks_model: bool = False

@@ -1,11 +1,12 @@
 """Documents that a trained model finds too surprising (noise) or too easy (repetitions, templates) are left out.
 
-In:  documents and a model folder of ours. Out: those whose bits per byte lie in a range.
+In:  documents, a model folder, and what loads it. Out: those whose bits per byte lie in a range.
 Does not know what the right range is: `--keep_rejected` and a look at rejects.jsonl say.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from core.config import Range, Section
@@ -25,7 +26,9 @@ class FilterConfig(Section):
             raise ValueError("min_bits must be below max_bits")
 
 
-def filter(docs: Iterable[Doc], account: Account, cfg: FilterConfig, load_model: Callable) -> Iterator[Doc]:
+def filter(
+    docs: Iterable[Doc], account: Account, cfg: FilterConfig, load_model: Callable[[Path], object]
+) -> Iterator[Doc]:
     """The stage; it runs in one process, torch uses the cores."""
     if not cfg.perplexity:
         raise UserError("filter needs a model", "--perplexity FOLDER")
@@ -45,4 +48,4 @@ def filter(docs: Iterable[Doc], account: Account, cfg: FilterConfig, load_model:
     return each(docs, account, one)
 
 
-STAGE = Stage("filter", filter, FilterConfig(), "here", asks_model=True)
+STAGE = Stage("filter", filter, FilterConfig(), "here")

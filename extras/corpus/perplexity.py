@@ -1,7 +1,7 @@
 """How surprising a text is to a trained model.
 
-In:  a model folder of ours, a text. Out: bits per byte.
-Does not know what is done with the number: filter.py does.
+In:  a model folder, a text. Out: bits per byte.
+Does not know how a model is loaded: that is handed in; nor what is done with the number: filter.py does.
 """
 
 import math
@@ -19,7 +19,7 @@ from tokenizer import load as load_tokenizer
 
 @lru_cache(1)
 def load(path: str, load_model: Callable[[Path], Llama]) -> tuple[Llama, Tokenizer]:
-    """The model and the tokenizer of a folder; once, not for every chunk of documents."""
+    """Once, not for every chunk of documents."""
     folder = hf_folder.model_folder(path)
     return load_model(folder).eval(), load_tokenizer(folder)
 

@@ -2,7 +2,7 @@
 
 In:  files of any usual format. Out: train.bin and val.bin, or chats.jsonl, or docs.jsonl; accounting.json and
      rejects.jsonl, which say what became of every document; for `inspect` and `verify` lines on files.
-Does not know how a tokenizer is made or a model is loaded: data_process.py hands that in.
+Does not know how a tokenizer is made or a model loaded: data_process.py hands both in.
 
 The files of this wing, in the order in which a document meets them:
 
@@ -52,16 +52,17 @@ RESULTS = {"tokenize": ("train.bin", "val.bin"), "sft": ("chats.jsonl",)}
 FREE = (("process", "processes"), ("process", "overwrite"), ("process", "out_dir"), ("read", "keep_going"))
 
 MakeTokenizer = Callable[[object, Iterable[str]], Tokenizer]  # (options of [process], texts) -> it, saved in out_dir
+LoadModel = Callable[[Path], object]  # folder -> its model; only the stage filter asks for one
 
 
-def run(cfg, words: list[str], make_tokenizer: MakeTokenizer, load_model: str) -> None:
+def run(cfg, words: list[str], make_tokenizer: MakeTokenizer, load_model: LoadModel) -> None:
     """Do what the command line asks for.
 
     Args:
         cfg: the command's options; sections of stages that nobody named are None.
         words: in front of the options: stages in order, or inspect or verify and their files.
         make_tokenizer: where tokenize is the last stage and no tokenizer of an earlier run is there.
-        load_model: "module:function" from a folder to a model; imported for a stage that asks a model.
+        load_model: for the stage filter.
 
     Raises:
         UserError: no files, words that are no stages, results that exist already, and what stages find.
@@ -101,7 +102,7 @@ def inspect(path: Path, given: str) -> str:
     return "\n".join(tokenize.inspect(path, tokenizer))
 
 
-def own_text(cfg, names: list[str], make_tokenizer: MakeTokenizer, load_model: str) -> None:
+def own_text(cfg, names: list[str], make_tokenizer: MakeTokenizer, load_model: LoadModel) -> None:
     """The user's files through the stages, into bins or into JSON lines; arguments as in `run`."""
     # Nothing that exists is replaced without asking, and what is read is never written.
     out = Path(cfg.process.out_dir)
@@ -147,13 +148,12 @@ def trained_before(folder: Path, journal: Journal) -> Tokenizer | None:
     return None
 
 
-def stage(name: str, cfg, load_model: str) -> Stage:
+def stage(name: str, cfg, load_model: LoadModel) -> Stage:
     """A stage with the options of this run."""
     found = STAGES[name]
     found = pkgutil.resolve_name(found) if isinstance(found, str) else found
-    if found.asks_model:
-        found = found._replace(run=partial(found.run, load_model=pkgutil.resolve_name(load_model)))
-    return found._replace(options=vars(cfg)[name] or found.options)
+    work = partial(found.run, load_model=load_model) if name == "filter" else found.run
+    return found._replace(run=work, options=vars(cfg)[name] or found.options)
 
 
 def documents(cfg, stages: list[Stage], report: pipeline.Report, finish=list, records=None) -> Iterator:
@@ -162,9 +162,9 @@ def documents(cfg, stages: list[Stage], report: pipeline.Report, finish=list, re
     return pipeline.run(blocks, cfg.read, stages, report, finish, cfg.process.processes, records)
 
 
-def open_report(cfg, stages: list[Stage], *more: str) -> pipeline.Report:
-    """The report of a run of these stages, and of what is not one but has an account; beside the results."""
-    names = ["read", *(stage.name for stage in stages), *more]
+def open_report(cfg, stages: list[Stage], *last: str) -> pipeline.Report:
+    """The report of a run of these stages, beside its results; `last` names what comes behind them."""
+    names = ["read", *(stage.name for stage in stages), *last]
     return pipeline.Report(Path(cfg.process.out_dir), names, cfg.process.keep_rejected)
 
 
@@ -172,7 +172,7 @@ def texts_of(cfg, stages: list[Stage]) -> Iterator[str]:
     """The texts that the bins will be made of, for a vocabulary."""
     with open_report(cfg, stages, "tokenize") as report:
         yield from (doc.text for docs in documents(cfg, stages, report) for doc in docs)
-        report.check([*report.accounts][-2], ", ".join(cfg.read.input))  # what stands in front of tokenize
+        report.check([*report.accounts][-2], ", ".join(cfg.read.input))  # the stage in front of tokenize
 
 
 def write_bins(cfg, stages: list[Stage], tokenizer: Tokenizer, split: tokenize.Split, journal: Journal) -> list[str]:

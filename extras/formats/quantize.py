@@ -81,23 +81,24 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None):
         super().__init__()
-        self.inputs = weight.shape[1]
+        self.out_features, self.in_features = weight.shape
         if scale is None:
             weight = weight.float()
             scale = (weight.abs().amax(dim=1, keepdim=True) / 127).bfloat16()
             scale = torch.where(scale == 0, 1.0, scale)  # a row of zeros
             weight = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)
         # torch's product wants a multiple of 32 inputs: with others it gives infinity or ends the process.
-        self.register_buffer("codes", F.pad(weight, (0, -self.inputs % 32)))
+        self.register_buffer("codes", F.pad(weight, (0, -self.in_features % 32)))
         self.register_buffer("scale", scale.squeeze(1).bfloat16())
         self.register_buffer("bias", None if bias is None else bias.bfloat16())
 
     def weight(self) -> Tensor:
         """(N, K) bf16: each product of a code and a scale rounded once."""
-        return self.codes[:, : self.inputs].to(self.scale.dtype) * self.scale[:, None]
+        return self.codes[:, : self.in_features].to(self.scale.dtype) * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = F.pad(x.reshape(-1, self.inputs), (0, self.codes.shape[1] - self.inputs))  # (M, K), as wide as the codes
+        # (M, K), as wide as the codes.
+        flat = F.pad(x.reshape(-1, self.in_features), (0, self.codes.shape[1] - self.in_features))
         if len(flat) == 1 and torch.compiler.is_compiling():  # becomes one loop over the codes, 1.5 times as fast
             y = ((self.codes * flat.float()).sum(dim=1) * self.scale.float()).to(x.dtype)[None]  # (1, N)
         elif len(flat) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16:
@@ -116,9 +117,9 @@ class Int8Linear(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         """The same with values."""
         return {
-            "weight_packed": pack(self.codes[:, : self.inputs], 8),
+            "weight_packed": pack(self.codes[:, : self.in_features], 8),
             "weight_scale": self.scale[:, None],
-            "weight_shape": torch.tensor([len(self.codes), self.inputs]),
+            "weight_shape": torch.tensor([self.out_features, self.in_features]),
         }
 
 
@@ -131,14 +132,14 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None):
         super().__init__()
-        self.outputs, self.inputs = weight.shape
+        self.out_features, self.in_features = weight.shape
         # Whole groups, and a multiple of 16 outputs, as torch's product wants them; what is added is zeros.
-        weight = F.pad(weight, (0, -self.inputs % GROUP, 0, -self.outputs % 16))
+        weight = F.pad(weight, (0, -self.in_features % GROUP, 0, -self.out_features % 16))
         if scale is None:
             weight, scale = rounded(weight.float().view(len(weight), -1, GROUP))
             weight = weight.flatten(1)
         else:
-            scale = F.pad(scale, (0, 0, 0, -self.outputs % 16), value=1.0)  # as `rounded` says of zeros
+            scale = F.pad(scale, (0, 0, 0, -self.out_features % 16), value=1.0)  # as `rounded` says of zeros
         # torch's product takes codes * scale + shift; all shifts are 0.
         both = torch.stack([scale.bfloat16(), torch.zeros_like(scale, dtype=torch.bfloat16)], dim=-1)
         self.register_buffer("scale_and_shift", both.transpose(0, 1).contiguous())  # (K / G, N, 2)
@@ -159,14 +160,14 @@ class Int4Linear(nn.Module):
             scale = scale_and_shift[..., 0].T  # (N, K / G)
             codes = unpack(self.codes, scale.shape[1] * GROUP, 4).view(len(scale), -1, GROUP)
             whole = (codes.to(scale.dtype) * scale[..., None]).flatten(1)
-        return whole[: self.outputs, : self.inputs]
+        return whole[: self.out_features, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.inputs)  # (M, K)
+        flat = x.reshape(-1, self.in_features)  # (M, K)
         if self.on_cpu:
-            padded = F.pad(flat.bfloat16(), (0, -self.inputs % GROUP))
+            padded = F.pad(flat.bfloat16(), (0, -self.in_features % GROUP))
             y = torch._weight_int4pack_mm_for_cpu(padded, self.codes, GROUP, self.scale_and_shift)
-            y = y[:, : self.outputs].to(x.dtype)
+            y = y[:, : self.out_features].to(x.dtype)
         else:
             y = F.linear(flat, self.weight().to(x.dtype))
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
@@ -181,8 +182,8 @@ class Int4Linear(nn.Module):
         ones = torch.stack([torch.ones_like(self.scale_and_shift[..., 0]), self.scale_and_shift[..., 1]], dim=-1)
         return {
             "weight_packed": pack(self._unpacked(ones).to(torch.int8), 4),
-            "weight_scale": self.scale_and_shift[:, : self.outputs, 0].T,
-            "weight_shape": torch.tensor([self.outputs, self.inputs]),
+            "weight_scale": self.scale_and_shift[:, : self.out_features, 0].T,
+            "weight_shape": torch.tensor([self.out_features, self.in_features]),
         }
 
 
@@ -365,9 +366,9 @@ def save(folder: Path, model: Llama, kind: str, tokenizer, about: dict) -> list[
     own = {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "quantization_config": quantization_config(kind)}
     files.write_json(path, files.read_json(path) | own)
     ragged = [
-        f"{name} has {m.inputs} inputs, no multiple of {GROUP}"
+        f"{name} has {m.in_features} inputs, no multiple of {GROUP}"
         for name, m in model.named_modules()
-        if isinstance(m, Int4Linear) and m.inputs % GROUP
+        if isinstance(m, Int4Linear) and m.in_features % GROUP
     ]
     # Its class FalconLinear has no place for packed weights (transformers 5).
     return ragged[:1] + ["transformers quantises no Falcon"] * (files.read_json(path)["model_type"] == "falcon")
