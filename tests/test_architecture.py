@@ -1,4 +1,4 @@
-"""Promises of docs/architecture.md: what it names exists, and its examples run in a copy of the house, in both languages."""
+"""Promises of the documents: files and commands that they name exist. The examples of docs/architecture.md run in a copy of the house."""
 
 import ast
 import json
@@ -22,6 +22,8 @@ from model import Llama, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "docs/architecture.md", ROOT / "docs/architecture.zh-CN.md"]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+COMMANDS = sorted([*DOCUMENTS, *(ROOT / "docs/tutorial").rglob("*.md"), *(ROOT / "configs").glob("*.toml")])
 PLACE = re.compile(r"`([\w/]+\.py):([\w.]+)`")
 HEAD = re.compile(r"^# ([\w/]+\.py)(?:, (.*))?$", re.MULTILINE)  # the line that says where the lines below it go
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -81,6 +83,23 @@ def run(house: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_what_a_document_links_to_exists(page):
+    links = LINK.findall(chapters.FENCE.sub("", page.read_text(encoding="utf-8")))
+    assert [link for link in links if ":" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", COMMANDS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_command_that_a_document_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    files = set(re.findall(r"python ([\w./-]+\.py)\b", text)) - {"smooth.py"}
+    modules = {name.replace(".", "/") for name in re.findall(r"python -m ([\w.]+)", text)} - {"sglang/launch_server"}
+    files |= {f"{name}/__main__.py" if (ROOT / name).is_dir() else f"{name}.py" for name in modules}
+    guard = 'if __name__ == "__main__":'
+    runs = {name for name in files if (ROOT / name).is_file() and guard in (ROOT / name).read_text(encoding="utf-8")}
+    assert files - runs == set()
+
+
 def test_both_languages_have_the_same_examples_and_name_the_same_places():
     one, other = (
         (examples(page), sorted(PLACE.findall(page.read_text(encoding="utf-8"))), len(page.read_text().splitlines()))
@@ -92,7 +111,6 @@ def test_both_languages_have_the_same_examples_and_name_the_same_places():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_the_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
-    assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
     places = PLACE.findall(text)
     assert len(places) > 20 and [(file, name) for file, name in places if name not in names_in(ROOT / file)] == []
 
