@@ -6,7 +6,7 @@ AdamW as torch makes it by default. Ours is what core/engine.py does in a step. 
 --no-deps, and lightning.
 Knows nothing of files or of the other contestants.
 
-    python -m extras.peers '{"peer": "classic", ...}'       # a line in: take steps; a line out: what they took
+    python -m bench.peers '{"peer": "classic", ...}'       # a line in: take steps; a line out: what they took
 """
 
 import functools

@@ -23,7 +23,7 @@ from model import Llama, ModelConfig
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "docs/architecture.md", ROOT / "docs/architecture.zh-CN.md"]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-COMMANDS = sorted([*DOCUMENTS, *(ROOT / "docs/tutorial").rglob("*.md"), *(ROOT / "configs").glob("*.toml")])
+COMMANDS = sorted([*(p for p in DOCUMENTS if p.name != "CHANGELOG.md"), *(ROOT / "docs/tutorial").rglob("*.md"), *(ROOT / "configs").glob("*.toml")])
 PLACE = re.compile(r"`([\w/]+\.py):([\w.]+)`")
 HEAD = re.compile(r"^# ([\w/]+\.py)(?:, (.*))?$", re.MULTILINE)  # the line that says where the lines below it go
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
