@@ -23,7 +23,13 @@ from model import Llama, ModelConfig
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "docs/architecture.md", ROOT / "docs/architecture.zh-CN.md"]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-COMMANDS = sorted([*(p for p in DOCUMENTS if p.name != "CHANGELOG.md"), *(ROOT / "docs/tutorial").rglob("*.md"), *(ROOT / "configs").glob("*.toml")])
+COMMANDS = sorted(
+    [
+        *(p for p in DOCUMENTS if p.name != "CHANGELOG.md"),
+        *(ROOT / "docs/tutorial").rglob("*.md"),
+        *(ROOT / "configs").glob("*.toml"),
+    ]
+)
 PLACE = re.compile(r"`([\w/]+\.py):([\w.]+)`")
 HEAD = re.compile(r"^# ([\w/]+\.py)(?:, (.*))?$", re.MULTILINE)  # the line that says where the lines below it go
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -94,6 +100,7 @@ def test_a_command_that_a_document_names_exists(page):
     text = page.read_text(encoding="utf-8")
     files = set(re.findall(r"python ([\w./-]+\.py)\b", text)) - {"smooth.py"}
     modules = {name.replace(".", "/") for name in re.findall(r"python -m ([\w.]+)", text)} - {"sglang/launch_server"}
+    assert [name for name in set(re.findall(r"tests/\w+\.py", text)) if not (ROOT / name).is_file()] == []
     files |= {f"{name}/__main__.py" if (ROOT / name).is_dir() else f"{name}.py" for name in modules}
     guard = 'if __name__ == "__main__":'
     runs = {name for name in files if (ROOT / name).is_file() and guard in (ROOT / name).read_text(encoding="utf-8")}
