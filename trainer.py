@@ -134,6 +134,7 @@ def train(
         UserError: the folder belongs to another run, the batch cannot be divided, or the ranks were started unlike.
         RankLost: another rank hangs or has ended.
     """
+    # The folder is locked from here on; a second run in it, or one of other data, is refused.
     options, rows = cfg.train, task.rows
     own = {"seed": options.seed, "data": rows.digest, "seq_len": rows.seq_len, "optimizer": cfg.optim.optimizer}
     run = Run(options.out_dir, task.identity | own, task.about, task.tokenizer, options.keep, ranks.first, task.saver)
@@ -154,6 +155,7 @@ def train(
 
 def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy], traced) -> None:
     options, optim, rows, model = cfg.train, cfg.optim, task.rows, task.model
+    # Ranks that were started unlike would compute different things, and wait for each other without end.
     dtype = device.choose_dtype(options.dtype, ranks.device)
     _refuse_unlike_ranks(cfg, ranks, run)
 
@@ -189,6 +191,7 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
         left = f"{max_steps - state.step} are left"
         raise UserError(f"profile = {options.profile} needs {options.profile + 3} steps, {left}")
     log.progress(max_steps, state.step)
+    # Products run in dtype, everything else in fp32: so weights lose nothing by small updates.
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     spikes = Spikes(options.stop_at_spike, log)
 
@@ -245,6 +248,7 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
                 p.grad = None
             if scaler:
                 scaler.update(finite)
+            # In fp16 a scale that is too large gives such numbers at first; in any other case the run ends here.
             if not finite:
                 what = f"step {state.step + 1}: loss {mean}, gradient norm {norm}, lr {lr:.3e}"
                 where = {i: rows.where(i) for i in indices}

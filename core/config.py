@@ -37,7 +37,8 @@ class Range(NamedTuple):
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
-        if self.least == 0 and self[1:] == (math.inf, -math.inf, math.inf):
+        # The usual ranges have words of their own, which read better than their two bounds.
+        if self == Range(least=0):
             return "must not be negative"
         if math.isfinite(self.least) and math.isfinite(self.most):
             return f"must be from {self.least} to {self.most}"
@@ -50,6 +51,7 @@ class Section:
     """What every section of options is derived from: it refuses a value outside its field's choices or range."""
 
     def __post_init__(self):
+        # Ranges and choices are annotations, so that --help, which prints the source, shows them beside the defaults.
         for name, kind in _hints(type(self)).items():
             value = getattr(self, name)
             if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
@@ -86,6 +88,7 @@ def load(doc: str, sections: dict[str, type | str], argv: list[str], default: st
     for where, section, key, value in settings:
         values.setdefault(section, {})[key] = _convert(sections[section], section, key, value, where)
         origin[section, key] = where
+    # A dataclass refuses what it cannot take; the message then says where the values were set.
     result = SimpleNamespace()
     for name in sections:
         try:
@@ -104,9 +107,8 @@ def as_dict(cfg: SimpleNamespace) -> dict[str, dict]:
 
 def show(cfg: SimpleNamespace) -> str:
     """The resolved options, a line per section."""
-    return "\n".join(
-        f"[{name}] " + " ".join(f"{k}={v}" for k, v in keys.items()) for name, keys in as_dict(cfg).items()
-    )
+    lines = {name: " ".join(f"{k}={v}" for k, v in keys.items()) for name, keys in as_dict(cfg).items()}
+    return "\n".join(f"[{name}] {line}" for name, line in lines.items())
 
 
 class _Sections(dict):
@@ -127,13 +129,13 @@ class _Sections(dict):
     def find(self, name: str) -> tuple[str, str]:
         """`section.key` or a key that only one section has -> (section, key)."""
         section, dot, key = name.partition(".")
+        if dot and section not in self:
+            raise UserError(f"unknown option --{name}", _near(section, self))
+        if dot and key not in _hints(self[section]):
+            raise UserError(f"unknown option --{name}", _near(key, _hints(self[section])))
         if dot:
-            if section not in self:
-                raise UserError(f"unknown option --{name}", _near(section, self))
-            if key not in _hints(self[section]):
-                raise UserError(f"unknown option --{name}", _near(key, _hints(self[section])))
             return section, key
-        # First where nothing has to be imported for the search.
+        # First among the sections that are there: a search in the others imports their wings.
         homes = [s for s in self if self.is_loaded(s) and name in _hints(self[s])]
         homes = homes or [s for s in self if name in _hints(self[s])]
         if len(homes) > 1:
@@ -175,6 +177,7 @@ def _split(argv: list[str], sections: _Sections, doc: str) -> tuple[list[str], l
                 raise UserError(f"unexpected argument {word!r}", "options look like --key value, files end in .toml")
             paths.append(word)
             continue
+        # A flag: its value stands behind "=" or is the next word; a bool without one is true.
         name, equals, text = word[2:].partition("=")
         section, key = sections.find(name.replace("-", "_"))
         if not equals:
@@ -185,9 +188,8 @@ def _split(argv: list[str], sections: _Sections, doc: str) -> tuple[list[str], l
             else:
                 text = words.pop(0)
                 # A list takes all words up to the next option, so that `--input texts/*.txt` works.
-                while _is_list(sections[section], key) and words and not words[0].startswith("--"):
-                    if words[0].endswith(".toml"):
-                        break
+                is_list = _is_list(sections[section], key)
+                while is_list and words and not (words[0].startswith("--") or words[0].endswith(".toml")):
                     text += "," + words.pop(0)
         flags.append((section, key, text))
     return paths, flags
@@ -207,6 +209,7 @@ def _read_toml(path: str, sections: _Sections) -> list[tuple[str, str, typing.An
         raise UserError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:  # also numbers and nesting beyond what Python reads
         raise UserError(f"{path}: not valid TOML: {e}") from None
+    # A typo in a section's name must not lose its keys in silence.
     for section, keys in found.items():
         if not isinstance(keys, dict):
             raise UserError(f"{path}: {section} stands outside a section", f"sections are {', '.join(sections)}")
@@ -230,22 +233,20 @@ def _convert(cls: type, section: str, key: str, value, where: str):
 
 def _scalar(kind: type, name: str, value, where: str):
     problem = UserError(f"{where}: {name} = {value!r} is not of type {kind.__name__}")
-    if kind is bool:
-        if str(value).lower() in ("true", "false") and isinstance(value, (bool, str)):
-            return str(value).lower() == "true"
-        raise problem
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise problem
-    if kind is str:
-        if not isinstance(value, str):
-            raise problem
+    # TOML knows types and flags are text: a text is converted, a value of another type is a mistake.
+    if kind is bool and isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind is str and isinstance(value, str):
         return value
+    if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise problem
+    # A number that is not finite, or not whole where it should be, is refused; 1e6 is a whole one.
     try:
         number = float(value)
         if not math.isfinite(number) or (kind is int and number != int(number)):
             raise problem
         if kind is int and isinstance(value, str) and "e" in value.lower():
-            return int(number)  # 1e6
+            return int(number)
         return kind(value)  # not of the float: 2**63 - 1 does not survive one
     except (ValueError, OverflowError):
         raise problem from None
