@@ -234,7 +234,7 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
             correction = options.batch_tokens / max(1.0, targets) / (scaler.scale if scaler else 1.0)
             norm = strategy.norm() * correction
 
-            # The guard: a number that is none never reaches the weights, on any rank.
+            # The guard: NaN and infinity never reach the weights, on any rank.
             finite = math.isfinite(mean) and math.isfinite(norm)
             if finite:
                 spikes.see(state.step + 1, mean)

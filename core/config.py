@@ -231,7 +231,7 @@ def _read_toml(path: str, sections: _Sections) -> list[tuple[str, str, typing.An
     # A typo in a section's name must not lose its keys in silence.
     for section, keys in found.items():
         if not isinstance(keys, dict):
-            raise UserError(f"{path}: {section} stands outside a section", f"sections are {', '.join(sections)}")
+            raise UserError(f"{path}: {section} is outside of any section", f"sections are {', '.join(sections)}")
         if section not in sections:
             raise UserError(f"{path}: unknown section [{section}]", _near(section, sections))
     return [(section, key, value) for section, keys in found.items() for key, value in keys.items()]

@@ -329,7 +329,9 @@ def test_a_model_that_guesses_scores_chance_and_is_not_told_apart_from_it(small,
     )
     scores = found.scores
     assert scores["mean_low"] < 0.25 < scores["mean_high"] and scores["accuracy_low"] < 0.25 < scores["accuracy_high"]
-    assert abs(scores["mean_of_subjects"] - 0.25) < 0.08 and "not told apart from the 25 %" in found.notes[0]
+    assert (
+        abs(scores["mean_of_subjects"] - 0.25) < 0.08 and "not significantly different from the 25 %" in found.notes[0]
+    )
 
 
 def test_a_model_that_always_says_a_scores_the_share_of_as(small, tmp_path):

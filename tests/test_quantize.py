@@ -1,4 +1,4 @@
-"""Promises of `extras/formats/quantize.py` and `core/fast_linear.py`: the codes are the nearest ones, and the products are
+"""Promises of `extras/formats/quantize.py` and `core/generate.py`: the codes are the nearest ones, and the products are
 those of the rounded weights."""
 
 import json
