@@ -238,8 +238,8 @@ class Run:
             self._clear()
             line = f"{what} could not be saved: {getattr(e, 'strerror', None) or e}"
             if must or self.failures[what] == 3:
-                raise StorageError(f"{self.folder}: {line}", "checkpoints from before are whole") from None
-            warn(f"warning: {line}; those from before are whole, training goes on")
+                raise StorageError(f"{self.folder}: {line}", "the earlier checkpoints are whole") from None
+            warn(f"warning: {line}; the earlier ones are whole, training goes on")
             return False
         self.failures[what] = 0
         return True

@@ -119,8 +119,22 @@ class _Sections(dict):
 
     def __getitem__(self, name: str) -> type:
         if not self.is_loaded(name):
-            self[name] = pkgutil.resolve_name(super().__getitem__(name))
+            path = super().__getitem__(name)
+            try:
+                self[name] = pkgutil.resolve_name(path)
+            except ModuleNotFoundError as e:
+                # A wing may be deleted, and its sections are gone with it. What a wing lacks that is here is a bug.
+                if not path.replace(":", ".").startswith(f"{e.name}."):
+                    raise
+                raise UserError(f"[{name}] is declared in {path.partition(':')[0]}, which is not here") from None
         return super().__getitem__(name)
+
+    def is_here(self, name: str) -> bool:
+        """Whether the module that declares a section is there."""
+        try:
+            return bool(self[name])
+        except UserError:
+            return False
 
     def is_loaded(self, name: str) -> bool:
         return not isinstance(super().__getitem__(name), str)
@@ -137,11 +151,12 @@ class _Sections(dict):
             return section, key
         # First among the sections that are there: a search in the others imports their wings.
         homes = [s for s in self if self.is_loaded(s) and name in _hints(self[s])]
-        homes = homes or [s for s in self if name in _hints(self[s])]
+        homes = homes or [s for s in self if self.is_here(s) and name in _hints(self[s])]
         if len(homes) > 1:
             raise UserError(f"--{name} is ambiguous", "write " + " or ".join(f"--{s}.{name}" for s in homes))
         if not homes:
-            raise UserError(f"unknown option --{name}", _near(name, [k for s in self for k in _hints(self[s])]))
+            known = [key for s in self if self.is_here(s) for key in _hints(self[s])]
+            raise UserError(f"unknown option --{name}", _near(name, known))
         return homes[0], name
 
 
@@ -216,7 +231,7 @@ def _read_toml(path: str, sections: _Sections) -> list[tuple[str, str, typing.An
     # A typo in a section's name must not lose its keys in silence.
     for section, keys in found.items():
         if not isinstance(keys, dict):
-            raise UserError(f"{path}: {section} stands outside a section", f"sections are {', '.join(sections)}")
+            raise UserError(f"{path}: {section} is outside of any section", f"sections are {', '.join(sections)}")
         if section not in sections:
             raise UserError(f"{path}: unknown section [{section}]", _near(section, sections))
     return [(section, key, value) for section, keys in found.items() for key, value in keys.items()]
@@ -261,6 +276,10 @@ def _scalar(kind: type, name: str, value, where: str):
 
 def _help(doc: str, sections: _Sections) -> str:
     """The command's description and the source of its sections: names, defaults and reasons, never out of date."""
-    sources = {name: inspect.getsource(sections[name]).rstrip() for name in sections}
-    parts = (f"--- [{name}]  --{name}.KEY=VALUE\n{source}" for name, source in sources.items())
-    return "\n\n".join([inspect.cleandoc(doc or ""), *parts])
+    parts = [inspect.cleandoc(doc or "")]
+    for name in sections:
+        if sections.is_here(name):
+            parts.append(f"--- [{name}]  --{name}.KEY=VALUE\n" + inspect.getsource(sections[name]).rstrip())
+        else:
+            parts.append(f"--- [{name}]  not here: its wing was deleted")
+    return "\n\n".join(parts)

@@ -99,7 +99,7 @@ def parse_object(text: bytes | str) -> dict:
     def no_twins(pairs: list) -> dict:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("a key occurs twice")
         return found
 
     def no_constant(name: str):

@@ -34,10 +34,10 @@ class SamplingConfig(Section):
     min_p: Annotated[float, Range(least=0, most=1)] = 0.0  # only ids this share as likely as the likeliest; 0: all
     # Above 1: ids in the prompt or in what was made become less likely.
     repetition_penalty: Annotated[float, Range(least=0.01, most=100)] = 1.0
-    # Taken from the logits of ids that were made already; the second once for each time.
+    # Subtracted from the logits of ids that were made already: presence once, frequency once for each time.
     presence_penalty: Annotated[float, Range(least=-2, most=2)] = 0.0
     frequency_penalty: Annotated[float, Range(least=-2, most=2)] = 0.0
-    truncate: Literal["none", "left"] = "none"  # left: where the context is full, the text goes on from its newer half
+    truncate: Literal["none", "left"] = "none"  # left: when the context is full, the text goes on from its newer half
     seed: int = 1  # the same seed gives the same text, whatever else is in the batch
 
 

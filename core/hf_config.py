@@ -107,8 +107,9 @@ def is_plain_llama(raw: dict) -> bool:
     rope = raw.get("rope_parameters") or {}
     if raw.get("rope_scaling") or not isinstance(rope, dict) or rope.keys() - {"rope_theta", "rope_type"}:
         return False
-    plain = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-    return rope.get("rope_type", "default") == "default" and all(raw.get(k, v) == v for k, v in plain.items())
+    usual = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    plain = raw.get("model_type") == "llama" and rope.get("rope_type", "default") == "default"
+    return plain and all(raw.get(key, value) == value for key, value in usual.items())
 
 
 def read_config(path: Path, hint: str = "") -> ModelConfig:
@@ -118,9 +119,10 @@ def read_config(path: Path, hint: str = "") -> ModelConfig:
         UserError: a number that is missing or impossible.
     """
     raw = files.read_json(path, hint)
-    # transformers 5 has moved it.
-    theta = (raw.get("rope_parameters") or {}).get("rope_theta", raw.get("rope_theta"))
-    checked = make_config(CheckedConfig, raw | {"rope_theta": theta}, path)
+    # transformers 5 has moved it; a config.json that has both says it in the old place.
+    if raw.get("rope_theta") is None:
+        raw |= {"rope_theta": (raw.get("rope_parameters") or {}).get("rope_theta")}
+    checked = make_config(CheckedConfig, raw, path)
     return ModelConfig(**dataclasses.asdict(checked))
 
 

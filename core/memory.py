@@ -43,7 +43,7 @@ def save_memory(model: Llama, recomputed: str = "none") -> Llama:
 
     Source of recomputation: https://arxiv.org/abs/1604.06174
     """
-    model.loss, model.run = chunked_loss, type(model).run
+    model.loss, model.run = partial(chunked_loss, model.config.vocab_size), type(model).run
     if recomputed != "none":
         selected = partial(create_selective_checkpoint_contexts, PRODUCTS)
         model.run = partial(recompute, selected if recomputed == "selective" else noop_context_fn)
@@ -57,12 +57,12 @@ def recompute(context_fn, block: nn.Module, *args) -> Tensor:
     return checkpoint(block, *args, use_reentrant=False, context_fn=context_fn)
 
 
-def chunked_loss(x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+def chunked_loss(vocab_size: int, x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     """Cross-entropy of each position, a chunk of positions at a time. x (B, T, C), targets (B, T) -> (B, T) fp32."""
     # Positions in a row, whatever sequence they are from.
     b, t, c = x.shape
     x, targets = x.reshape(b * t, c), targets.reshape(b * t)
-    rows = max(1, (LOGITS_AT_ONCE << 2 * x.is_cuda) // head.out_features)
+    rows = max(1, (LOGITS_AT_ONCE << 2 * x.is_cuda) // vocab_size)
     if type(head) is nn.Linear:
         losses = HeadLoss.apply(x, head.weight, targets, rows, torch.is_grad_enabled())
     else:  # the head is wrapped: what the wrapper does to its gradients is its own business

@@ -64,10 +64,11 @@ class Strategy:
         if self.model.config.tie_word_embeddings:  # to_empty makes two of a shared parameter
             self.model.lm_head.weight = self.model.model.embed_tokens.weight
         # Weights come one after another, so that no second model is in memory.
-        mine = dict(self.model.named_parameters())
+        empty = dict(self.model.named_parameters())
         for name, values in weights:
-            if name in mine:
-                mine[name].copy_(self.cut(values, mine[name]))
+            if (p := empty.pop(name, None)) is not None:
+                p.copy_(self.cut(values, p))
+        assert not empty, f"no values for {', '.join(empty)}"
 
     # -------- what the loop calls
 

@@ -263,16 +263,17 @@ def continued(
     stop_ids: set[int],
     *,
     rows: int,
-    n: int = 1,
-    logprobs: int = 0,
     compiled: bool = False,
+    **each: int,
 ) -> list[list[Text]]:
     """The n texts of each prompt, in the prompts' order. A text that ends makes room for the next.
 
     Args:
         rows: texts at once, at least n of them.
-        The rest and the errors as in `generate`; logprobs as in `Batch.add`.
+        each: n and logprobs, as in `Batch.add`.
+        The rest and the errors as in `generate`.
     """
+    n = each.get("n", 1)
     prompts = [fit_prompt(prompt, model, cfg) for prompt in prompts]
     length = min(max(map(len, prompts)) + cfg.max_new_tokens, model.config.max_position_embeddings)
     batch, groups = Batch(model, min(max(rows, n), n * len(prompts)), length, compiled), [[]] * len(prompts)
@@ -280,7 +281,7 @@ def continued(
     waiting = sorted(range(len(prompts)), key=lambda k: len(prompts[k]), reverse=True)
     while waiting or batch.texts:
         if now := [waiting.pop() for _ in range(min(batch.free // n, len(waiting)))]:
-            for k, group in zip(now, batch.add_all([prompts[k] for k in now], cfg, stop_ids, n, logprobs)):
+            for k, group in zip(now, batch.add_all([prompts[k] for k in now], cfg, stop_ids, **each)):
                 groups[k] = group
         batch.step()
     return groups
