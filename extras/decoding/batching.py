@@ -6,6 +6,7 @@ Knows ids, not text.
 Shapes:  B texts, T positions of the longest prompt, V vocabulary
 """
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -207,7 +208,9 @@ class Batch:
                 self._place(row, *self._read([recent]))
                 used[row] = len(recent)
         count = len(self.texts)
-        cache = self.cache.first(count)
+        # The first rows of the cache, in the same memory.
+        cache = copy.copy(self.cache)
+        cache.k, cache.v, cache.used = cache.k[:, :count], cache.v[:, :count], cache.used[:count]
         if not self.compiled:  # a compiled step is the same for all lengths
             cache.span = max(used[:count]) + 1
         ids = torch.tensor([[text.added[-1]] for text in self.texts], device=self.device)  # (B, 1)
