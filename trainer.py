@@ -23,6 +23,7 @@ from core import device, files
 from core.checkpoint import Run, WholeModel
 from core.config import Range, Section
 from core.data import Batch, Rows, seed_micro_batch, step_rows
+from core.device import Speed, flops_per_token
 from core.distributed import Ranks
 from core.errors import Interrupted, UserError
 from core.guards import Spikes, StopSignals, refuse_non_finite
@@ -30,7 +31,6 @@ from core.log import Log
 from core.memory import save_memory
 from core.optim import LossScale, learning_rate, make_optimizers
 from core.parallel import Strategy
-from core.size import Speed, flops_per_token
 from core.validate import validate
 from model import Llama
 
@@ -157,7 +157,7 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
     options, optim, rows, model = cfg.train, cfg.optim, task.rows, task.model
     # Ranks that were started unlike would compute different things, and wait for each other without end.
     dtype = device.choose_dtype(options.dtype, ranks.device)
-    _refuse_unlike_ranks(cfg, ranks, run)
+    _refuse_unlike_ranks(cfg, ranks, run, (Llama, type(model), kind))
 
     # The model gets its memory and its weights; with several ranks each holds a copy or a part of it.
     if ranks.device.type == "cpu":
@@ -277,12 +277,12 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
                 raise Interrupted(f"saved {run.path(state.step)}, the same command goes on from there")
 
 
-def _refuse_unlike_ranks(cfg, ranks: Ranks, run: Run) -> None:
+def _refuse_unlike_ranks(cfg, ranks: Ranks, run: Run, classes: tuple[type, ...]) -> None:
     """UserError where a rank was started with other code, options or files than the first."""
     options = asdict(cfg.train) | asdict(cfg.optim)
     options = {k: v for k, v in options.items() if k not in ("device", "out_dir")}
-    code = [*sorted(Path(__file__).parent.glob("core/*.py")), Path(__file__), Path(sys.modules["model"].__file__)]
-    program = " ".join([torch.__version__, *map(files.sha256, code)])
+    code = [*sorted(Path(__file__).parent.glob("core/*.py")), *(sys.modules[c.__module__].__file__ for c in classes)]
+    program = " ".join([torch.__version__, *map(files.sha256, [__file__, *code])])
     ranks.same(program, "program")
     ranks.same(json.dumps(options), "configuration")
     ranks.same(json.dumps(run.identity), "data, model or tokenizer")

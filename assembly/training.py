@@ -171,6 +171,8 @@ def run(task: Task, cfg, ranks: Ranks) -> None:
         from extras.estimate import report
 
         return print(report.describe_run(task.model, cfg, task.rows, task.rows.seq_len, ranks))
+    if cfg.train.parallel == "pipeline" and task.loss is not trainer.next_token_loss:
+        raise UserError('parallel = "pipeline" trains on next tokens only', "--parallel fsdp")
     # What the options were goes into the log and into run.json: a run explains itself.
     expected = expect_memory(task, cfg, ranks)
     options = config.as_dict(cfg)
