@@ -13,10 +13,11 @@ from small_run import newborn
 
 import tokenizer
 from assembly import models
-from core import hf_config, hf_folder
+from core import hf_folder
 from core.errors import UserError
 from core.fast_linear import DecodingLinear, for_decoding
 from core.generate import SamplingConfig
+from core.hf_config import family_of
 from extras.decoding.batching import complete
 from extras.families import others as families
 from extras.families.llama_kin import KinConfig
