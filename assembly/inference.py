@@ -15,8 +15,7 @@ from core.config import Section
 from core.device import DTYPES
 from core.distributed import start
 from core.errors import UserError
-from core.fast_linear import for_decoding
-from core.generate import SamplingConfig, fit_prompt
+from core.generate import SamplingConfig, fit_prompt, for_decoding
 from model import Llama
 from tokenizer import Tokenizer, chat
 from tokenizer import load as load_tokenizer

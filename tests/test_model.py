@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model as model_file
 import pretrain
 from core import errors, hf_folder, memory
+from core.device import flops_per_token, num_parameters
 from core.errors import UserError
 from core.generate import Cache
 from core.hf_config import CheckedConfig
 from core.memory import save_memory
-from core.size import flops_per_token, num_parameters
 from extras.families.llama_kin import Kin, KinConfig
 from model import IGNORE, Llama, cross_entropy
 
