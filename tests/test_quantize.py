@@ -321,7 +321,7 @@ def test_weights_are_rounded_one_after_another_as_they_are_read(make_model, tmp_
 
 def exact(plain, quantised, folder, kind):
     """The plain model in fp32 with the weights that a folder's codes and scales stand for."""
-    family, stored = hf_config.family_of(plain.config), load_file(folder / "model.safetensors")
+    family, stored = family_of(plain.config), load_file(folder / "model.safetensors")
     stored = {family.ours(name): t for name, t in stored.items()}
     model = deepcopy(plain)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
