@@ -119,6 +119,7 @@ def ours(setup: Setup) -> Callable[[], float]:
     positions = count * batch.targets.numel()
 
     def step() -> float:
+        # Micro-batches: forward and backward.
         totals = torch.zeros(2, dtype=torch.float64)  # losses, targets
         for m in range(count):
             with strategy.sync(last=m == count - 1):
@@ -126,6 +127,7 @@ def ours(setup: Setup) -> Callable[[], float]:
                     loss = next_token_loss(strategy.module, batch)
                 (loss / positions).backward()
             totals += torch.stack([loss.detach().double(), batch.count.double()])
+        # The guard reads two numbers; then clip and update.
         loss_sum, targets = totals.tolist()
         correction = positions / targets
         norm = strategy.norm() * correction
@@ -149,6 +151,7 @@ def parts(setup: Setup) -> dict[str, float]:
     block, inputs, targets = model.model.layers[0], ids[:, :-1], ids[:, 1:]
     x = torch.randn(*inputs.shape, config.hidden_size, requires_grad=True)
     rope = rope_table(torch.arange(inputs.shape[1])[None], config)
+    # How often a step has each part, and the part.
     ways = {
         "embedding": (1, lambda: model.model.embed_tokens(inputs)),
         "attention": (config.num_hidden_layers, lambda: block.self_attn(x, rope, None)),
@@ -167,6 +170,7 @@ def parts(setup: Setup) -> dict[str, float]:
             seconds.append(time.perf_counter() - began)
             model.zero_grad()
         found[name] = times * statistics.median(seconds)
+    # The update is no part of the forward and backward pass.
     (optimizer,) = make_optimizers(model, OptimConfig())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -189,6 +193,7 @@ def trainer(setup: Setup, turns) -> None:
     model, _ = transformers(setup.config, setup.checkpointing != "none")
     losses = []
 
+    # Trainer owns the loop: callbacks wait for the next line and tell what a step took.
     class AsAsked(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
             control.should_training_stop = not turns.wait()  # after one step more, which nobody counts
@@ -203,6 +208,7 @@ def trainer(setup: Setup, turns) -> None:
             losses.append(loss.item())
             return loss
 
+    # Our options under its names; nothing is logged or saved.
     options = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=len(setup.ids),
