@@ -43,7 +43,7 @@ def main() -> None:
     way(getattr(config.load(__doc__, {name: section}, argv), name), open_folder)
 
 
-def open_folder(folder: Path, adapter: str = "") -> Opened:
+def open_folder(folder: Path, adapter: Path | None = None) -> Opened:
     """A model folder of any family, with an adapter beside its weights where one is named."""
     opened = open_model(folder)
     if not adapter:

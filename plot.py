@@ -72,7 +72,7 @@ class Panel:
     key: str  # records without it have no point here
     value: Callable[[dict], float | None]
     noisy: bool = False  # differs from step to step: thin line and mean
-    lowest: bool = False  # its lowest value is told: that of the model in the run folder
+    lowest: bool = False  # the picture names its lowest value: that of the model in the run folder
     from_zero: bool = False
 
 

@@ -70,10 +70,12 @@ def stream(generator: Generator, prompt: str | list[dict], cfg, shelf=None) -> s
     if shelf:
         prompt, told = shelf.put_and_tell(prompt)
         print(told, file=sys.stderr)
+    # What will not work is said before anything is printed.
     ids = generator.encode(prompt)
-    fit_prompt(ids, generator.model, cfg.sampling)  # an impossible prompt is refused before it is printed
+    fit_prompt(ids, generator.model, cfg.sampling)
     if note := generator.describe_room([ids], cfg.sampling):
         print(f"note: {note}", file=sys.stderr)
+    # A continuation reads on from its prompt, an answer stands alone.
     if not generator.chat_format:
         print(prompt, end="")
     said = ""
@@ -103,6 +105,7 @@ def write(generator: Generator, ids: list[int], cfg) -> Iterator[str]:
 
 def write_ids(generator: Generator, ids: list[int], sampling: SamplingConfig) -> Iterator[int]:
     """New ids, one by one."""
+    # A compiled step pays where steps are many, and is another wing's.
     if not generator.compile:
         return generate(generator.model, ids, sampling, generator.stop_ids)
     from extras.decoding.batching import generate_all

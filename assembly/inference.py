@@ -15,8 +15,7 @@ from core.config import Section
 from core.device import DTYPES
 from core.distributed import start
 from core.errors import UserError
-from core.fast_linear import for_decoding
-from core.generate import SamplingConfig, fit_prompt
+from core.generate import SamplingConfig, fit_prompt, for_decoding
 from model import Llama
 from tokenizer import Tokenizer, chat
 from tokenizer import load as load_tokenizer
@@ -144,15 +143,21 @@ class Chat(Generator):
 
 def open_generator(cfg: InferenceConfig) -> Generator:
     """The model that the options name: a Chat where it has a chat format, else a Generator."""
-    adapter, base = find_adapter(cfg.adapter) if cfg.adapter else (None, None)
-    folder = hf_folder.model_folder(cfg.model or base or newest_model())
+    adapter, asked = None, cfg.model
+    if cfg.adapter:
+        from extras.finetune import lora
+
+        adapter = lora.find_adapter(cfg.adapter)
+        asked = asked or lora.base_of(adapter)
+    asked = asked or newest_model()
+    folder = hf_folder.model_folder(asked)
     own = hf_folder.load_about(folder).get("chat_format")
     if adapter:
         own = hf_folder.load_about(adapter).get("chat_format", own)
     tokenizer, model = load_tokenizer(folder), for_decoding(load_weights(folder, adapter, cfg)).eval()
     hf_folder.check_tokenizer(folder, model, tokenizer)
     chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
-    name = Path(cfg.adapter or cfg.model or base or newest_model()).name
+    name = Path(cfg.adapter or asked).name
     if not chat_format:
         return Generator(model, tokenizer, cfg, name)
     return Chat(model, tokenizer, cfg, name, chat_format)

@@ -41,6 +41,7 @@ def load_options(doc: str, sections: dict[str, type | str], default: str, wings:
     """The options of a training command: its own sections, those of the loop, and those of its wings."""
     sections = sections | {"optim": OptimConfig, "train": TrainConfig} | {name: WINGS[name] for name in wings}
     cfg = config.load(doc, sections, sys.argv[1:], default)
+    # A wing that this command does not have is as one that nobody asked for.
     return SimpleNamespace(**dict.fromkeys(WINGS) | vars(cfg))
 
 
@@ -100,6 +101,7 @@ def new_base(sizes: ModelConfig, kin, tokenizer: Tokenizer, seed: int) -> Base:
     Args:
         kin: KinOptions, or None for a plain Llama.
     """
+    # A larger vocabulary than the tokenizer's is allowed: its size may be rounded up for the sake of the products.
     size = sizes.vocab_size or tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         said = f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}"
@@ -140,6 +142,7 @@ def reach_further(base: Base, cfg) -> tuple[Base, dict]:
 
     if cfg.context and base.folder is None:
         raise UserError("context: a new model has max_position_embeddings", "--init_from DIR")
+    # Scaled positions are what Llama's kin have: the model becomes one of them, with the same weights.
     changes = longlora.plan(base.model.config, llama_kin.rope_type(base.model.config), cfg)
     model = llama_kin.change(base.model, changes) if changes else base.model
     model = longlora.shift(model) if cfg.shifted else model
@@ -168,9 +171,13 @@ def run(task: Task, cfg, ranks: Ranks) -> None:
         from extras.estimate import report
 
         return print(report.describe_run(task.model, cfg, task.rows, task.rows.seq_len, ranks))
+    if cfg.train.parallel == "pipeline" and task.loss is not trainer.next_token_loss:
+        raise UserError('parallel = "pipeline" trains on next tokens only', "--parallel fsdp")
+    # What the options were goes into the log and into run.json: a run explains itself.
     expected = expect_memory(task, cfg, ranks)
     options = config.as_dict(cfg)
     task = replace(task, about=task.about | {"options": options}, intro=(config.show(cfg), *task.intro, *expected))
+    # A tracker is closed however the run ends.
     with tracking(cfg, options, ranks) as track:
         trainer.train(task, cfg, ranks, choose_strategy(cfg.train, ranks), track, tracing(cfg.train, ranks))
     ranks.close()

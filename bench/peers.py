@@ -1,40 +1,41 @@
 """One training step of a Llama as others write it, for `python -m bench train`.
 
-In:  sizes, ids, dtype. Out: a function that takes one optimizer step and returns the loss.
+In:  sizes, ids, dtype. Out: one optimizer step, and its loss, each time one is asked for.
 Each peer is that project's model in the plainest loop its documentation shows: forward under autocast, backward, clip,
-AdamW as torch makes it by default. Ours is a step of trainer.py. pip install transformers; litgpt with --no-deps, and
+AdamW as torch makes it by default. Ours is trainer.py's own loop. pip install transformers; litgpt with --no-deps, and
 lightning.
 Knows nothing of files or of the other contestants.
 
     python -m bench.peers '{"peer": "classic", ...}'       # a line in: take a step; a line out: what it took
 """
 
-import functools
 import json
-import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.data import Batch
-from core.device import DTYPES, keep_freed_memory
+from core.device import DTYPES
 from core.distributed import Ranks
 from core.memory import save_memory
 from core.optim import OptimConfig, make_optimizers
 from core.parallel import Strategy
 from model import Llama, ModelConfig, rope_table
-from trainer import TrainConfig, next_token_loss
+from trainer import Task, TrainConfig, next_token_loss, train
 
 PEERS = ("ours", "transformers", "trainer", "litgpt", "classic")
+ALONE = Ranks(0, 1, torch.device("cpu"))
+NEVER = 1 << 40  # steps
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,9 @@ def main() -> None:
 
 def compete(peer: str, setup: Setup, turns) -> None:
     """Steps for as long as turns.wait()."""
-    if peer == "trainer":
-        trainer(setup, turns)
-        return
-    step = (ours if peer == "ours" else functools.partial(step_of, peer))(setup)
+    if peer in ("ours", "trainer"):  # they have loops of their own
+        return (ours if peer == "ours" else trainer)(setup, turns)
+    step = step_of(peer, setup)
     while turns.wait():
         turns.tell(step())
 
@@ -88,7 +88,8 @@ class Turns:
         return asked
 
     def tell(self, loss: float) -> None:
-        print(json.dumps({"seconds": time.perf_counter() - self.began, "loss": loss}), flush=True)
+        told = {"seconds": time.perf_counter() - self.began, "loss": loss}
+        print(json.dumps(told), file=sys.__stdout__, flush=True)  # what a loop itself prints goes elsewhere
 
 
 # ---------------------------------------------------------------- ours
@@ -96,52 +97,63 @@ class Turns:
 
 def fresh_model(config: ModelConfig) -> Llama:
     """A Llama with its first weights."""
-    return put(config, TrainConfig(), torch.float32).model
+    model = shapes_of(config)
+    Strategy(model, shapes_of(config).weights_at_birth(0), TrainConfig(), ALONE, torch.float32)
+    return model
 
 
-def put(config: ModelConfig, options: TrainConfig, dtype: torch.dtype) -> Strategy:
-    """A model on this process alone."""
+def shapes_of(config: ModelConfig) -> Llama:
+    """A Llama on the meta device."""
     with torch.device("meta"):
-        model = Llama(config)
-    model = save_memory(model, options.gradient_checkpointing)
-    return Strategy(model, model.weights_at_birth(0), options, Ranks(0, 1, torch.device("cpu")), dtype)
+        return save_memory(Llama(config))
 
 
-def ours(setup: Setup) -> Callable[[], float]:
-    """A step of trainer.py, without the data and the log."""
-    keep_freed_memory()
-    options = TrainConfig(compile=setup.compiled, gradient_checkpointing=setup.checkpointing)
-    strategy, optim = put(setup.config, options, setup.dtype), OptimConfig()
-    optimizers, parameters = make_optimizers(strategy.model, optim), list(strategy.model.parameters())
-    strategy.take(optimizers)
-    autocast = torch.autocast("cpu", setup.dtype, enabled=setup.dtype != torch.float32)
-    batch, count = Batch(setup.ids[:, :-1], setup.ids[:, 1:], None, []), setup.micro_batches
-    positions = count * batch.targets.numel()
+class Enough(Exception):
+    """No more steps are asked for."""
 
-    def step() -> float:
-        # Micro-batches: forward and backward.
-        totals = torch.zeros(2, dtype=torch.float64)  # losses, targets
-        for m in range(count):
-            with strategy.sync(last=m == count - 1):
-                with autocast:
-                    loss = next_token_loss(strategy.module, batch)
-                (loss / positions).backward()
-            totals += torch.stack([loss.detach().double(), batch.count.double()])
-        # The guard reads two numbers; then clip and update.
-        loss_sum, targets = totals.tolist()
-        correction = positions / targets
-        norm = strategy.norm() * correction
-        assert math.isfinite(loss_sum) and math.isfinite(norm)
-        clipped = min(1.0, optim.grad_clip / (norm + 1e-6))
-        torch._foreach_mul_([p.grad for p in parameters], correction * clipped)
-        for optimizer in optimizers:
-            optimizer.step()
-        strategy.after_step()
-        for p in parameters:
-            p.grad = None
-        return loss_sum / targets
 
-    return step
+class SameRows:
+    """Rows of which all are alike; the first micro-batch of a step waits until the step is asked for."""
+
+    digest = "the same"
+
+    def __init__(self, setup: Setup, turns):
+        self.turns, self.micro_batches, self.given = turns, setup.micro_batches, 0
+        self.ids, self.targets = setup.ids[:, :-1], setup.ids[:, 1:]
+        self.seq_len = self.ids.shape[1]
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        if self.given % self.micro_batches == 0 and not self.turns.wait():
+            raise Enough
+        self.given += 1
+        return Batch(self.ids, self.targets, None, list(indices))
+
+    def where(self, i: int) -> str:
+        return "random ids"
+
+
+def ours(setup: Setup, turns) -> None:
+    """The loop itself, trainer.py: all that a run does in a step, its records among it, but for reading data."""
+    model, rows = shapes_of(setup.config), SameRows(setup, turns)
+    task = Task(model, shapes_of(setup.config).weights_at_birth(0), rows, {}, next_token_loss, None, {}, {})
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr), suppress(Enough):
+        options = TrainConfig(
+            out_dir=folder,
+            max_steps=NEVER,
+            batch_tokens=setup.micro_batches * rows.ids.numel(),
+            micro_batch=len(rows.ids),
+            dtype=next(name for name, dtype in DTYPES.items() if dtype == setup.dtype),
+            compile=setup.compiled,
+            gradient_checkpointing=setup.checkpointing,
+            save_every=NEVER,
+            eval_every=NEVER,
+            log_every=NEVER,
+        )
+        cfg = SimpleNamespace(train=options, optim=OptimConfig(warmup_steps=0))
+        train(task, cfg, ALONE, track=lambda record: turns.tell(record["loss"]))
 
 
 def parts(setup: Setup) -> dict[str, float]:
@@ -151,7 +163,6 @@ def parts(setup: Setup) -> dict[str, float]:
     block, inputs, targets = model.model.layers[0], ids[:, :-1], ids[:, 1:]
     x = torch.randn(*inputs.shape, config.hidden_size, requires_grad=True)
     rope = rope_table(torch.arange(inputs.shape[1])[None], config)
-    # How often a step has each part, and the part.
     ways = {
         "embedding": (1, lambda: model.model.embed_tokens(inputs)),
         "attention": (config.num_hidden_layers, lambda: block.self_attn(x, rope, None)),
@@ -170,7 +181,6 @@ def parts(setup: Setup) -> dict[str, float]:
             seconds.append(time.perf_counter() - began)
             model.zero_grad()
         found[name] = times * statistics.median(seconds)
-    # The update is no part of the forward and backward pass.
     (optimizer,) = make_optimizers(model, OptimConfig())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -193,7 +203,6 @@ def trainer(setup: Setup, turns) -> None:
     model, _ = transformers(setup.config, setup.checkpointing != "none")
     losses = []
 
-    # Trainer owns the loop: callbacks wait for the next line and tell what a step took.
     class AsAsked(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
             control.should_training_stop = not turns.wait()  # after one step more, which nobody counts
@@ -208,7 +217,6 @@ def trainer(setup: Setup, turns) -> None:
             losses.append(loss.item())
             return loss
 
-    # Our options under its names; nothing is logged or saved.
     options = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=len(setup.ids),

@@ -43,6 +43,7 @@ class Steps:
     seq_len: int = 512
     steps: int = 2
     micro_batches: int = 2
+    optimizer: str = "adamw"
 
 
 def activations(cfg: BenchConfig) -> None:
@@ -121,7 +122,7 @@ def take(work: Steps) -> list[float]:
         weights = lora.weights_at_birth(model, weights, 0)
     save_memory(model, work.kind)
     Strategy(model, weights, TrainConfig(), Ranks(0, 1, torch.device("cpu")), DTYPES[work.dtype])
-    optimizers, seconds = make_optimizers(model, OptimConfig()), []
+    optimizers, seconds = make_optimizers(model, OptimConfig(optimizer=work.optimizer)), []
     ids = torch.randint(0, sizes.vocab_size, (work.rows, work.seq_len))
     # Its steps, without the log and the checks of the loop: neither takes memory.
     for _ in range(work.steps):

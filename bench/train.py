@@ -13,8 +13,7 @@ import torch
 
 from bench.options import BenchConfig, read_sizes
 from bench.timing import KEEP_FREED, ask, finish, start
-from core.device import DTYPES
-from core.size import flops_per_token
+from core.device import DTYPES, flops_per_token
 from model import Llama
 
 

@@ -68,12 +68,13 @@ class BinWriter:
         array = np.asarray(ids)
         # numpy wraps around silently when an id does not fit the dtype.
         assert array.size and array.min() >= 0 and array.max() < self.about["vocab_size"], "id outside the vocabulary"
+        # Written in whole blocks, so that each has its hash.
         self._block += array.astype(self.dtype, copy=False).tobytes()
-        while len(self._block) >= BLOCK_BYTES:
-            self._flush(BLOCK_BYTES)
+        self._write_blocks(BLOCK_BYTES)
         self.tokens += array.size
         self.documents += documents
         self.text_bytes += text_bytes
+        # The same three numbers once more, by the file that the documents are from.
         if source:
             counts = self.sources.setdefault(source, dict.fromkeys(COUNTS, 0))
             for name, number in zip(COUNTS, (documents, array.size, text_bytes)):
@@ -81,17 +82,20 @@ class BinWriter:
 
     def flush(self) -> None:
         """Force all that was added to disk, after the last `add`: of several bins all can fail before one appears."""
-        if self._block:
-            self._flush(len(self._block))
+        self._write_blocks(1)
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _flush(self, size: int) -> None:
-        self._file.write(self._block[:size])
-        self._hashes.append(hashlib.sha256(self._block[:size]).hexdigest())
-        del self._block[:size]
+    def _write_blocks(self, least: int) -> None:
+        """Write blocks while there are at least so many bytes; the last one of a bin may be shorter than the others."""
+        while len(self._block) >= least:
+            block = self._block[:BLOCK_BYTES]
+            self._file.write(block)
+            self._hashes.append(hashlib.sha256(block).hexdigest())
+            del self._block[:BLOCK_BYTES]
 
     def __exit__(self, kind, error, trace) -> None:
+        # After an error nothing of the bin stays.
         try:
             if error is None:
                 if not self.tokens:
@@ -102,9 +106,9 @@ class BinWriter:
                 # In this order a kill leaves either pair whole, or a bin without sidecar, never a wrong pair.
                 sidecar.unlink(missing_ok=True)
                 os.replace(self._temporary, self.path)
-                self.about |= {name: getattr(self, name) for name in (*COUNTS, "sources")}
-                self.about |= {"block_bytes": BLOCK_BYTES, "blocks_sha256": self._hashes}
-                files.write_json(sidecar, self.about)
+                counts = {name: getattr(self, name) for name in (*COUNTS, "sources")}
+                hashes = {"block_bytes": BLOCK_BYTES, "blocks_sha256": self._hashes}
+                files.write_json(sidecar, self.about | counts | hashes)
         finally:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
@@ -125,6 +129,7 @@ class TokenBin:
 
     def __init__(self, path: str | Path, vocab_size: int, tokenizer_sha256: str = "", warn=print, trust: bool = False):
         self.path, self.vocab_size = Path(path), vocab_size
+        # A file, with a whole number of ids.
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 -- open as long as this object lives
         except OSError as e:
@@ -132,18 +137,19 @@ class TokenBin:
         entry = os.fstat(self._file.fileno())
         if not stat.S_ISREG(entry.st_mode):
             raise UserError(f"{path}: not a file")
-        size = entry.st_size
         about = read_sidecar(self.path)
         self.dtype = np.dtype(about["dtype"]).newbyteorder("<") if about else dtype_for(vocab_size)
-        if size % self.dtype.itemsize:
-            raise UserError(f"{path}: {size} bytes is not a multiple of {self.dtype.itemsize}", "the file is damaged")
-        self.tokens = size // self.dtype.itemsize
-        self.text_bytes = about.get("text_bytes", 0)  # 0: not known, no bits per byte
-        self.eos_id = about.get("eos_id")
+        self.tokens, rest = divmod(entry.st_size, self.dtype.itemsize)
+        if rest:
+            said = f"{entry.st_size} bytes is not a multiple of {self.dtype.itemsize}"
+            raise UserError(f"{path}: {said}", "the file is damaged")
+        self.text_bytes, self.eos_id = about.get("text_bytes", 0), about.get("eos_id")  # 0: no bits per byte
         self._hashes, self._block_bytes = about.get("blocks_sha256"), about.get("block_bytes", BLOCK_BYTES)
+        # Its digest tells a resumed run that the data is the same. It is made of hashes that are there already, or,
+        # without a sidecar, of the ids.
         if about:
             self._compare(about, tokenizer_sha256)
-            self.digest = hashlib.sha256("".join(about["blocks_sha256"]).encode()).hexdigest()
+            self.digest = hashlib.sha256("".join(self._hashes).encode()).hexdigest()
         else:
             checked = "ids are checked only as they are read" if trust else "every id is checked once"
             warn(f"warning: {path} has no {self.path.stem}.json: {checked}, bits per byte are not known")
@@ -154,9 +160,8 @@ class TokenBin:
         if about["tokens"] != self.tokens:
             said = f"{self.tokens} tokens, {self.path.stem}.json says {about['tokens']}"
             raise UserError(f"{self.path}: {said}", "truncated? make it again with python data_process.py")
-        if about["vocab_size"] > self.vocab_size:
-            said = f"made for a vocabulary of {about['vocab_size']}, the model has {self.vocab_size}"
-            raise UserError(f"{self.path}: {said}")
+        if (made_for := about["vocab_size"]) > self.vocab_size:
+            raise UserError(f"{self.path}: made for a vocabulary of {made_for}, the model has {self.vocab_size}")
         if tokenizer_sha256 and about["tokenizer_sha256"] != tokenizer_sha256:
             said = f"made with tokenizer {about['tokenizer_sha256'][:12]!r}, this run has {tokenizer_sha256[:12]!r}"
             raise UserError(f"{self.path}: {said}", "python data_process.py --input ... --tokenizer FOLDER --overwrite")
@@ -167,6 +172,7 @@ class TokenBin:
         Read, not mapped: a file cut short under a running trainer gives an error here instead of a SIGBUS, and a
         50 GB bin does not count as 50 GB of resident memory.
         """
+        # Fewer bytes than asked for: somebody has cut the file since it was opened.
         size = self.dtype.itemsize
         raw = self._bytes(start * size, count * size)
         if len(raw) != count * size:
@@ -180,9 +186,7 @@ class TokenBin:
         return ids
 
     def _bytes(self, start: int, size: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._file.fileno(), size, start)
-        self._file.seek(start)  # Windows
+        self._file.seek(start)
         return self._file.read(size)
 
     def _scan(self) -> str:
@@ -203,16 +207,15 @@ class TokenBin:
 
         Returns:
             the number of blocks, all of them whole.
-
         Raises:
             UserError: no sidecar, or damaged blocks, each named with its bytes.
         """
+        # One block after another: the file may be larger than memory.
         if self._hashes is None:
             raise UserError(f"{self.path}: no {self.path.with_suffix('.json').name} beside it to compare it with")
-        size, bad = self._block_bytes, []
-        for k, wanted in enumerate(self._hashes):
-            if hashlib.sha256(self._bytes(k * size, size)).hexdigest() != wanted:
-                bad.append(k)
+        size = self._block_bytes
+        found = (hashlib.sha256(self._bytes(k * size, size)).hexdigest() for k in range(len(self._hashes)))
+        bad = [k for k, (hash, wanted) in enumerate(zip(found, self._hashes)) if hash != wanted]
         if bad:
             places = ", ".join(f"block {k} (bytes {k * size:,} to {(k + 1) * size - 1:,})" for k in bad[:10])
             said = f"{self.path}: damaged in {len(bad)} of {len(self._hashes)} blocks: {places}"
@@ -245,6 +248,7 @@ def _problems(about) -> Iterator[str]:
     """What is wrong with a sidecar's content, the first thing first."""
     if not isinstance(about, dict):
         yield "not a JSON object"
+    # What every sidecar has, and what this version can read.
     kinds = {int: ("format", "tokens", "vocab_size", "eos_id", "text_bytes"), str: ("dtype", "tokenizer_sha256")}
     for kind, keys in (kinds | {list: ("blocks_sha256",)}).items():
         yield from (f"{k} is missing or not of type {kind.__name__}" for k in keys if type(about.get(k)) is not kind)
@@ -256,15 +260,12 @@ def _problems(about) -> Iterator[str]:
     itemsize, block_bytes = np.dtype(about["dtype"]).itemsize, about.get("block_bytes", BLOCK_BYTES)
     if type(block_bytes) is not int or not 1 <= block_bytes <= 1 << 30:
         yield f"block_bytes is {block_bytes!s:.40}, must be 1 to {1 << 30}"
-    most = {
-        "tokens": 1 << 60,
-        "vocab_size": 1 << 8 * itemsize,
-        "eos_id": about["vocab_size"] - 1,
-        "text_bytes": 1 << 60,
-    }
-    for key, limit in most.items():
-        if not (least := int(key == "vocab_size")) <= about[key] <= limit:
-            yield f"{key} is {about[key]!s:.40}, must be {least} to {limit}"
+    limits = {"tokens": (0, 1 << 60), "vocab_size": (1, 1 << 8 * itemsize), "text_bytes": (0, 1 << 60)}
+    limits["eos_id"] = (0, about["vocab_size"] - 1)
+    for key, (least, most) in limits.items():
+        if not least <= about[key] <= most:
+            yield f"{key} is {about[key]!s:.40}, must be {least} to {most}"
+    # A hash for each block, and counts for each source.
     hashes, blocks = about["blocks_sha256"], -(-about["tokens"] * itemsize // block_bytes)
     if len(hashes) != blocks or not all(isinstance(h, str) and re.fullmatch("[0-9a-f]{64}", h) for h in hashes):
         yield f"blocks_sha256 does not hold {blocks} hashes"

@@ -63,10 +63,12 @@ class Strategy:
         self.model.to_empty(device=device)
         if self.model.config.tie_word_embeddings:  # to_empty makes two of a shared parameter
             self.model.lm_head.weight = self.model.model.embed_tokens.weight
-        mine = dict(self.model.named_parameters())
+        # Weights come one after another, so that no second model is in memory.
+        empty = dict(self.model.named_parameters())
         for name, values in weights:
-            if name in mine:
-                mine[name].copy_(self.cut(values, mine[name]))
+            if (p := empty.pop(name, None)) is not None:
+                p.copy_(self.cut(values, p))
+        assert not empty, f"no values for {', '.join(empty)}"
 
     # -------- what the loop calls
 
@@ -95,7 +97,8 @@ class Strategy:
 
     def sample(self, say: Callable[[Llama], str]) -> str:
         """What `say(model)` says, on the first rank."""
-        with torch.compiler.set_stance("force_eager"):  # each length of a text would be compiled anew
+        # Compiled, each length of a text would be compiled anew.
+        with torch.compiler.set_stance("force_eager"):
             return say(self.model) if self.ranks.first else ""
 
     # -------- whole tensors for files, and parts of them back. All ranks call these; results count on the first one.
@@ -118,6 +121,7 @@ class Strategy:
         mine, states = self.parameters(), {}
         for name, values in weights.items():
             mine[name].copy_(self.cut(values, mine[name]))
+        # "parameter:key" -> the state of each parameter.
         for key, values in moments.items():
             name, _, entry = key.rpartition(":")
             states.setdefault(name, {})[entry] = values
@@ -131,6 +135,7 @@ class Strategy:
         return whole.to(like.device)
 
     def _optimized(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+        """Each parameter that an optimizer of this rank steps: its name, itself, the optimizer."""
         names = {p: name for name, p in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -143,11 +148,11 @@ class DDP(Strategy):
     def prepare(self, weights: Iterable[tuple[str, Tensor]], cfg, dtype: torch.dtype) -> nn.Module:
         super().prepare(weights, cfg, dtype)
         self.averaged_over, device = self.ranks.world, self.ranks.device
-        return nn.parallel.DistributedDataParallel(
-            self.model, device_ids=[device.index] if device.type == "cuda" else None
-        )
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(self.model, ids)
 
     def sync(self, last: bool):
+        # Gradients of the micro-batches before are added up on each rank, and travel once.
         return nullcontext() if last else self.module.no_sync()
 
 

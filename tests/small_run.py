@@ -24,6 +24,7 @@ from assembly.chats import ChatRows
 from core import checkpoint, errors
 from core.bins import BinWriter, TokenBin
 from core.data import BinRows
+from core.hf_config import family_of
 from core.optim import OptimConfig
 from model import Llama, ModelConfig
 from trainer import Task, TrainConfig, next_token_loss
@@ -65,7 +66,7 @@ def chat_rows() -> ChatRows:
 
 def newborn(config: ModelConfig, seed: int = 0) -> Llama:
     """A model with the weights that it is born with."""
-    model = Llama(config)
+    model = family_of(config).model(config)
     with torch.no_grad():
         for p, (_, values) in zip(model.parameters(), model.weights_at_birth(seed), strict=True):
             p.copy_(values)

@@ -520,7 +520,7 @@ def test_wrong_inputs_are_refused_in_one_line(chain, tmp_path):
     assert "no such model folder" in sft("--init_from", "out/none")
     assert "exists" in error(chain, "data_process.py", "--input", "text.txt")
     (tmp_path / "latin.txt").write_bytes("café ".encode("latin-1") * 9)
-    assert "bytes that are no text" in error(tmp_path, "data_process.py", "--input", "latin.txt")
+    assert "bytes that are not text" in error(tmp_path, "data_process.py", "--input", "latin.txt")
 
 
 def test_too_long_chats_are_counted_and_named(chain, tmp_path):

@@ -364,6 +364,29 @@ def test_help_shows_such_a_section_like_the_others(wing, capsys):
     assert imported() and "--- [wing]" in said and "= 0  # of the wing" in said and "--- [train]" in said
 
 
+def test_a_deleted_wing_takes_its_sections_with_it(wing, toml, capsys):
+    sections, _ = wing
+    sections |= {"gone": "extras.gone.wing:WingConfig"}
+    with pytest.raises(SystemExit):
+        config.load("", sections, ["--help"])
+    said = capsys.readouterr().out
+    assert "= 0  # of the wing" in said and "--- [gone]  not here: its wing was deleted" in said
+    # Who asks for it is told; who makes another mistake, or asks for another wing, does not hear of it.
+    for words in (["--gone.rank", "1"], [str(toml("[gone]\nrank = 1\n"))]):
+        assert refusal_of(sections, *words) == "[gone] is declared in extras.gone.wing, which is not here"
+    assert refusal_of(sections, "--ranks", "1") == "unknown option --ranks -- did you mean rank?"
+    assert config.load("", sections, ["--rank", "2"]).wing.rank == 2
+
+
+def test_a_module_that_a_wing_lacks_is_not_taken_for_a_deleted_wing(wing, tmp_path):
+    sections, _ = wing
+    name = sections["wing"].removesuffix(":WingConfig")
+    path = tmp_path / f"modules/{name}.py"
+    path.write_text(f"import {name}_part\n" + path.read_text())
+    with pytest.raises(ModuleNotFoundError, match=f"{name}_part"):
+        config.load("", sections, ["--help"])
+
+
 # Output ---------------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import pretrain
 import reward
 import sft
 from core import config
-from core.size import describe, num_parameters
+from core.device import describe, num_parameters
 from model import Llama, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -218,7 +218,7 @@ BAD_LINES = {
     b'{"text": ' + b"9" * 5000 + b"}": "not a JSON object",
     b'"text"': "a str, not an object",
     b'["text"]': "a list, not an object",
-    b'{"text": "x", "text": "y"}': "a key stands twice",
+    b'{"text": "x", "text": "y"}': "a key occurs twice",
     b'{"text": "\\ud800"}': "a lone surrogate",
     b'{"text": "\xd6\xd0"}': "no text in this encoding",
     b'{"txet": "x"}': "no field text; there is txet",
@@ -300,7 +300,7 @@ def test_bytes_that_are_no_text_can_be_replaced_instead(tmp_path):
     (tmp_path / "a.txt").write_bytes("好".encode() + b"\xff" + "文".encode())
     assert read(tmp_path / "a.txt", errors="replace")[0] == ["好\ufffd文"]
     texts, _, account = read(tmp_path / "a.txt")
-    assert texts == [] and account.rejected == {"bytes that are no text in this encoding": 1}
+    assert texts == [] and account.rejected == {"bytes that are not text in this encoding": 1}
     (tmp_path / "a.csv").write_bytes(b'text,x\n"' + "好".encode() + b"\xff\r\n" + "文".encode() + b'",1\n')
     assert read(tmp_path / "a.csv", errors="replace")[0] == ["好\ufffd\n文"]
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud800\\r\\nb"}')

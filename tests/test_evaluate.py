@@ -15,6 +15,7 @@ import subprocess
 import sys
 import zipfile
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,7 @@ from core.log import Log
 from extras.evaluation import bits, choices, likelihood, subjects
 from extras.evaluation.likelihood import Request
 from extras.evaluation.report import Progress, Report, Table
+from extras.families.llama_kin import KinConfig
 from model import ModelConfig
 from tokenizer import chat
 
@@ -111,6 +113,14 @@ def test_log_likelihoods_are_those_of_a_loop_over_single_ids(generator, batch):
     assert found == pytest.approx([naive(generator.model, r) for r in requests], abs=1e-4)
     total = likelihood.sum_nats(generator.model, requests, batch)
     assert total == pytest.approx(-sum(naive(generator.model, r) for r in requests), abs=1e-3)
+
+
+def test_padding_changes_nothing_where_positions_are_scaled_by_the_length_of_a_row(tiny_config):
+    options = {"rope_type": "dynamic", "rope_factor": 4.0}
+    model = lively(KinConfig(**asdict(tiny_config) | options))
+    requests = [Request([5, 6, 7], [8, 9]), Request([3] * 60, [9, 2, 4]), Request([5], [9])]
+    expected = [naive(model, r) for r in requests]
+    assert likelihood.log_likelihoods(model, requests, 3) == pytest.approx(expected, abs=1e-4)
 
 
 def test_logits_go_through_the_head_in_pieces(generator, monkeypatch):
@@ -319,7 +329,9 @@ def test_a_model_that_guesses_scores_chance_and_is_not_told_apart_from_it(small,
     )
     scores = found.scores
     assert scores["mean_low"] < 0.25 < scores["mean_high"] and scores["accuracy_low"] < 0.25 < scores["accuracy_high"]
-    assert abs(scores["mean_of_subjects"] - 0.25) < 0.08 and "not told apart from the 25 %" in found.notes[0]
+    assert (
+        abs(scores["mean_of_subjects"] - 0.25) < 0.08 and "not significantly different from the 25 %" in found.notes[0]
+    )
 
 
 def test_a_model_that_always_says_a_scores_the_share_of_as(small, tmp_path):
@@ -571,6 +583,16 @@ def test_without_output_the_report_is_printed_and_progress_goes_to_stderr(folder
     out, err = capsys.readouterr()
     assert out.startswith("# Bits per byte of a.txt\n") and "| bits_per_byte |" in out and "part 1" in err
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_only_the_evaluation_that_is_asked_for_is_imported(folder, root, tmp_path):
+    (tmp_path / "a.txt").write_text("曹操字孟德。", "utf-8")
+    script = "import sys, evaluate; evaluate.main(); print(*sys.modules, file=sys.stderr)"
+    words = ["bpb", "--model", folder, "--data", tmp_path / "a.txt", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=root, capture_output=True, text=True)
+    found = {name for name in done.stderr.split() if name.startswith("extras.") and name.count(".") == 2}
+    assert done.returncode == 0, done.stderr
+    assert found == {f"extras.evaluation.{name}" for name in ("bits", "likelihood", "report")}
 
 
 def test_compare_takes_folders_in_front_and_writes_a_page(folder, tmp_path):

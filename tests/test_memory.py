@@ -22,7 +22,6 @@ CONFIG = ModelConfig(
 )
 with torch.device("meta"):
     MODEL = Llama(CONFIG)
-REAL = "import json, sys, torch, bench; torch.set_num_threads(1); bench.train_steps(**json.loads(sys.argv[1]))"
 # With pages of its own for each tensor the system's figure is that of the tensors.
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
@@ -48,9 +47,8 @@ def test_the_estimate_is_what_a_step_takes(options):
         "optimizer": optimizer,
         "micro_batches": 1 + several,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", REAL, json.dumps(settings)], cwd=ROOT, capture_output=True, text=True, env=OWN_PAGES
-    )
+    command = [sys.executable, "-m", "bench.step_memory", json.dumps(settings)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=OWN_PAGES)
     assert done.returncode == 0, done.stderr
     step = memory.Step(rows, 256, checkpointing=kind, several=several)
     expected = memory.peak_bytes(MODEL, step, OptimConfig(optimizer=optimizer))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from core.loss import next_token_loss
 from safetensors.torch import load_file
 from test_engine import metrics
 from test_lora import ADAPTER, launch, logits, place, refused, train, with_adapter  # noqa: F401
@@ -17,7 +18,6 @@ import trainer
 from core import hf_folder, parallel
 from core.data import Batch
 from core.distributed import Ranks
-from core.loss import next_token_loss
 from core.optim import OptimConfig, make_optimizers
 from extras.estimate import memory
 from extras.finetune import lora, nf4

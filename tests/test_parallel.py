@@ -137,10 +137,11 @@ def test_what_does_not_go_together_is_refused(options, ranks, says):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_shards_train_in_half_precision_to_the_loss_of_fp32(tmp_path, dtype):
-    options = STEPS | {"max_steps": 30, "eval_every": 30}
+@pytest.mark.parametrize("way", ["fsdp", "pipeline"])
+def test_parts_of_a_model_train_in_half_precision_to_the_loss_of_fp32(tmp_path, way, dtype):
+    options = STEPS | {"max_steps": 30, "eval_every": 30} | (UNTIED if way == "pipeline" else {})
     launch(1, tmp_path / "one", **options)
-    launch(2, tmp_path / "two", **options, parallel="fsdp", dtype=dtype)
+    launch(2, tmp_path / "two", **options, parallel=way, dtype=dtype)
     assert metrics(tmp_path / "two", "val_loss") == pytest.approx(metrics(tmp_path / "one", "val_loss"), rel=0.01)
     assert {t.dtype for t in tensors(tmp_path / "two", 30).values()} == {torch.float32}
 

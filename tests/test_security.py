@@ -773,7 +773,7 @@ def test_a_name_that_stands_twice_in_a_sound_header_is_refused(place):
     twice = whole[8:end].rstrip()[:-1] + f",{json.dumps(name)}:{json.dumps(value)}}}".encode()
     Path("m/model.safetensors").write_bytes(struct.pack("<Q", len(twice)) + twice + whole[end:])
     load_file("m/model.safetensors")  # the library takes one of the two
-    with pytest.raises(UserError, match="a key stands twice"):
+    with pytest.raises(UserError, match="a key occurs twice"):
         load_model("m")
 
 

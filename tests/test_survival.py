@@ -669,7 +669,7 @@ def test_output_that_goes_nowhere_does_not_stop_training(tmp_path, where):
             "cpu",
             "rank 0 of 2 does not meet the others at 127",
         ),
-        ({}, "cuda", "no device cuda:0, 0 CUDA devices are there -- --device cpu"),
+        ({}, "cuda", "no device cuda:0, this machine has 0 CUDA devices -- --device cpu"),
         ({}, "cuda:7", "no device cuda:7"),
         ({}, "mps", "'mps' is not a device of this machine"),
         ({}, "gpu", "'gpu' is not a device of this machine"),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer
-from core import size
+from core import device
 from core.data import Batch, plan_step, step_rows
 from core.distributed import Ranks
 from core.errors import Diverged, Interrupted, UserError
@@ -346,11 +346,11 @@ def test_traced_steps_leave_files_and_change_nothing(tmp_path, capsys):
 
 def test_a_log_line_says_loss_validation_rate_norm_speed_share_memory_and_time_left(tmp_path, monkeypatch):
     """The share is of a measured product; here the product is said to be twice as fast as the steps are."""
-    flops = size.flops_per_token(small_run.small_model(), small_run.SEQ_LEN)
+    flops = device.flops_per_token(small_run.small_model(), small_run.SEQ_LEN)
     monkeypatch.setattr(
         trainer.time, "monotonic", partial(next, itertools.count(step=0.5))
     )  # each look half a second later
-    monkeypatch.setattr(size, "matmul_peak", lambda device, dtype: 2 * flops * 8 * small_run.SEQ_LEN / 0.5)
+    monkeypatch.setattr(device, "matmul_peak", lambda device, dtype: 2 * flops * 8 * small_run.SEQ_LEN / 0.5)
     small_run.run(tmp_path / "run", max_steps=40)
     lines = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if line.startswith("step 6/40 loss")]
     value = metrics(tmp_path / "run", "val_loss")[0]

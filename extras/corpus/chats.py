@@ -195,9 +195,9 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class ChatsConfig(Section):
-    # A name in FORMATS of extras/corpus/chats.py; auto: told by the fields of each item.
+    # A name in FORMATS of extras/corpus/chats.py; auto: the fields of each item say it.
     sft_format: Literal["auto", *FORMATS] = "auto"
-    # Leave out chats with a question, an answer longer than this; 0: no limit.
+    # Leave out chats with a longer question or a longer answer; 0: no limit.
     max_prompt_chars: Annotated[int, Range(least=0)] = 0
     max_answer_chars: Annotated[int, Range(least=0)] = 0
     allow_empty_prompt: bool = False  # keep chats in which the user says nothing
@@ -326,7 +326,7 @@ def as_line(chat: dict) -> str:
         line = json.dumps(chat, ensure_ascii=False, allow_nan=False)
         line.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadChat("half a character, no UTF-8 for it") from None
+        raise BadChat("half a character, which UTF-8 does not have") from None
     except (ValueError, TypeError, RecursionError) as e:
         raise BadChat("a field that JSON cannot hold", str(e)[:120]) from None
     return line

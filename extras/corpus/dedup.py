@@ -53,11 +53,11 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio: odd, bits wit
 
 @dataclass(frozen=True)
 class DedupConfig(Section):
-    # Jaccard similarity of character 5-grams from which on a document is a near duplicate.
+    # A document is a near duplicate if its character 5-grams have at least this Jaccard similarity with another's.
     threshold: Annotated[float, Range(above=0, most=1)] = 0.8
     # Entries of a signature; the estimate's standard error is at most 0.5 / sqrt(this).
     permutations: Annotated[int, Range(least=1, most=4096)] = 128
-    # MiB for what was kept, 600 to 1,200 bytes each; beyond, to files: up to 4 times slower.
+    # MiB for the index, 600 to 1,200 bytes a document; what does not fit goes to files, up to 4 times slower.
     memory_mb: Annotated[int, Range(least=0)] = 256
     temp_dir: str = ""  # where those go, a folder on a disk; "" for the system's
 

@@ -44,7 +44,7 @@ class Journal:
         self.folder = folder / f".journal-{digest[:16]}"
         for other in folder.glob(".journal-*"):
             if other != self.folder:
-                print(f"{other}: left by another command, or by this one on other files; removed")
+                print(f"{other}: removed; another command, or this one on other files, had left it")
                 shutil.rmtree(other)
         self.folder.mkdir(exist_ok=True)
 

@@ -79,7 +79,7 @@ def run(cfg, words: list[str], make_tokenizer: MakeTokenizer, load_model: LoadMo
     # Everything else goes through stages.
     names = stage_names(words)
     if not given:
-        raise UserError(f"{' '.join(names)} needs files", "--input FILES; without stages and options the demo is made")
+        raise UserError(f"{' '.join(names)} needs files", "--input FILES; without stages and options it makes the demo")
     own_text(cfg, names, make_tokenizer, load_model)
 
 
@@ -88,7 +88,7 @@ def stage_names(words: list[str]) -> list[str]:
     known = [*STAGES, "tokenize"]
     for word in words:
         if word not in known:
-            raise UserError(f"{word!r} is not a stage", f"stages are {', '.join(known)}; files stand behind --input")
+            raise UserError(f"{word!r} is not a stage", f"stages are {', '.join(known)}; files come after --input")
     if len(set(words)) < len(words) or "tokenize" in words[:-1]:
         raise UserError(f"{' '.join(words)}: each stage once, and tokenize last")
     return words or ["tokenize"]

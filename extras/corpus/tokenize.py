@@ -117,7 +117,7 @@ def write(
         report.check("tokenize", source)
         if not (pair[0].tokens and pair[1].tokens):
             if split.cut:
-                raise UserError(f"{source}: too little text to hold any of it out")
+                raise UserError(f"{source}: too little text: none can be held out for validation")
             # At least one document is held out, however few there are; a lone one is cut.
             alone = account.kept == 1 or not pair[0].tokens
             raise NothingHeldOut(Split(least * (1 + 1e-9), alone))

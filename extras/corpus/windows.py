@@ -14,8 +14,8 @@ from extras.corpus.account import Account, Doc, Stage, each
 
 @dataclass(frozen=True)
 class WindowConfig(Section):
-    window_chars: int = 1100  # longer documents are cut into windows of so many characters: 1,024 tokens
-    window_step: int = 950  # a window begins so many after the one before: what is cut is whole in one of them
+    window_chars: int = 1100  # longer documents are cut into windows of so many characters, about 1,024 tokens
+    window_step: int = 950  # characters from one window's begin to the next: what one window cuts is whole in another
 
     def __post_init__(self):
         super().__post_init__()
@@ -40,9 +40,9 @@ def windows(text: str, size: int, step: int) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class ConcatConfig(Section):
-    # Documents are joined while they stay at or below so many characters together.
+    # Short documents are joined into texts of at most so many characters.
     concat_chars: Annotated[int, Range(least=1)] = 1024
-    concat_by: str = "\n"  # what stands between them
+    concat_by: str = "\n"  # what is put between them
 
 
 def concat(docs: Iterable[Doc], account: Account, cfg: ConcatConfig) -> Iterator[Doc]:

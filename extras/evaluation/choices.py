@@ -364,10 +364,10 @@ def verdict(low: float, high: float) -> str:
 
 
 def describe_mean(mean: float, low: float, high: float) -> str:
-    words = {"above": "above", "below": "below", "not told apart": "not told apart from"}
+    words = {"above": "above", "below": "below", "not told apart": "not significantly different from"}
     return (
         f"Mean of the subjects {mean:.1%}, 95 % interval {low:.1%} to {high:.1%}: {words[verdict(low, high)]} the "
-        "25 % of guessing. The interval is that of the choice of questions, not that of prompts."
+        "25 % of guessing. The interval covers the choice of questions, not the choice of prompts."
     )
 
 

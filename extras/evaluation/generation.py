@@ -4,7 +4,7 @@ In:  a generator (a model with its tokenizer and chat format: assembly/inference
      that end with the assistant's turn, or {"prompt": ..., "target": ...}. That turn, or the target, is held back; the
      lines are grouped by their "kind".
 Out: a report: BLEU, ROUGE, exact match and F1 over characters, by kind and of all.
-Knows nothing of what an answer means: a score says how alike two texts are, not whether the answer is right.
+Knows nothing of what an answer means: a score says how similar two texts are, not whether the answer is right.
 
     python evaluate.py generation --model out/sft --data data/sft_val.jsonl --output out/report.json
 

@@ -113,6 +113,7 @@ def parse_terms(text: str, choices: Sequence[str]) -> set[tuple] | None:
 def parse_label(text: str, choices: Sequence[str]) -> str | None:
     """The one label that the answer names."""
     alike = [other for other, name in ALIKE.items() if name in choices]
+    # The longest first, so that 不相关 is not read as 相关.
     known = sorted({*choices, *NONE_OF_THEM, *alike}, key=len, reverse=True)
     said = text.strip()
     found = [said] if said in known else re.findall("|".join(map(re.escape, known)), said)
@@ -192,6 +193,7 @@ def score(task: str, kind: str, said: Sequence, wanted: Sequence) -> tuple[str, 
     if PARSERS[kind] is parse_label:
         return "macro_f1" if task in PLAIN_MEAN else "weighted_f1", score_labels(said, wanted)
     if PARSERS[kind] is parse_sections:
+        # Each section that is wanted is a text of its own.
         said = [(a or {}).get(name, "") for a, b in zip(said, wanted) for name in b]
         wanted = [text for b in wanted for text in b.values()]
     if PARSERS[kind] in (parse_sections, parse_reply):

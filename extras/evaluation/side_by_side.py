@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from core import files
+from core.device import num_parameters
 from core.errors import UserError
 from core.generate import SamplingConfig
-from core.size import num_parameters
 from extras.evaluation import bits
 from extras.evaluation.generation import Answer, ask, notes_on
 from extras.evaluation.report import Progress, Report, Table

@@ -36,7 +36,8 @@ def export(cfg: MergeConfig, open_model: Callable[..., hf_folder.Opened]) -> Non
     base, path = hf_folder.model_folder(cfg.model or lora.base_of(cfg.adapter)), Path(cfg.output)
     files.check_free([path], cfg.overwrite)
     tokenizer = load_tokenizer(base)
-    adapter, opened = lora.find_adapter(cfg.adapter), open_model(base, cfg.adapter)
+    adapter = lora.find_adapter(cfg.adapter)
+    opened = open_model(base, adapter)
     hf_folder.check_tokenizer(base, opened.model, tokenizer)
     model = lora.merge(hf_folder.build(opened.model, opened.weights))
     # The folder says what is in it already, so that an adapter is not added twice.

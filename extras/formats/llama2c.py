@@ -25,9 +25,9 @@ import torch
 
 from core import files, hf_folder
 from core.config import Section
+from core.device import num_parameters
 from core.errors import UserError
 from core.hf_config import CheckedConfig
-from core.size import num_parameters
 from extras.formats.original_llama import half_split, interleaved, load_folder, vocabulary
 from model import Llama, ModelConfig, rope_table
 from tokenizer import Tokenizer

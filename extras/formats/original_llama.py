@@ -5,6 +5,7 @@ explains.
 Knows no file format: gguf_file.py and llama2c.py do.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from core import hf_folder
 from core.errors import UserError
-from core.hf_config import family_of
 from model import Llama
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
@@ -48,8 +48,8 @@ def load_folder(path: str, open_model: Callable[..., hf_folder.Opened]) -> tuple
     """
     folder = hf_folder.model_folder(path)
     tokenizer, opened = load_tokenizer(folder), open_model(folder)
-    described = family_of(opened.model.config).write(opened.model.config)
-    kind, rope = described["model_type"], (described.get("rope_scaling") or {}).get("rope_type", "default")
+    config = {"model_type": "llama", "rope_type": "default"} | dataclasses.asdict(opened.model.config)
+    kind, rope = config["model_type"], config["rope_type"]
     if (kind, rope) != ("llama", "default"):
         raise UserError(
             f"{folder}: {kind} with rope_type {rope}, only plain Llama models are written for others",
