@@ -79,6 +79,7 @@ class Base:
 
 def open_base(folder: str, allow_pickle: bool = False) -> Base:
     """A model folder to go on from, with its tokenizer."""
+    # A run that was cut short has no finished model: its newest whole checkpoint serves.
     path = hf_folder.model_folder(folder)
     tokenizer, opened = load_tokenizer(path), open_model(path, allow_pickle)
     hf_folder.check_tokenizer(path, opened.model, tokenizer)
@@ -114,6 +115,7 @@ def new_base(sizes: ModelConfig, kin, tokenizer: Tokenizer, seed: int) -> Base:
 
 def new_model(sizes: ModelConfig, kin, vocab_size: int) -> Llama:
     """A model on the meta device: shapes without memory."""
+    # On the meta device a model of any size takes no memory; the strategy gives it some where it will be trained.
     known = dataclasses.asdict(sizes) | {"vocab_size": vocab_size}
     with torch.device("meta"):
         if kin is None:
@@ -125,6 +127,7 @@ def new_model(sizes: ModelConfig, kin, vocab_size: int) -> Llama:
 
 def adapt(base: Base, cfg) -> Base:
     """The base as the options [long] and [lora] want it: a longer context, small matrices beside its weights."""
+    # First the positions, then LoRA: its matrices stand beside the products of the model as it will be.
     changes = {}
     if cfg.long is not None:
         base, changes = reach_further(base, cfg.long)
@@ -222,6 +225,7 @@ def tracking(cfg, options: dict, ranks: Ranks):
 
 def tracing(options: TrainConfig, ranks: Ranks):
     """log -> context of the steps, which are traced with --profile; it gives what to call after each step."""
+    # One rank is enough: all of them do the same work.
     if not options.profile or not ranks.first:
         return lambda log: nullcontext(lambda: None)
     from extras.estimate import profile
