@@ -54,7 +54,7 @@ def main() -> None:
     intro = (describe(model), *base.intro)
 
     # Rows of the bins: consecutive windows of the text.
-    seq_len = cfg.data.seq_len or model.config.max_position_embeddings
+    seq_len = cfg.data.seq_len or base.context or model.config.max_position_embeddings
     rows = open_train_rows(cfg.data, seq_len, base)
     val_rows = {cfg.data.val: open_rows(cfg.data.val, cfg.data, seq_len, base, tail=True)} if cfg.data.val else {}
 

@@ -65,6 +65,7 @@ class Base:
         about: plain data of its folder's run.json.
         intro: lines for the log.
         saver: how the trained model becomes files.
+        context: positions to train on, where its config says fewer; 0: as many as that says.
     """
 
     model: Llama
@@ -75,6 +76,7 @@ class Base:
     about: dict = dataclasses.field(default_factory=dict)
     intro: tuple[str, ...] = ()
     saver: WholeModel = dataclasses.field(default_factory=WholeModel)
+    context: int = 0
 
 
 def open_base(folder: str, allow_pickle: bool = False) -> Base:
@@ -122,7 +124,10 @@ def new_model(sizes: ModelConfig, kin, vocab_size: int) -> Llama:
             return save_memory(Llama(ModelConfig(**known)))
         from extras.families.llama_kin import Kin, KinConfig
 
-        return save_memory(Kin(KinConfig(**known, **dataclasses.asdict(kin))))
+        try:
+            return save_memory(Kin(KinConfig(**known, **dataclasses.asdict(kin))))
+        except ValueError as e:
+            raise UserError(f"[kin] {e}") from None
 
 
 def adapt(base: Base, cfg) -> Base:
@@ -150,7 +155,7 @@ def reach_further(base: Base, cfg) -> tuple[Base, dict]:
     model = llama_kin.change(base.model, changes) if changes else base.model
     model = longlora.shift(model) if cfg.shifted else model
     identity = {"long": changes | {"shifted": cfg.shifted}} if changes or cfg.shifted else {}
-    return replace(base, model=model, identity=base.identity | identity), changes
+    return replace(base, model=model, identity=base.identity | identity, context=cfg.context), changes
 
 
 # ---------------------------------------------------------------- the run
