@@ -19,7 +19,6 @@ from core import errors, hf_folder
 from core.config import Section
 from core.distributed import Ranks
 from core.errors import UserError
-from extras.decoding.batching import continued
 from extras.preferences import questions, scalar
 from model import Llama
 from tokenizer import Tokenizer, chat
@@ -48,7 +47,9 @@ def main() -> None:
     rows, lines = questions.question_rows(cfg.questions.train, tokenizer, chat_format, context)
     held_out, more = questions.question_rows(cfg.questions.val, tokenizer, chat_format, context)
 
-    # How the model answers, how answers are judged, and the loop.
+    # How the model answers (many texts at once are a wing's), how answers are judged, and the loop.
+    from extras.decoding.batching import continued
+
     base = training.adapt(base, cfg)
     respond = questions.Respond(continued, chat.end_ids(tokenizer, chat_format))
     judge = questions.make_judge(cfg.reward, tokenizer, open_judge(cfg.reward.reward_model, tokenizer, ranks))

@@ -113,10 +113,9 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
     except (RuntimeError, NotImplementedError, AssertionError):
         raise UserError(f"device = {device!r} is not a device of this machine", "auto, cpu or cuda") from None
     if place.type == "cuda":
-        if not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count():
-            raise UserError(
-                f"no device {device}, this machine has {torch.cuda.device_count()} CUDA devices", "--device cpu"
-            )
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (place.index or 0) >= count:
+            raise UserError(f"no device {device}, this machine has {count} CUDA devices", "--device cpu")
         torch.cuda.set_device(place)
     # Without torchrun, or with one process, there is nobody to talk to.
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -53,12 +53,11 @@ def save_model(folder: Path, model: Llama, tokenizer, about: dict, weights: dict
         if about.get("chat_format"):
             special["eos_token_id"] = sorted(chat.end_ids(tokenizer, about["chat_format"]))
         files.write_json(folder / "generation_config.json", {"_from_model_config": False, **special})
-    # By the names of files; tied weights once, as the embedding.
-    theirs = family_of(model.config).theirs
-    state = {theirs(n): t.detach().contiguous() for n, t in (weights or dict(model.named_parameters())).items()}
+    # Tied weights are stored once, as the embedding.
+    state, theirs = weights or dict(model.named_parameters()), family_of(model.config).theirs
     if model.config.tie_word_embeddings:
-        state.pop(theirs(HEAD), None)
-    save_tensors(folder / "model.safetensors", state)
+        state = {name: t for name, t in state.items() if name != HEAD}
+    save_tensors(folder / "model.safetensors", {theirs(n): t.detach().contiguous() for n, t in state.items()})
     save_about(folder, tokenizer, about)
     # Last: a folder with a config.json has all the rest.
     files.write_json(folder / "config.json", config)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sources import ROOT, TREES, code_lines, files_behind
+from sources import ROOT, TREES, code_lines, files_behind, imports, named_by_path
 from texts import BOOK
 from without_wings import LESSON
 
@@ -27,6 +27,7 @@ OWN = dict.fromkeys(WINGS, ()) | {
     "evaluation": ("evaluate.py",),
     "formats": ("export.py",),
     "preferences": ("dpo.py", "grpo.py", "reward.py"),
+    "retrieval": ("retrieve.py",),
     "serve": ("serve.py",),
     "vocabulary": ("vocabulary.py",),
 }
@@ -135,10 +136,10 @@ def test_the_demos_data_needs_its_corpus_alone_and_no_torch(tmp_path):
 def without(lesson, tmp_path_factory) -> dict[str, list[dict]]:
     """Wing -> what became of each command in a house without it; "*": without all of them."""
     folder = tmp_path_factory.mktemp("deletion")
-    for name in TREES:
-        (folder / "house" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / "house" / name)
-    shutil.copytree(ROOT / "configs", folder / "house/configs")
+    (folder / "house").mkdir()
+    for name in {name.split("/")[0] for name in TREES} | {"configs"}:
+        copy = shutil.copy if (ROOT / name).is_file() else shutil.copytree
+        copy(ROOT / name, folder / "house" / name)
     program = str(ROOT / "tests/without_wings.py")
     words = [sys.executable, program, str(folder / "house"), str(lesson), json.dumps(OWN)]
     done = subprocess.run(words, env=ENV, stdout=subprocess.PIPE, text=True, check=True, timeout=1500)
@@ -176,17 +177,20 @@ def test_without_a_wing_the_lesson_trains_and_samples(without, wing):
 
 @pytest.mark.heavy
 def test_help_says_which_sections_went_with_their_wing(without):
-    said = {(e["wing"], e["words"][0]): e["said"] for e in without["finetune"] + without["serve"]}
+    asked = [entry for wing in ("finetune", "serve") for entry in without[wing] if "--help" in entry["words"]]
+    said = {(entry["wing"], entry["words"][0]): entry["said"] for entry in asked}
     assert "--- [lora]  not here: its wing was deleted" in said["finetune", "sft.py"]
     assert "not here" not in said["serve", "sft.py"] and "class LoraConfig" in said["serve", "sft.py"]
 
 
-def test_a_wings_own_commands_are_named_with_a_reason():
-    """A command is a wing's own where it imports the wing when it starts."""
+def test_a_wings_own_commands_are_there_for_it():
+    """The command itself names the wing, and no command has two."""
     assert OWN.keys() == set(WINGS)
-    for wing, commands in OWN.items():
-        for command in commands:
-            assert any(name.startswith(f"extras/{wing}/") for name in files_behind(command)), (wing, command)
+    own = [(wing, command) for wing, commands in OWN.items() for command in commands]
+    assert len({command for _, command in own}) == len(own)
+    for wing, command in own:
+        named = [*imports(command, TREES[command]), *named_by_path(TREES[command])]
+        assert any(name.startswith(f"extras.{wing}.") or name == f"extras.{wing}" for name in named), (wing, command)
 
 
 # A sixth training command ---------------------------------------------------------------------------------------------
