@@ -72,6 +72,7 @@ def main() -> None:
 
 def answer(model: Llama, tokenizer: Tokenizer, cfg: ChatConfig) -> str:
     """What the model answers to cfg.prompt, each time the most likely token."""
+    # Rendered as the training chats are, up to where the assistant begins to speak.
     messages = [{"role": "user", "content": cfg.prompt}]
     ids, _ = chat.render(messages, tokenizer, cfg.chat_format, generation=True)
     greedy, ends = SamplingConfig(max_new_tokens=60, temperature=0), chat.end_ids(tokenizer, cfg.chat_format)
