@@ -413,7 +413,7 @@ def read_all(path: Path, rng: random.Random) -> bool:
             trust=rng.random() < 0.5,
         )
         rows = data.BinRows(bin, rng.choice((1, 8, 31, 5000)), rng.random() < 0.5, 2, rng.random() < 0.5)
-        found = data.batch(rows, range(len(rows)))
+        found = rows.batch(range(len(rows)))
         assert found.ids.min() >= 0 and found.ids.max() < bin.vocab_size
         if rng.random() < 0.3:
             bin.verify()
