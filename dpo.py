@@ -9,109 +9,72 @@ the right way round. Stopped by Ctrl-C or killed, the same command goes on where
 """
 
 import hashlib
-import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
-import trainer
-from core import config, distributed, errors, hf_folder
-from core.optim import OptimConfig
-from extras.estimate import report as estimate
-from extras.families import others as families
-from extras.finetune import lora, nf4
-from extras.preferences import open_chat_model, pairs
-from extras.tracking import trackers
+from assembly import models, training
+from core import errors, hf_folder
+from core.config import Range, Section
+from core.device import choose_dtype
+from core.distributed import Ranks
+from extras.preferences import pairs
+from trainer import Task, TrainConfig
 
 
 @dataclass(frozen=True)
-class DpoConfig:
-    beta: float = 0.1  # the larger, the closer the model stays to what it was
-    label_smoothing: float = 0.0  # share of pairs that may be the wrong way round
-
-    def __post_init__(self):
-        if not 0 < self.beta < 1000 or not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"beta = {self.beta}, label_smoothing = {self.label_smoothing}: above 0, and below 0.5")
+class DpoConfig(Section):
+    beta: Annotated[float, Range(above=0, below=1000)] = 0.1  # the larger, the closer the model stays to what it was
+    # Share of pairs that may be the wrong way round.
+    label_smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0
 
 
 def main() -> None:
-    sections = {
-        "pairs": pairs.PairsConfig,
-        "dpo": DpoConfig,
-        "lora": lora.LoraConfig,
-        "optim": OptimConfig,
-        "train": trainer.TrainConfig,
-        "track": trackers.TrackConfig,
-        "estimate": estimate.EstimateConfig,
-    }
-    cfg = config.load(__doc__, sections, sys.argv[1:], default="configs/dpo.toml")
-    families.register()
-    ranks = distributed.start(cfg.train.device, cfg.train.timeout_s)
-    folder, model, fill, text, chat_format = open_chat_model(cfg.pairs.init_from, cfg.pairs.chat_format)
-    intro, length = [config.show(cfg)], cfg.pairs.seq_len or model.config.max_position_embeddings
-    rows, val_rows = pairs.pair_rows(cfg.pairs, cfg.train.seed, text, chat_format, length, intro)
-    identity = {
-        "tokenizer": text.sha256,
-        "base": hf_folder.weights_digest(folder),
-        "chat_format": chat_format,
-        "beta": cfg.dpo.beta,
-        "label_smoothing": cfg.dpo.label_smoothing,
-    }
-    if not cfg.estimate.dry_run:
-        refer(cfg, folder, identity["base"], (rows, val_rows), ranks)
-    fill, saver = lora.tune(model, fill, cfg, folder, identity, intro, nf4.Weight, {})
-    if cfg.estimate.dry_run:
-        print(estimate.report(model, cfg, rows, rows.seq_len, ranks))
-        return
-    options = config.as_dict(cfg)
-    about = {"command": "dpo", "chat_format": chat_format, "options": options, "intro": intro}
-    with trackers.tracking(cfg.track, cfg.train.out_dir, options, ranks.first) as track:
-        loss = pairs.dpo_loss(cfg.dpo.beta, cfg.dpo.label_smoothing)
-        trainer.train(
-            model,
-            loss,
-            rows,
-            {"held out": val_rows},
-            cfg.train,
-            cfg.optim,
-            ranks,
-            text,
-            identity,
-            about,
-            lambda m: pairs.told(
-                val_rows, cfg.train.micro_batch, ranks.device, partial(pairs.margins, m, beta=cfg.dpo.beta)
-            ),
-            fill,
-            saver,
-            track,
-        )
-    ranks.close()
+    # The options, this process among the ranks, and the chat model to begin with.
+    sections = {"pairs": pairs.PairsConfig, "dpo": DpoConfig}
+    cfg = training.load_options(__doc__, sections, "configs/dpo.toml", wings=("lora", "track", "estimate"))
+    ranks = training.join_ranks(cfg)
+    base, chat_format = training.open_chat_base(cfg.pairs.init_from, cfg.pairs.chat_format)
+
+    # Pairs of answers, and how likely the model finds them as it is.
+    length = cfg.pairs.seq_len or base.model.config.max_position_embeddings
+    rows, held_out, lines = pairs.pair_rows(cfg.pairs, cfg.train.seed, base.tokenizer, chat_format, length)
+    if cfg.estimate is None or not cfg.estimate.dry_run:
+        add_reference(cfg.train, base, {"train": rows, "held_out": held_out}, ranks)
+
+    # DPO's loss, and the loop.
+    base = training.adapt(base, cfg)
+    identity = base.identity | {"chat_format": chat_format} | asdict(cfg.dpo)
+    about, intro = {"command": "dpo", "chat_format": chat_format}, (*lines, *base.intro)
+    margins = partial(pairs.margins, beta=cfg.dpo.beta)
+    sample = partial(pairs.report, rows=held_out, micro=cfg.train.micro_batch, device=ranks.device, score=margins)
+    loss = pairs.dpo_loss(cfg.dpo.beta, cfg.dpo.label_smoothing)
+    parts = (base.model, base.weights, rows, {"held out": held_out}, loss, base.tokenizer)
+    training.run(Task(*parts, identity, about, intro, sample, base.saver), cfg, ranks)
 
 
-def refer(cfg, folder: Path, weights: str, parts: tuple, ranks) -> None:
+def add_reference(options: TrainConfig, base: training.Base, parts: dict[str, pairs.PairRows], ranks: Ranks) -> None:
     """Log-probabilities of the model as it is, into the rows: computed once, kept in out_dir for runs that go on."""
-    dtype = trainer.choose_dtype(cfg.train.dtype, ranks.device)
-    name = hashlib.sha256(" ".join([weights, str(dtype), *(rows.digest for rows in parts)]).encode()).hexdigest()[:16]
-    path = Path(cfg.train.out_dir) / f"reference-{name}.safetensors"
+    dtype = choose_dtype(options.dtype, ranks.device)
+    name = " ".join([base.identity["base"], str(dtype), *(rows.digest for rows in parts.values())])
+    path = Path(options.out_dir) / f"reference-{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
     if ranks.agree(path.is_file()):
         found = hf_folder.load_tensors(path)
     else:
-        model = hf_folder.build(*hf_folder.open_model(folder), ranks.device).eval()
-        found = {}
-        for part, rows in zip(("train", "held_out"), parts):
+        found, score = {}, partial(pairs.log_probabilities, models.load_model(base.folder, ranks.device).eval())
+        for part, rows in parts.items():
             numbers = range(len(rows))[ranks.rank :: ranks.world]  # each rank its share
             found[part] = torch.zeros(len(rows), 2)
             with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-                found[part][numbers] = pairs.over_pairs(
-                    rows, cfg.train.micro_batch, ranks.device, partial(pairs.log_probabilities, model), numbers
-                )
+                found[part][numbers] = pairs.over_pairs(rows, options.micro_batch, ranks.device, score, numbers)
             found[part] = ranks.sum(found[part].to(ranks.device)).cpu()
         if ranks.first:
             path.parent.mkdir(parents=True, exist_ok=True)
             hf_folder.save_tensors(path, found)
-    for part, rows in zip(("train", "held_out"), parts):
+    for part, rows in parts.items():
         rows.reference = found[part]
 
 

@@ -15,10 +15,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from core import config, errors, files
+from core.config import Range, Section
 from core.errors import UserError
 
 # Okabe and Ito's palette without its yellow, too pale on paper; neighbours differ in lightness as well as in hue.
@@ -33,15 +35,15 @@ FONT = "DejaVu Sans"  # comes with matplotlib
 
 
 @dataclass(frozen=True)
-class PlotConfig:
+class PlotConfig(Section):
     output: str = "curves.png"  # an earlier one is replaced
-    smooth: int = 0  # steps in the thick line's mean; 1: single steps only; 0: a 25th of the longest run
+    # Steps in the thick line's mean; 1: single steps only; 0: a 25th of the longest run.
+    smooth: Annotated[int, Range(least=0)] = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.output.lower().endswith(".png"):
             raise ValueError(f"output = {self.output!r}, must end in .png")
-        if self.smooth < 0:
-            raise ValueError(f"smooth = {self.smooth}, must not be negative")
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,13 @@ class Curves:
     records: list[dict]
 
 
-def speed(record: dict) -> float | None:
-    """Tokens per second of a training step, those without a loss too where their number is told; else None."""
+def get_speed(record: dict) -> float | None:
+    """Tokens per second of a training step, those without a loss included where the record says how many; else None."""
     tokens = record.get("tokens", record.get("targets"))
     return tokens / record["seconds"] if tokens and record["seconds"] else None
 
 
-def without_bytes(record: dict) -> float | None:
+def get_loss_without_bytes(record: dict) -> float | None:
     """The validation loss where bits per byte are not known, as of chats."""
     return None if "val_bits_per_byte" in record else record.get("val_loss")
 
@@ -70,37 +72,40 @@ class Panel:
     key: str  # records without it have no point here
     value: Callable[[dict], float | None]
     noisy: bool = False  # differs from step to step: thin line and mean
-    lowest: bool = False  # its lowest value is told: that of the model in the run folder
+    lowest: bool = False  # the picture names its lowest value: that of the model in the run folder
     from_zero: bool = False
 
 
-def panels() -> list[Panel]:
+def make_panels() -> list[Panel]:
     """All panels in the order of the picture."""
     return [
         Panel("training loss", "nats per token", "loss", lambda r: r["loss"], noisy=True),
         Panel("validation bits per byte", "bits", "val_bits_per_byte", lambda r: r["val_bits_per_byte"], lowest=True),
-        Panel("validation loss", "nats per token", "val_loss", without_bytes, lowest=True),
+        Panel("validation loss", "nats per token", "val_loss", get_loss_without_bytes, lowest=True),
         Panel("learning rate", "", "lr", lambda r: r["lr"]),
         Panel("gradient norm before clipping", "", "grad_norm", lambda r: r["grad_norm"], noisy=True),
-        Panel("speed", "tokens per second", "seconds", speed, noisy=True, from_zero=True),
+        Panel("speed", "tokens per second", "seconds", get_speed, noisy=True, from_zero=True),
     ]
 
 
 def main() -> None:
+    # Run folders stand in front of the options.
     words = sys.argv[1:]
     number = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
     if not number and not {"-h", "--help"} & {*words}:
         raise UserError("no run folder in front of the options", "python plot.py out/pretrain out/sft")
     cfg = config.load(__doc__, {"plot": PlotConfig}, words[number:]).plot
-    check_library()
-    runs = [read(folder, name) for folder, name in zip(words, names(words[:number]))]
-    picture, path = figure(runs, cfg.smooth), Path(cfg.output)
+    require_matplotlib()
+
+    # Records in, picture out.
+    runs = [read(folder, name) for folder, name in zip(words, choose_names(words[:number]))]
+    picture, path = draw_figure(runs, cfg.smooth), Path(cfg.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.replace(path, lambda p: p.write_bytes(png(picture)))
+    files.replace(path, lambda p: p.write_bytes(make_png(picture)))
     print(f"{path}: {len(picture.axes)} panels of {', '.join(f'{r.name} ({len(r.records):,} records)' for r in runs)}")
 
 
-def check_library() -> None:
+def require_matplotlib() -> None:
     """UserError where matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
@@ -108,11 +113,11 @@ def check_library() -> None:
         raise UserError("a picture needs the package matplotlib", "pip install -r requirements-plot.txt") from None
 
 
-def names(folders: list[str]) -> list[str]:
+def choose_names(folders: list[str]) -> list[str]:
     """What to call each folder: its own name where no other has it, else the whole path as given."""
     own = [Path(folder).resolve().name for folder in folders]
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
-        raise UserError(f"{' '.join(folders)}: the same folder stands twice")
+        raise UserError(f"{' '.join(folders)}: the same folder is given twice")
     return [name if own.count(name) == 1 else folder for name, folder in zip(own, folders)]
 
 
@@ -126,7 +131,7 @@ def read(folder: str, name: str) -> Curves:
     if not path.is_file():
         raise UserError(f"{path}: no such file", "a folder that pretrain.py or sft.py has written has one")
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = [record for line in lines if (record := parsed(line))]
+    records = [record for line in lines if (record := parse(line))]
     if torn := sum(bool(line.strip()) for line in lines) - len(records):
         print(f"note: {path}: {torn} torn lines are left out", file=sys.stderr)
     if not records:
@@ -134,7 +139,7 @@ def read(folder: str, name: str) -> Curves:
     return Curves(name, records)
 
 
-def parsed(line: str) -> dict | None:
+def parse(line: str) -> dict | None:
     """A line's record, or None if it is torn."""
     try:
         record = json.loads(line)
@@ -143,7 +148,7 @@ def parsed(line: str) -> dict | None:
         return None
 
 
-def series(run: Curves, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
+def read_points(run: Curves, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
     """Steps (N,) and values (N,) of a run's points in a panel; what is no finite number is NaN, a gap in the line."""
     records = [r for r in run.records if panel.key in r]
     values = [panel.value(r) for r in records]
@@ -168,7 +173,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(finite, means, math.nan)
 
 
-def figure(runs: list[Curves], window: int = 0):
+def draw_figure(runs: list[Curves], window: int = 0):
     """A matplotlib Figure with a panel for each quantity that any of the runs has.
 
     Args:
@@ -180,11 +185,14 @@ def figure(runs: list[Curves], window: int = 0):
 
     if len(runs) > MOST_RUNS:
         raise UserError(f"{len(runs)} runs: more than {MOST_RUNS} cannot be told apart in one picture")
+    # The points of all runs in each panel; a panel without a number in any of them is left out.
     window = window or max(1, max(sum("loss" in r for r in run.records) for run in runs) // 25)
-    drawn = [(panel, [series(run, panel) for run in runs]) for panel in panels()]
+    drawn = [(panel, [read_points(run, panel) for run in runs]) for panel in make_panels()]
     drawn = [(panel, points) for panel, points in drawn if any(np.isfinite(values).any() for _, values in points)]
     if not drawn:
         raise UserError("none of the runs has a number to draw")
+
+    # Two panels in a row. All show the same steps: what happens at a step is at the same place in each.
     columns = min(2, len(drawn))
     rows = math.ceil(len(drawn) / columns)
     last = max(steps.max() for _, points in drawn for steps, _ in points if len(steps))
@@ -199,15 +207,15 @@ def figure(runs: list[Curves], window: int = 0):
         axes.spines[["top", "right"]].set_visible(False)
         for number, (steps, values) in enumerate(points):
             if np.isfinite(values).any():
-                draw(axes, panel, steps, values, style(number), window, faint=max(0.1, 0.6 / len(runs)))
+                draw_run(axes, panel, steps, values, choose_style(number), window, faint=max(0.1, 0.6 / len(runs)))
         axes.set_xlim(0, 1.06 * last)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-    legend(picture, runs, window)
+    draw_legend(picture, runs, window)
     return picture
 
 
-def png(picture) -> bytes:
+def make_png(picture) -> bytes:
     """The picture as a PNG of 64 colours: lines on white need no more, and a third of the bytes does."""
     from PIL import Image  # comes with matplotlib
 
@@ -218,7 +226,7 @@ def png(picture) -> bytes:
     return small.getvalue()
 
 
-def style(number: int) -> dict:
+def choose_style(number: int) -> dict:
     """How the lines of a run look."""
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -229,7 +237,7 @@ def style(number: int) -> dict:
     }
 
 
-def draw(axes, panel: Panel, steps: np.ndarray, values: np.ndarray, look: dict, window: int, faint: float) -> None:
+def draw_run(axes, panel: Panel, steps: np.ndarray, values: np.ndarray, look: dict, window: int, faint: float) -> None:
     """One run in one panel."""
     if panel.noisy and window > 1:
         # Below the thick lines of all runs, and the fainter the more they are.
@@ -241,13 +249,14 @@ def draw(axes, panel: Panel, steps: np.ndarray, values: np.ndarray, look: dict, 
         axes.legend(fontsize=9, handlelength=4, frameon=False)
 
 
-def legend(picture, runs: list[Curves], window: int) -> None:
+def draw_legend(picture, runs: list[Curves], window: int) -> None:
     """The runs' names above all panels, and below what the lines show."""
     from matplotlib.lines import Line2D
 
+    # Each name in a font that has its characters; a number where there is none.
     labels, fonts = [], [FONT]
     for number, run in enumerate(runs):
-        font = font_for(run.name)
+        font = find_font(run.name)
         if font is None:
             print(
                 f"note: no font here has all characters of {run.name}: the picture calls it run {number + 1}",
@@ -257,7 +266,9 @@ def legend(picture, runs: list[Curves], window: int) -> None:
             fonts.append(font)
         # matplotlib before 3.10 leaves out what begins with an underscore, hence the space; $ would begin a formula.
         labels.append(" " + (run.name if font else f"run {number + 1}").replace("$", r"\$"))
-    handles = [Line2D([], [], **style(number)) for number in range(len(runs))]
+
+    # A line of each run's style beside its name.
+    handles = [Line2D([], [], **choose_style(number)) for number in range(len(runs))]
     picture.legend(
         handles,
         labels,
@@ -271,7 +282,7 @@ def legend(picture, runs: list[Curves], window: int) -> None:
         picture.supxlabel(f"thin: single steps, thick: mean over {window} steps", fontsize=9, color="0.3")
 
 
-def font_for(text: str) -> str | None:
+def find_font(text: str) -> str | None:
     """The family of an installed font that has what matplotlib's own lacks of a text; None: there is none."""
     from matplotlib import font_manager
 
@@ -282,6 +293,7 @@ def font_for(text: str) -> str | None:
         except (OSError, RuntimeError):  # a font that freetype cannot read, as some of emoji
             return False
 
+    # Matplotlib's own font will do for most names.
     own = font_manager.findfont(FONT)
     lacking = {c for c in text if not has(own, {c})}
     if not lacking:

@@ -16,9 +16,9 @@ from core import errors
 from core.bins import TokenBin
 from core.config import Range, Section
 from core.data import BinRows, Rows
+from core.device import describe
 from core.generate import SamplingConfig, generate
 from core.hf_config import CheckedConfig, identify
-from core.size import describe
 from model import Llama
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer

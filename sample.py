@@ -17,11 +17,10 @@ in such lines, too. With --retrieve each line has its "passages"; the prompt in 
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
 
 from assembly.inference import Generator, InferenceConfig, open_generator
 from core import config, errors
-from core.config import Range, Section
+from core.config import Section
 from core.errors import UserError
 from core.generate import SamplingConfig, fit_prompt, generate
 
@@ -29,68 +28,54 @@ from core.generate import SamplingConfig, fit_prompt, generate
 @dataclass(frozen=True)
 class SampleConfig(Section):
     prompt: str = ""  # "" without the other ways to ask: the model begins by itself
-    prompts: str = ""  # a file of prompts, .jsonl or one a line
-    output: str = ""  # where the answers go as JSONL; "": printed
     chat: bool = False  # talk turn by turn
     stop: tuple[str, ...] = ()  # strings that end a text, without them
-    n: Annotated[int, Range(least=1, most=1024)] = 1  # texts for each prompt, drawn with seed, seed + 1 ...
-    # Beam search of this width instead of drawing: the n likeliest texts.
-    beams: Annotated[int, Range(least=0, most=1024)] = 0
-    # Beams: scores are divided by the length to this power; above 0 longer texts gain.
-    length_penalty: Annotated[float, Range(least=-100, most=100)] = 1.0
-    # With each token its log-probability, and those of so many likeliest ones.
-    logprobs: Annotated[int, Range(least=0, most=100)] = 0
-    batch: Annotated[int, Range(least=1)] = 16  # texts that are continued at once
 
     def __post_init__(self):
-        super().__post_init__()
         if "" in self.stop:
             raise ValueError("stop must not be empty")
-        if self.beams and self.n > self.beams:
-            raise ValueError(f"n = {self.n}, beams = {self.beams}: n must be at most beams")
-        if self.logprobs and self.beams:
-            raise ValueError(f"logprobs = {self.logprobs} does not go with beams")
-        if self.chat and (self.prompts or self.n > 1 or self.beams or self.logprobs):
-            raise ValueError("chat goes neither with prompts nor with n, beams or logprobs")
 
 
 SECTIONS = {
     "inference": InferenceConfig,
     "sample": SampleConfig,
     "sampling": SamplingConfig,
+    "many": "extras.decoding.prompts:ManyConfig",
     "retrieval": "extras.retrieval.bm25:RetrievalConfig",
 }
 
 
 def main() -> None:
     cfg = config.load(__doc__, SECTIONS, sys.argv[1:])
-    asked = cfg.sample
-    if asked.beams and cfg.inference.compile:
-        raise UserError("beams do not go with compile")
+    many = cfg.many is not None and cfg.many.wanted
+    if cfg.sample.chat and many:
+        raise UserError("chat goes neither with prompts nor with n, beams, logprobs or output")
     generator = open_generator(cfg.inference)
     shelf = open_shelf(generator, cfg) if cfg.retrieval is not None and cfg.retrieval.retrieve else None
-    # A conversation, many answers at once, or one text as it comes.
-    if asked.chat:
-        converse(generator, cfg, shelf)
-    elif asked.prompts or asked.n > 1 or asked.beams or asked.logprobs or asked.output:
+    # Many answers at once, a conversation, or one text as it comes.
+    if many:
         from extras.decoding.prompts import answer_all
 
         answer_all(generator, cfg, shelf)
+    elif cfg.sample.chat:
+        from extras.decoding.conversation import converse
+
+        converse(generator, lambda messages: stream(generator, messages, cfg, shelf))
     else:
-        stream(generator, asked.prompt, cfg, shelf)
+        stream(generator, cfg.sample.prompt, cfg, shelf)
 
 
 def stream(generator: Generator, prompt: str | list[dict], cfg, shelf=None) -> str:
     """Print the continuation or answer as it comes, and return it."""
     if shelf:
-        prompt, passages, left_out = shelf.put(prompt)
-        told = " ".join(f"{n}. {passage}" for n, passage in enumerate(passages, 1)) or "none"
-        told = "".join(c if c.isprintable() else "?" for c in told)  # no control characters on the terminal
-        print(f"passages: {told}" + (f" ({left_out} more had no room)" if left_out else ""), file=sys.stderr)
+        prompt, told = shelf.put_and_tell(prompt)
+        print(told, file=sys.stderr)
+    # What will not work is said before anything is printed.
     ids = generator.encode(prompt)
-    fit_prompt(ids, generator.model, cfg.sampling)  # an impossible prompt is refused before it is printed
+    fit_prompt(ids, generator.model, cfg.sampling)
     if note := generator.describe_room([ids], cfg.sampling):
         print(f"note: {note}", file=sys.stderr)
+    # A continuation reads on from its prompt, an answer stands alone.
     if not generator.chat_format:
         print(prompt, end="")
     said = ""
@@ -120,6 +105,7 @@ def write(generator: Generator, ids: list[int], cfg) -> Iterator[str]:
 
 def write_ids(generator: Generator, ids: list[int], sampling: SamplingConfig) -> Iterator[int]:
     """New ids, one by one."""
+    # A compiled step pays where steps are many, and is another wing's.
     if not generator.compile:
         return generate(generator.model, ids, sampling, generator.stop_ids)
     from extras.decoding.batching import generate_all
@@ -128,39 +114,11 @@ def write_ids(generator: Generator, ids: list[int], sampling: SamplingConfig) ->
     return (id for step in steps for _, id in step)
 
 
-def converse(generator: Generator, cfg, shelf) -> None:
-    """Turn by turn on the terminal, the whole conversation in front of each answer; passages before the newest only."""
-    if not generator.chat_format:
-        raise UserError("--chat needs a chat model", "python sft.py makes one")
-    messages: list[dict] = []
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        messages.append({"role": "user", "content": line})
-        try:
-            reply = stream(generator, messages, cfg, shelf)
-        except UserError as e:
-            print(f"{e}; the conversation starts anew", file=sys.stderr)
-            messages = []
-            continue
-        # An empty answer would not be a valid turn.
-        messages.append({"role": "assistant", "content": reply}) if reply else messages.pop()
-
-
 def open_shelf(generator: Generator, cfg):
-    """The passages to answer from; an answer of up to a quarter of the context has room behind them."""
-    from extras.retrieval.bm25 import Shelf
+    """The passages to answer from."""
+    from extras.retrieval.bm25 import open_shelf
 
-    if not generator.chat_format:
-        raise UserError("--retrieve needs a chat model", "python sft.py makes one")
-    room = generator.context - min(cfg.sampling.max_new_tokens, generator.context // 4)
-    shelf = Shelf(cfg.retrieval, generator.encode, room)
-    print(f"note: {shelf.told}", file=sys.stderr)
-    return shelf
+    return open_shelf(generator, cfg.retrieval, cfg.sampling)
 
 
 if __name__ == "__main__":

@@ -10,56 +10,56 @@
 
 /v1/models, /v1/chat/completions, /v1/completions, /health, and the page at /. What a request does not say is as in
 sample.py, but for the seed, which is then drawn, and the length, which the context ends.
-Needs starlette and uvicorn: pip install -r requirements-serve.txt
+Needs starlette, uvicorn and pydantic: pip install -r requirements-serve.txt
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from assembly.inference import Speaker, SpeakerConfig
+from assembly.inference import InferenceConfig, open_generator
 from core import config, errors
+from core.config import Range, Section
 from core.errors import UserError
 from extras.serve import app, wire, worker
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(Section):
     host: str = "127.0.0.1"  # the address to listen on; others than this machine's own need an api_key
-    port: int = 8000  # 0: a free one
+    port: Annotated[int, Range(least=0, most=(1 << 16) - 1)] = 8000  # 0: a free one
     api_key: str = ""  # what clients have to bring, as "Authorization: Bearer ..."
     names: tuple[str, ...] = ()  # host names of this server that requests may say, beside localhost and `host`
-    rows: int = 16  # texts at once, each with a cache of `context` positions
-    queue: int = 64  # requests that may wait for a row; more are told to come again
-    context: int = 0  # positions of a text, prompt and answer; 0: the model's
+    rows: Annotated[int, Range(least=1, most=1024)] = 16  # texts at once, each with a cache of `context` positions
+    queue: Annotated[int, Range(least=1, most=1 << 16)] = (
+        64  # requests that may wait for a row; more are told to come again
+    )
+    context: Annotated[int, Range(least=0)] = 0  # positions of a text, prompt and answer; 0: the model's
 
     def __post_init__(self):
-        if not self.host or not 0 <= self.port < 1 << 16:
-            raise ValueError(f"host = {self.host!r}, port = {self.port}: needs an address, and a port from 0 to 65535")
+        super().__post_init__()
+        if not self.host:
+            raise ValueError("host = '': needs an address")
         if not (self.api_key.isascii() and self.api_key.isprintable()) or self.api_key != self.api_key.strip():
             raise ValueError("api_key must be printable ASCII without spaces around it")
         if not app.is_loopback(self.host) and not self.api_key:
             raise ValueError(f"host = {self.host!r} lets others ask: it needs an api_key")
-        if not 1 <= self.rows <= 1024 or not 1 <= self.queue <= 1 << 16 or self.context < 0:
-            raise ValueError(
-                f"rows = {self.rows}, queue = {self.queue}, context = {self.context}: "
-                "must be from 1 to 1024, from 1 to 65536, and not negative"
-            )
 
 
 def main() -> None:
-    cfg = config.load(__doc__, {"speaker": SpeakerConfig, "serve": ServeConfig}, sys.argv[1:])
+    cfg = config.load(__doc__, {"inference": InferenceConfig, "serve": ServeConfig}, sys.argv[1:])
     wire.packages()  # before the model is loaded
-    asked, speaker = cfg.serve, Speaker(cfg.speaker)
-    if asked.context > speaker.context:
-        raise UserError(f"--context {asked.context}: the model has {speaker.context} positions")
-    name = Path(cfg.speaker.adapter or speaker.name).resolve().name
+    asked, generator = cfg.serve, open_generator(cfg.inference)
+    if asked.context > generator.context:
+        raise UserError(f"--context {asked.context}: the model has {generator.context} positions")
+    name = Path(cfg.inference.adapter or generator.name).resolve().name
     sock = wire.listening(asked.host, asked.port)
-    writer = worker.Worker(speaker, asked.rows, asked.queue, asked.context or speaker.context)
+    writer = worker.Worker(generator, asked.rows, asked.queue, asked.context or generator.context)
     server = wire.make(app.App(writer, name, asked.host, asked.api_key, asked.names), writer)
     host = f"[{asked.host}]" if ":" in asked.host else asked.host
     print(
-        f"{name}: {'a chat' if speaker.chat_format else 'a base'} model, {writer.context} positions, "
+        f"{name}: {'a chat' if generator.chat_format else 'a base'} model, {writer.context} positions, "
         f"{asked.rows} texts at once; http://{host}:{sock.getsockname()[1]}",
         flush=True,
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from assembly import training
-from assembly.chats import chat_rows, mark_trained
+from assembly.chats import chat_rows, mark_trained, refuse_twins
 from core import errors
 from core.config import Range, Section
 from core.generate import SamplingConfig, generate
@@ -57,6 +57,7 @@ def main() -> None:
         for ids, mask, where in rows.samples[: cfg.chat.show_mask]:
             print(f"{where}: {mark_trained(tokenizer, ids, mask)}")
         return
+    refuse_twins(cfg.chat.val)
     val_rows = {path: chat_rows((path,), tokenizer, cfg.chat, seq_len) for path in cfg.chat.val}
 
     # The same loss and the same loop as in pretraining.

@@ -23,6 +23,7 @@ from core import device, files
 from core.checkpoint import Run, WholeModel
 from core.config import Range, Section
 from core.data import Batch, Rows, seed_micro_batch, step_rows
+from core.device import Speed, flops_per_token
 from core.distributed import Ranks
 from core.errors import Interrupted, UserError
 from core.guards import Spikes, StopSignals, refuse_non_finite
@@ -30,7 +31,6 @@ from core.log import Log
 from core.memory import save_memory
 from core.optim import LossScale, learning_rate, make_optimizers
 from core.parallel import Strategy
-from core.size import Speed, flops_per_token
 from core.validate import validate
 from model import Llama
 
@@ -134,6 +134,7 @@ def train(
         UserError: the folder belongs to another run, the batch cannot be divided, or the ranks were started unlike.
         RankLost: another rank hangs or has ended.
     """
+    # The folder is locked from here on; a second run in it, or one of other data, is refused.
     options, rows = cfg.train, task.rows
     own = {"seed": options.seed, "data": rows.digest, "seq_len": rows.seq_len, "optimizer": cfg.optim.optimizer}
     run = Run(options.out_dir, task.identity | own, task.about, task.tokenizer, options.keep, ranks.first, task.saver)
@@ -154,8 +155,9 @@ def train(
 
 def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy], traced) -> None:
     options, optim, rows, model = cfg.train, cfg.optim, task.rows, task.model
+    # Ranks that were started unlike would compute different things, and wait for each other without end.
     dtype = device.choose_dtype(options.dtype, ranks.device)
-    _refuse_unlike_ranks(cfg, ranks, run)
+    _refuse_unlike_ranks(cfg, ranks, run, (Llama, type(model), kind))
 
     # The model gets its memory and its weights; with several ranks each holds a copy or a part of it.
     if ranks.device.type == "cpu":
@@ -189,6 +191,7 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
         left = f"{max_steps - state.step} are left"
         raise UserError(f"profile = {options.profile} needs {options.profile + 3} steps, {left}")
     log.progress(max_steps, state.step)
+    # Products run in dtype, everything else in fp32: so weights lose nothing by small updates.
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
     spikes = Spikes(options.stop_at_spike, log)
 
@@ -231,7 +234,7 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
             correction = options.batch_tokens / max(1.0, targets) / (scaler.scale if scaler else 1.0)
             norm = strategy.norm() * correction
 
-            # The guard: a number that is none never reaches the weights, on any rank.
+            # The guard: NaN and infinity never reach the weights, on any rank.
             finite = math.isfinite(mean) and math.isfinite(norm)
             if finite:
                 spikes.see(state.step + 1, mean)
@@ -245,6 +248,7 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
                 p.grad = None
             if scaler:
                 scaler.update(finite)
+            # In fp16 a scale that is too large gives such numbers at first; in any other case the run ends here.
             if not finite:
                 what = f"step {state.step + 1}: loss {mean}, gradient norm {norm}, lr {lr:.3e}"
                 where = {i: rows.where(i) for i in indices}
@@ -273,12 +277,12 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
                 raise Interrupted(f"saved {run.path(state.step)}, the same command goes on from there")
 
 
-def _refuse_unlike_ranks(cfg, ranks: Ranks, run: Run) -> None:
+def _refuse_unlike_ranks(cfg, ranks: Ranks, run: Run, classes: tuple[type, ...]) -> None:
     """UserError where a rank was started with other code, options or files than the first."""
     options = asdict(cfg.train) | asdict(cfg.optim)
     options = {k: v for k, v in options.items() if k not in ("device", "out_dir")}
-    code = [*sorted(Path(__file__).parent.glob("core/*.py")), Path(__file__), Path(sys.modules["model"].__file__)]
-    program = " ".join([torch.__version__, *map(files.sha256, code)])
+    code = [*sorted(Path(__file__).parent.glob("core/*.py")), *(sys.modules[c.__module__].__file__ for c in classes)]
+    program = " ".join([torch.__version__, *map(files.sha256, [__file__, *code])])
     ranks.same(program, "program")
     ranks.same(json.dumps(options), "configuration")
     ranks.same(json.dumps(run.identity), "data, model or tokenizer")

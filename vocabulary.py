@@ -8,7 +8,6 @@
 loaded only where a model follows its tokenizer, by prune --remap_model.
 """
 
-import pkgutil
 import sys
 
 from core import config, errors
@@ -47,7 +46,9 @@ def prune(argv: list[str]) -> None:
 
 def load_model(folder):
     """The model in a folder, of any family; what builds models, and torch with it, is loaded where one is asked for."""
-    return pkgutil.resolve_name("assembly.models:load_model")(folder)
+    from assembly import models
+
+    return models.load_model(folder)
 
 
 WORDS = {"train": train, "inspect": inspect, "prune": prune}

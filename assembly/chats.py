@@ -34,6 +34,8 @@ class ChatRows:
         self, samples: Iterable[tuple[Sequence[int], Sequence[int], str]], seq_len: int, pad_id: int, pack: bool = True
     ):
         self.seq_len, self.pad_id = seq_len, pad_id
+        # Chats are packed in their order, each into the last row if it has room: a row can be found without a search,
+        # and the order of the run mixes the rows anyway.
         self.samples = [(np.asarray(ids, np.int64), np.asarray(mask, bool), where) for ids, mask, where in samples]
         digest = hashlib.sha256()
         self.packs: list[list[int]] = []
@@ -49,7 +51,8 @@ class ChatRows:
             digest.update(ids.tobytes() + mask.tobytes())
         if not self.packs:
             raise UserError("no chats to train on")
-        digest.update(str(self.packs).encode())  # the rows' numbers mean another order in another packing
+        # The rows' numbers mean another order in another packing.
+        digest.update(str(self.packs).encode())
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -57,6 +60,7 @@ class ChatRows:
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """ids, targets, docs of row i, each (T,)."""
+        # Each chat is a document of its own: its positions begin at 0, and it does not see its neighbours.
         ids, targets, docs = [], [], []
         for number, k in enumerate(self.packs[i]):
             tokens, mask, _ = self.samples[k]
@@ -93,8 +97,8 @@ def chat_rows(paths: Sequence[str], tokenizer: Tokenizer, cfg, seq_len: int) -> 
     Raises:
         UserError: a line that is no chat, a file that is given twice, no chats that fit.
     """
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise UserError(f"{', '.join(paths)}: the same file is given twice")
+    refuse_twins(paths)
+    # A chat that does not fit is left out as a whole: half a chat would teach answers without their questions.
     samples, left_out = [], defaultdict(list)  # limit -> (where, tokens)
     question, answer = cfg.max_prompt_tokens, cfg.max_answer_tokens
     limits = {
@@ -113,11 +117,18 @@ def chat_rows(paths: Sequence[str], tokenizer: Tokenizer, cfg, seq_len: int) -> 
             left_out[over[0][0]].append((where, over[0][1]))
         else:
             samples.append((ids, mask, where))
+    # What was left out is counted and named: nothing is dropped in silence.
     lines = [f"{len(found)} chats {what} left out: {name_some(found)}" for what, found in left_out.items()]
     if not samples:
         raise UserError(f"{', '.join(paths)}: no chats that fit into {seq_len} tokens", "; ".join(lines)[:300])
     rows = ChatRows(samples, seq_len, tokenizer.eos_id, cfg.pack)
     return rows, [f"{', '.join(paths)}: {len(samples)} chats in {len(rows)} rows of {seq_len}", *lines]
+
+
+def refuse_twins(paths: Sequence[str]) -> None:
+    """UserError where two paths are the same file."""
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise UserError(f"{', '.join(paths)}: the same file is given twice")
 
 
 def read_messages(paths: Sequence[str]) -> Iterator[tuple[str, list]]:

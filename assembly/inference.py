@@ -15,8 +15,7 @@ from core.config import Section
 from core.device import DTYPES
 from core.distributed import start
 from core.errors import UserError
-from core.fast_linear import for_decoding
-from core.generate import SamplingConfig, fit_prompt
+from core.generate import SamplingConfig, fit_prompt, for_decoding
 from model import Llama
 from tokenizer import Tokenizer, chat
 from tokenizer import load as load_tokenizer
@@ -78,19 +77,34 @@ class Generator:
         """Text of new ids, up to the first of the stop strings."""
         decoder = self.decoder(prompt_ids)
         text = "".join(map(decoder.push, new_ids)) + decoder.flush()
-        # The stop string that is whole first ends the text, as it does where text is streamed.
-        ends = [(at + len(string), at) for string in stop if (at := text.find(string)) >= 0]
-        return self.trim(text[: min(ends)[1]] if ends else text)
-
-    def until_stop(self, stops: Sequence[str]):
-        """What text passes through piece by piece, up to the first of the stop strings."""
-        from extras.decoding.stop import UntilStop
-
-        return UntilStop(stops)
+        # The stop string that is whole first ends the text.
+        found = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+        return self.trim(text[: min(found)[1]] if found else text)
 
     def trim(self, text: str) -> str:
         """A continuation as it is."""
         return text
+
+    def continue_all(
+        self, prompts: list[list[int]], sampling: SamplingConfig, rows: int, n: int = 1, logprobs: int = 0
+    ):
+        """The n texts of each prompt, `rows` of them at once; see extras/decoding/batching.py."""
+        from extras.decoding.batching import continued
+
+        options = {"rows": rows, "n": n, "logprobs": logprobs, "compiled": self.compile}
+        return continued(self.model, prompts, sampling, self.stop_ids, **options)
+
+    def new_batch(self, rows: int, length: int):
+        """A batch without texts, `rows` at once of up to `length` positions; see extras/decoding/batching.py."""
+        from extras.decoding.batching import Batch
+
+        return Batch(self.model, rows, length, self.compile)
+
+    def until(self, stop: Sequence[str]):
+        """What cuts a text at the first of these strings; see extras/decoding/stop.py."""
+        from extras.decoding.stop import UntilStop
+
+        return UntilStop(stop)
 
     def describe_room(self, prompts: list[list[int]], sampling: SamplingConfig) -> str:
         """A note where the context, not max_new_tokens, will end texts, or on what of prompts is left out; else ""."""
@@ -129,14 +143,18 @@ class Chat(Generator):
 
 def open_generator(cfg: InferenceConfig) -> Generator:
     """The model that the options name: a Chat where it has a chat format, else a Generator."""
-    asked = cfg.model or (base_of(cfg.adapter) if cfg.adapter else newest_model())
-    folder = hf_folder.model_folder(asked)
-    tokenizer, own = load_tokenizer(folder), hf_folder.load_about(folder).get("chat_format")
+    adapter, asked = None, cfg.model
     if cfg.adapter:
         from extras.finetune import lora
 
-        own = hf_folder.load_about(lora.find_adapter(cfg.adapter)).get("chat_format", own)
-    model = for_decoding(load_weights(folder, cfg)).eval()
+        adapter = lora.find_adapter(cfg.adapter)
+        asked = asked or lora.base_of(adapter)
+    asked = asked or newest_model()
+    folder = hf_folder.model_folder(asked)
+    own = hf_folder.load_about(folder).get("chat_format")
+    if adapter:
+        own = hf_folder.load_about(adapter).get("chat_format", own)
+    tokenizer, model = load_tokenizer(folder), for_decoding(load_weights(folder, adapter, cfg)).eval()
     hf_folder.check_tokenizer(folder, model, tokenizer)
     chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
     name = Path(cfg.adapter or asked).name
@@ -145,37 +163,43 @@ def open_generator(cfg: InferenceConfig) -> Generator:
     return Chat(model, tokenizer, cfg, name, chat_format)
 
 
-def load_weights(folder: Path, cfg: InferenceConfig) -> Llama:
+def load_weights(folder: Path, adapter: Path | None, cfg: InferenceConfig) -> Llama:
     """The model of a folder, with its adapter, in as many bits as the options say."""
     device = start(cfg.device).device
     quantised = files.read_json(folder / "config.json", hint=f"is {folder} a model folder?").get("quantization_config")
     # The lesson's path: a plain folder, read as it is.
-    if not (quantised or cfg.adapter or cfg.quantize != "none"):
+    if not (quantised or adapter or cfg.quantize != "none"):
         opened = open_model(folder, cfg.allow_pickle)
         return hf_folder.build(opened.model, opened.weights, device, DTYPES[cfg.dtype])
-    from extras.formats import quantize
-
     if quantised:
-        if cfg.adapter or cfg.quantize not in ("none", quantize.kind_of(folder)):
-            kind = quantize.kind_of(folder)
-            raise UserError(f"{folder}: its weights are {kind} already", "--model with the folder it was made of")
-        return quantize.load(folder, read_config(folder), device)
+        return load_quantised(folder, bool(adapter), cfg, device)
     opened = open_model(folder, cfg.allow_pickle)
-    model, weights = attach(opened, cfg.adapter) if cfg.adapter else (opened.model, opened.weights)
+    model, weights = attach(opened, adapter) if adapter else (opened.model, opened.weights)
     if cfg.quantize == "none":
         return hf_folder.build(model, weights, device, DTYPES[cfg.dtype])
-    if not cfg.adapter:
+    from extras.formats import quantize
+
+    if not adapter:
         return quantize.build(model, weights, cfg.quantize, device)
     from extras.finetune import lora
 
     return quantize.quantize(lora.merge(hf_folder.build(model, weights, device)), cfg.quantize)
 
 
-def attach(opened: hf_folder.Opened, adapter: str):
-    """A base with a saved adapter: the model on the meta device, and its weights."""
+def load_quantised(folder: Path, with_adapter: bool, cfg: InferenceConfig, device) -> Llama:
+    """The model of a folder whose weights are quantised already."""
+    from extras.formats import quantize
+
+    kind = quantize.kind_of(folder)
+    if with_adapter or cfg.quantize not in ("none", kind):
+        raise UserError(f"{folder}: its weights are {kind} already", "--model with the folder it was made of")
+    return quantize.load(folder, read_config(folder), device)
+
+
+def attach(opened: hf_folder.Opened, folder: Path):
+    """A base with the adapter of a folder: the model on the meta device, and its weights."""
     from extras.finetune import lora
 
-    folder = lora.find_adapter(adapter)
     # A base that was made to reach further before the adapter was trained.
     if changes := hf_folder.load_about(folder).get("base_changes", {}):
         from extras.families import llama_kin
@@ -187,11 +211,13 @@ def attach(opened: hf_folder.Opened, adapter: str):
     return lora.attach(opened, folder)
 
 
-def base_of(adapter: str) -> str:
-    """The base that an adapter names."""
+def find_adapter(path: str) -> tuple[Path, Path | None]:
+    """A folder, and the base's where it is an adapter's."""
+    if (Path(path) / "config.json").exists():
+        return hf_folder.model_folder(path), None
     from extras.finetune import lora
 
-    return lora.base_of(adapter)
+    return lora.find_adapter(path), hf_folder.model_folder(lora.base_of(path))
 
 
 def newest_model() -> str:

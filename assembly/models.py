@@ -23,7 +23,9 @@ def open_model(folder: str | Path, allow_pickle: bool = False) -> Opened:
         UserError: missing or damaged files, an unknown family, weights that do not fit the config, NaN in weights.
     """
     folder = Path(folder)
-    if _is_plain(folder) and (folder / "model.safetensors").is_file():
+    raw = _read_json(folder)
+    plain = hf_config.is_plain_llama(raw) and not raw.get("quantization_config")
+    if plain and (folder / "model.safetensors").is_file():
         return hf_folder.open_model(folder)
     from extras.families import folders
 
@@ -41,13 +43,12 @@ def load_model(
 def read_config(folder: str | Path) -> ModelConfig:
     """What a folder's config.json says, every number checked."""
     folder = Path(folder)
-    if _is_plain(folder):
+    if hf_config.is_plain_llama(_read_json(folder)):
         return hf_config.read_config(folder / "config.json")
     from extras.families import folders
 
     return folders.read_config(folder)
 
 
-def _is_plain(folder: Path) -> bool:
-    raw = files.read_json(folder / "config.json", hint=f"is {folder} a model folder?")
-    return hf_config.is_plain_llama(raw) and not raw.get("quantization_config")
+def _read_json(folder: Path) -> dict:
+    return files.read_json(folder / "config.json", hint=f"is {folder} a model folder?")

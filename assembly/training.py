@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -18,13 +19,11 @@ import trainer
 from assembly.models import open_model
 from core import config, distributed, hf_folder
 from core.checkpoint import WholeModel
-from core.data import plan_step
-from core.device import choose_dtype
 from core.distributed import Ranks
 from core.errors import UserError
 from core.memory import save_memory
 from core.optim import OptimConfig
-from core.parallel import DDP, FSDP, Strategy
+from core.parallel import DDP, Strategy
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 from tokenizer import load as load_tokenizer
@@ -38,10 +37,12 @@ WINGS = {
 }
 
 
-def load_options(doc: str, sections: dict[str, type | str], default: str):
-    """The options of a training command: its own sections, those of the loop, and those of the wings."""
-    sections = sections | {"optim": OptimConfig, "train": TrainConfig} | WINGS
-    return config.load(doc, sections, sys.argv[1:], default)
+def load_options(doc: str, sections: dict[str, type | str], default: str, wings: Iterable[str] = tuple(WINGS)):
+    """The options of a training command: its own sections, those of the loop, and those of its wings."""
+    sections = sections | {"optim": OptimConfig, "train": TrainConfig} | {name: WINGS[name] for name in wings}
+    cfg = config.load(doc, sections, sys.argv[1:], default)
+    # A wing that this command does not have is as one that nobody asked for.
+    return SimpleNamespace(**dict.fromkeys(WINGS) | vars(cfg))
 
 
 def join_ranks(cfg) -> Ranks:
@@ -85,12 +86,22 @@ def open_base(folder: str, allow_pickle: bool = False) -> Base:
     return Base(opened.model, opened.weights, tokenizer, path, identity, hf_folder.load_about(path))
 
 
+def open_chat_base(folder: str, chat_format: str) -> tuple[Base, str]:
+    """A chat model to go on from, and its chat format; chat_format "auto" is the model's own."""
+    base = open_base(folder)
+    chat_format = base.about.get("chat_format") if chat_format == "auto" else chat_format
+    if not chat_format:
+        raise UserError(f"{base.folder}: a base model has no way to answer", "python sft.py first, or --chat_format")
+    return base, chat_format
+
+
 def new_base(sizes: ModelConfig, kin, tokenizer: Tokenizer, seed: int) -> Base:
     """A model of these sizes with fresh weights and the tokenizer's vocabulary.
 
     Args:
         kin: KinOptions, or None for a plain Llama.
     """
+    # A larger vocabulary than the tokenizer's is allowed: its size may be rounded up for the sake of the products.
     size = sizes.vocab_size or tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         said = f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}"
@@ -131,6 +142,7 @@ def reach_further(base: Base, cfg) -> tuple[Base, dict]:
 
     if cfg.context and base.folder is None:
         raise UserError("context: a new model has max_position_embeddings", "--init_from DIR")
+    # Scaled positions are what Llama's kin have: the model becomes one of them, with the same weights.
     changes = longlora.plan(base.model.config, llama_kin.rope_type(base.model.config), cfg)
     model = llama_kin.change(base.model, changes) if changes else base.model
     model = longlora.shift(model) if cfg.shifted else model
@@ -159,55 +171,44 @@ def run(task: Task, cfg, ranks: Ranks) -> None:
         from extras.estimate import report
 
         return print(report.describe_run(task.model, cfg, task.rows, task.rows.seq_len, ranks))
+    if cfg.train.parallel == "pipeline" and task.loss is not trainer.next_token_loss:
+        raise UserError('parallel = "pipeline" trains on next tokens only', "--parallel fsdp")
+    # What the options were goes into the log and into run.json: a run explains itself.
     expected = expect_memory(task, cfg, ranks)
     options = config.as_dict(cfg)
     task = replace(task, about=task.about | {"options": options}, intro=(config.show(cfg), *task.intro, *expected))
+    # A tracker is closed however the run ends.
     with tracking(cfg, options, ranks) as track:
         trainer.train(task, cfg, ranks, choose_strategy(cfg.train, ranks), track, tracing(cfg.train, ranks))
     ranks.close()
 
 
 def choose_strategy(options: TrainConfig, ranks: Ranks) -> type[Strategy]:
-    """How the model is put on the ranks."""
+    """How the model is put on the ranks. All but the first two are wings."""
     if options.deterministic:
-        from extras.parallel.fixed_order import FixedOrder
-
-        return FixedOrder
-    if options.parallel == "pipeline":
-        from extras.parallel.pipeline import Pipeline
-
-        return Pipeline
-    if ranks.world == 1:  # nothing to share
-        return Strategy
-    if options.parallel == "zero1":
-        from extras.parallel.zero1 import ZeRO1
-
-        return ZeRO1
-    return {"ddp": DDP, "fsdp": FSDP}[options.parallel]
+        from extras.parallel.fixed_order import FixedOrder as Chosen
+    elif ranks.world == 1 and options.parallel != "pipeline":
+        Chosen = Strategy  # nothing to share
+    elif options.parallel == "ddp":
+        Chosen = DDP
+    elif options.parallel == "fsdp":
+        from extras.parallel.fsdp import FSDP as Chosen
+    elif options.parallel == "zero1":
+        from extras.parallel.zero1 import ZeRO1 as Chosen
+    else:
+        from extras.parallel.pipeline import Pipeline as Chosen
+    return Chosen
 
 
 def expect_memory(task: Task, cfg, ranks: Ranks) -> list[str]:
     """With --max_memory_gb a line on the memory of a step; UserError where it is too much."""
-    options = cfg.train
-    if not options.max_memory_gb:
+    if not cfg.train.max_memory_gb:
         return []
-    if options.parallel != "ddp":
-        raise UserError(f'max_memory_gb = {options.max_memory_gb} knows parallel "ddp" only', "--max_memory_gb 0")
     if task.loss is not trainer.next_token_loss:
         raise UserError("max_memory_gb knows training on the next token only", "a smaller --micro_batch")
     from extras.estimate import memory
 
-    _, rows, micro_batches = plan_step(options.batch_tokens, options.micro_batch, task.rows.seq_len, ranks.world)
-    step = memory.Step(
-        rows=rows,
-        seq_len=task.rows.seq_len,
-        dtype=choose_dtype(options.dtype, ranks.device),
-        checkpointing=options.gradient_checkpointing,
-        docs=task.rows.batch([0]).docs is not None,
-        device=ranks.device.type,
-        several=micro_batches > 1,
-    )
-    return [memory.check(task.model, cfg.optim, step, options.max_memory_gb)]
+    return [memory.expect(task.model, task.rows, cfg, ranks)]
 
 
 def tracking(cfg, options: dict, ranks: Ranks):

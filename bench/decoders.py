@@ -3,7 +3,8 @@
 In:  a model folder (a GGUF file for llama.cpp), ids of prompts, a number of new tokens. Out: seconds and ids.
 pip install transformers, xllamacpp for the peers.
 Each runs in a process of its own: a line in, a text is made; a line out, what it took.
-Knows nothing of the other contestants; ours is in bench.py, out of what sample.py uses.
+
+    python -m bench.decoders '{"name": "ours-bf16", ...}'       # arguments of `serve`
 """
 
 import json
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import torch
 
+from assembly.inference import InferenceConfig, open_generator
+from core.generate import SamplingConfig
 from model import Llama
 
 PEERS = ("ours", "transformers", "llama.cpp")
 
 
-def serve(name: str, path: str, prompt: list[int], new: int, threads: int, ours: Callable) -> None:
+def serve(name: str, path: str, prompt: list[int], new: int, threads: int) -> None:
     """For each line that comes, a line: seconds to the first id and to the last, and the ids; then bytes read an id."""
     torch.set_num_threads(threads)
     peer, *options = name.split("-")
@@ -34,6 +37,31 @@ def bytes_of_a_step(model: Llama) -> int:
     """What every new token reads of the weights: all but the embedding, of which it reads a row."""
     parts = (model.model.layers, model.lm_head)
     return sum(t.numel() * t.element_size() for part in parts for t in [*part.parameters(), *part.buffers()])
+
+
+def ours(folder: Path, options: list[str], threads: int) -> tuple[Callable, int]:
+    """What sample.py uses. Options: bf16, int8, int4, compiled, batch16."""
+    cfg = InferenceConfig(
+        model=str(folder),
+        dtype="bf16" if "bf16" in options else "fp32",
+        quantize=next((o for o in options if o in ("int8", "int4")), "none"),
+        compile="compiled" in options,
+        device="cpu",
+    )
+    generator = open_generator(cfg)
+    rows = next((int(o.removeprefix("batch")) for o in options if o.startswith("batch")), 1)
+    batches = []  # a compiled step is kept
+
+    def run(prompt: list[int], new: int):
+        if not batches:
+            batches.append(generator.new_batch(rows, len(prompt) + new))
+        began, first = time.perf_counter(), 0.0
+        texts = batches[0].add_all([prompt] * rows, SamplingConfig(max_new_tokens=new, temperature=0), set())
+        while batches[0].step():
+            first = first or time.perf_counter() - began
+        return first, time.perf_counter() - began, texts[0][0].added
+
+    return run, bytes_of_a_step(generator.model)
 
 
 def theirs(folder: Path, options: list[str], threads: int) -> tuple[Callable, int]:
@@ -92,3 +120,7 @@ def llama_cpp(path: Path, options: list[str], threads: int) -> tuple[Callable, i
         return answer["timings"]["prompt_ms"] / 1000, time.perf_counter() - began, answer["tokens"]
 
     return run, path.stat().st_size
+
+
+if __name__ == "__main__":
+    serve(**json.loads(sys.argv[1]))

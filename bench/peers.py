@@ -1,66 +1,80 @@
 """One training step of a Llama as others write it, for `python -m bench train`.
 
-In:  sizes, ids, dtype. Out: a function that takes one optimizer step and returns the loss.
+In:  sizes, ids, dtype. Out: one optimizer step, and its loss, each time one is asked for.
 Each peer is that project's model in the plainest loop its documentation shows: forward under autocast, backward, clip,
-AdamW as torch makes it by default. Ours is what core/engine.py does in a step. pip install transformers; litgpt with
---no-deps, and lightning.
+AdamW as torch makes it by default. Ours is trainer.py's own loop. pip install transformers; litgpt with --no-deps, and
+lightning.
 Knows nothing of files or of the other contestants.
 
-    python -m extras.peers '{"peer": "classic", ...}'       # a line in: take steps; a line out: what they took
+    python -m bench.peers '{"peer": "classic", ...}'       # a line in: take a step; a line out: what it took
 """
 
-import functools
 import json
-import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModelConfig
+from core.data import Batch
+from core.device import DTYPES
+from core.distributed import Ranks
+from core.memory import save_memory
+from core.optim import OptimConfig, make_optimizers
+from core.parallel import Strategy
+from model import Llama, ModelConfig, rope_table
+from trainer import Task, TrainConfig, next_token_loss, train
 
 PEERS = ("ours", "transformers", "trainer", "litgpt", "classic")
+ALONE = Ranks(0, 1, torch.device("cpu"))
+NEVER = 1 << 40  # steps
 
 
-def serve(
-    peer: str, sizes: dict, rows: int, seq_len: int, dtype: str, compiled: bool, checkpointing: str, micro_batches: int
-) -> None:
+@dataclass(frozen=True)
+class Setup:
+    """What all contestants train, and how.
+
+    Attributes:
+        ids: (B, T + 1), always the same ones: speed does not depend on them.
+        checkpointing: none, selective or full; theirs know only on and off.
+    """
+
+    config: ModelConfig
+    ids: Tensor
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+    checkpointing: str = "none"
+    micro_batches: int = 1
+
+
+def main() -> None:
     """For each line that comes, a line: seconds and loss of a step; then the highest memory of the process."""
+    asked = json.loads(sys.argv[1])
     torch.manual_seed(0)
-    ids = torch.randint(0, sizes["vocab_size"], (rows, seq_len + 1))
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    config = ModelConfig(**sizes)
-    compete(peer, config, ids, kind, compiled, checkpointing, micro_batches, Turns())
+    ids = torch.randint(0, asked["sizes"]["vocab_size"], (asked["rows"], asked["seq_len"] + 1))
+    options = {name: asked[name] for name in ("compiled", "checkpointing", "micro_batches")}
+    setup = Setup(ModelConfig(**asked["sizes"]), ids, DTYPES[asked["dtype"]], **options)
+    compete(asked["peer"], setup, Turns())
     peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
     about = {"peak_gb": int(peak) * 1024 / 1e9}
-    if peer == "ours" and not compiled and checkpointing == "none":
-        about["parts"] = parts(config, ids, kind)
+    if asked["peer"] == "ours" and not setup.compiled and setup.checkpointing == "none":
+        about["parts"] = parts(setup)
     print(json.dumps(about), flush=True)
 
 
-def compete(
-    peer: str,
-    config: ModelConfig,
-    ids: Tensor,
-    dtype: torch.dtype,
-    compiled: bool,
-    checkpointing: str,
-    micro_batches: int,
-    turns,
-) -> None:
-    """Steps on ids (B, T + 1), always the same ones (speed does not depend on them), for as long as turns.wait()."""
-    if peer == "trainer":
-        trainer(config, ids, dtype, compiled, checkpointing, micro_batches, turns)
-        return
-    make = ours if peer == "ours" else functools.partial(step_of, peer)
-    step = make(config, ids, dtype, compiled, checkpointing, micro_batches)
+def compete(peer: str, setup: Setup, turns) -> None:
+    """Steps for as long as turns.wait()."""
+    if peer in ("ours", "trainer"):  # they have loops of their own
+        return (ours if peer == "ours" else trainer)(setup, turns)
+    step = step_of(peer, setup)
     while turns.wait():
         turns.tell(step())
 
@@ -74,25 +88,87 @@ class Turns:
         return asked
 
     def tell(self, loss: float) -> None:
-        print(json.dumps({"seconds": time.perf_counter() - self.began, "loss": loss}), flush=True)
+        told = {"seconds": time.perf_counter() - self.began, "loss": loss}
+        print(json.dumps(told), file=sys.__stdout__, flush=True)  # what a loop itself prints goes elsewhere
 
 
-def parts(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> dict[str, float]:
+# ---------------------------------------------------------------- ours
+
+
+def fresh_model(config: ModelConfig) -> Llama:
+    """A Llama with its first weights."""
+    model = shapes_of(config)
+    Strategy(model, shapes_of(config).weights_at_birth(0), TrainConfig(), ALONE, torch.float32)
+    return model
+
+
+def shapes_of(config: ModelConfig) -> Llama:
+    """A Llama on the meta device."""
+    with torch.device("meta"):
+        return save_memory(Llama(config))
+
+
+class Enough(Exception):
+    """No more steps are asked for."""
+
+
+class SameRows:
+    """Rows of which all are alike; the first micro-batch of a step waits until the step is asked for."""
+
+    digest = "the same"
+
+    def __init__(self, setup: Setup, turns):
+        self.turns, self.micro_batches, self.given = turns, setup.micro_batches, 0
+        self.ids, self.targets = setup.ids[:, :-1], setup.ids[:, 1:]
+        self.seq_len = self.ids.shape[1]
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        if self.given % self.micro_batches == 0 and not self.turns.wait():
+            raise Enough
+        self.given += 1
+        return Batch(self.ids, self.targets, None, list(indices))
+
+    def where(self, i: int) -> str:
+        return "random ids"
+
+
+def ours(setup: Setup, turns) -> None:
+    """The loop itself, trainer.py: all that a run does in a step, its records among it, but for reading data."""
+    model, rows = shapes_of(setup.config), SameRows(setup, turns)
+    task = Task(model, shapes_of(setup.config).weights_at_birth(0), rows, {}, next_token_loss, None, {}, {})
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr), suppress(Enough):
+        options = TrainConfig(
+            out_dir=folder,
+            max_steps=NEVER,
+            batch_tokens=setup.micro_batches * rows.ids.numel(),
+            micro_batch=len(rows.ids),
+            dtype=next(name for name, dtype in DTYPES.items() if dtype == setup.dtype),
+            compile=setup.compiled,
+            gradient_checkpointing=setup.checkpointing,
+            save_every=NEVER,
+            eval_every=NEVER,
+            log_every=NEVER,
+        )
+        cfg = SimpleNamespace(train=options, optim=OptimConfig(warmup_steps=0))
+        train(task, cfg, ALONE, track=lambda record: turns.tell(record["loss"]))
+
+
+def parts(setup: Setup) -> dict[str, float]:
     """Seconds of each part of our step, forward and backward, alone and all layers together; medians of five."""
-    from core import optim
-    from model import Llama, rope_table
-
-    model = Llama(config)
-    model.init_weights(0)
+    config, ids, dtype = setup.config, setup.ids, setup.dtype
+    model = fresh_model(config)
     block, inputs, targets = model.model.layers[0], ids[:, :-1], ids[:, 1:]
     x = torch.randn(*inputs.shape, config.hidden_size, requires_grad=True)
     rope = rope_table(torch.arange(inputs.shape[1])[None], config)
     ways = {
         "embedding": (1, lambda: model.model.embed_tokens(inputs)),
-        "attention": (config.num_hidden_layers, lambda: block.self_attn(x, rope, None, None)),
+        "attention": (config.num_hidden_layers, lambda: block.self_attn(x, rope, None)),
         "MLP": (config.num_hidden_layers, lambda: block.mlp(x)),
         "norms": (2 * config.num_hidden_layers + 1, lambda: block.input_layernorm(x)),
-        "head and loss": (1, lambda: model._losses(x, targets)),
+        "head and loss": (1, lambda: model.loss(x, model.lm_head, targets)),
     }
     found = {}
     for name, (times, way) in ways.items():
@@ -105,7 +181,7 @@ def parts(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> dict[str, flo
             seconds.append(time.perf_counter() - began)
             model.zero_grad()
         found[name] = times * statistics.median(seconds)
-    (optimizer,) = optim.make_optimizers(model, optim.OptimConfig())
+    (optimizer,) = make_optimizers(model, OptimConfig())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     seconds = []
@@ -116,50 +192,15 @@ def parts(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> dict[str, flo
     return found | {"optimizer": statistics.median(seconds)}
 
 
-def ours(
-    config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str, micro_batches: int
-) -> Callable[[], float]:
-    """A step of core/engine.py, without the data and the log."""
-    import trainer
-    from core import optim, parallel
-    from core.data import Batch
-    from core.distributed import Ranks
-    from core.loss import next_token_loss
-    from extras.estimate import memory
-    from model import Llama
-
-    memory.keep_freed_memory()
-    model, ranks = Llama(config), Ranks(0, 1, torch.device("cpu"))
-    model.init_weights(0)
-    model.gradient_checkpointing = checkpointing
-    cfg, options = trainer.TrainConfig(compile=compiled), optim.OptimConfig()
-    spread = parallel.spread(model, cfg, ranks, dtype)
-    optimizers, parameters = optim.make_optimizers(model, options), list(model.parameters())
-    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    batch = Batch(ids[:, :-1], ids[:, 1:], None, [])
-    targets = micro_batches * ids[:, 1:].numel()
-
-    def step() -> float:
-        mine = spread.accumulate([batch] * micro_batches, micro_batches, next_token_loss, 1 / targets, autocast)
-        loss, count = mine.tolist()
-        assert math.isfinite(trainer._finish_gradients(spread, parameters, targets / count, options))
-        for optimizer in optimizers:
-            optimizer.step()
-        for p in parameters:
-            p.grad = None
-        return loss / count
-
-    return step
+# ---------------------------------------------------------------- transformers and litgpt
 
 
-def trainer(
-    config: ModelConfig, ids: Tensor, dtype: torch.dtype, compiled: bool, checkpointing: str, micro_batches: int, turns
-) -> None:
+def trainer(setup: Setup, turns) -> None:
     """transformers' Trainer, which waits before each step and tells after it. In the main thread: glibc's allocator
     keeps no large memory for others."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    model, _ = transformers(config, checkpointing != "none")
+    model, _ = transformers(setup.config, setup.checkpointing != "none")
     losses = []
 
     class AsAsked(TrainerCallback):
@@ -178,53 +219,46 @@ def trainer(
 
     options = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=len(ids),
-        gradient_accumulation_steps=micro_batches,
+        per_device_train_batch_size=len(setup.ids),
+        gradient_accumulation_steps=setup.micro_batches,
         max_steps=1 << 20,
         learning_rate=3e-4,
         adam_beta2=0.95,
         weight_decay=0.1,
         lr_scheduler_type="constant",
-        bf16=dtype == torch.bfloat16,
+        bf16=setup.dtype == torch.bfloat16,
         use_cpu=True,
-        torch_compile=compiled,
+        torch_compile=setup.compiled,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
-    rows = [{"input_ids": row, "labels": row} for row in ids[:, :-1]] * micro_batches * 1024
+    rows = [{"input_ids": row, "labels": row} for row in setup.ids[:, :-1]] * setup.micro_batches * 1024
     work = Noting(model=model, args=options, train_dataset=rows, callbacks=[AsAsked()])
     work.remove_callback(PrinterCallback)  # standard output is ours
     work.train()
 
 
-def step_of(
-    peer: str,
-    config: ModelConfig,
-    ids: Tensor,
-    dtype: torch.dtype,
-    compiled: bool,
-    checkpointing: str,
-    micro_batches: int,
-) -> Callable[[], float]:
+def step_of(peer: str, setup: Setup) -> Callable[[], float]:
     """The peer's step in the plainest loop."""
     make = {"transformers": transformers, "litgpt": litgpt, "classic": classic}[peer]
-    model, loss_of = make(config, checkpointing != "none")
-    if compiled:
+    model, loss_of = make(setup.config, setup.checkpointing != "none")
+    if setup.compiled:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    context = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+    context = nullcontext() if setup.dtype == torch.float32 else torch.autocast("cpu", setup.dtype)
+    ids, count = setup.ids, setup.micro_batches
 
     def step() -> float:
-        for _ in range(micro_batches):
+        for _ in range(count):
             with context:
-                loss = loss_of(model, ids[:, :-1], ids[:, 1:]) / micro_batches
+                loss = loss_of(model, ids[:, :-1], ids[:, 1:]) / count
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item() * micro_batches
+        return loss.item() * count
 
     return step
 
@@ -351,4 +385,4 @@ class Classic(nn.Module):
 
 
 if __name__ == "__main__":
-    serve(**json.loads(sys.argv[1]))
+    main()

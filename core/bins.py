@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from core.errors import UserError
 BLOCK_BYTES = 16 << 20  # a hash per block: a later check can name the damaged part of a large file
 SAMPLE_TOKENS = 1 << 20  # at each end of a trusted bin, which identify it
 FORMAT = 1
+COUNTS = ("documents", "tokens", "text_bytes")
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -41,16 +42,9 @@ class BinWriter:
     """
 
     def __init__(self, path: Path, vocab_size: int, eos_id: int, tokenizer_sha256: str, source: str = ""):
-        self.path = Path(path)
-        self.about = {
-            "format": FORMAT,
-            "dtype": dtype_for(vocab_size).name,
-            "vocab_size": vocab_size,
-            "eos_id": eos_id,
-            "tokenizer_sha256": tokenizer_sha256,
-            "source": source,
-        }
-        self.dtype = dtype_for(vocab_size)
+        self.path, self.dtype = Path(path), dtype_for(vocab_size)
+        self.about = {"format": FORMAT, "dtype": self.dtype.name, "vocab_size": vocab_size, "eos_id": eos_id}
+        self.about |= {"tokenizer_sha256": tokenizer_sha256, "source": source}
         self.tokens = self.documents = self.text_bytes = 0
         self.sources: dict[str, dict[str, int]] = {}
         self._hashes: list[str] = []
@@ -74,30 +68,34 @@ class BinWriter:
         array = np.asarray(ids)
         # numpy wraps around silently when an id does not fit the dtype.
         assert array.size and array.min() >= 0 and array.max() < self.about["vocab_size"], "id outside the vocabulary"
+        # Written in whole blocks, so that each has its hash.
         self._block += array.astype(self.dtype, copy=False).tobytes()
-        while len(self._block) >= BLOCK_BYTES:
-            self._flush(BLOCK_BYTES)
+        self._write_blocks(BLOCK_BYTES)
         self.tokens += array.size
         self.documents += documents
         self.text_bytes += text_bytes
+        # The same three numbers once more, by the file that the documents are from.
         if source:
-            counts = self.sources.setdefault(source, {"documents": 0, "tokens": 0, "text_bytes": 0})
-            for name, number in (("documents", documents), ("tokens", array.size), ("text_bytes", text_bytes)):
+            counts = self.sources.setdefault(source, dict.fromkeys(COUNTS, 0))
+            for name, number in zip(COUNTS, (documents, array.size, text_bytes)):
                 counts[name] += number
 
     def flush(self) -> None:
         """Force all that was added to disk, after the last `add`: of several bins all can fail before one appears."""
-        if self._block:
-            self._flush(len(self._block))
+        self._write_blocks(1)
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _flush(self, size: int) -> None:
-        self._file.write(self._block[:size])
-        self._hashes.append(hashlib.sha256(self._block[:size]).hexdigest())
-        del self._block[:size]
+    def _write_blocks(self, least: int) -> None:
+        """Write blocks while there are at least so many bytes; the last one of a bin may be shorter than the others."""
+        while len(self._block) >= least:
+            block = self._block[:BLOCK_BYTES]
+            self._file.write(block)
+            self._hashes.append(hashlib.sha256(block).hexdigest())
+            del self._block[:BLOCK_BYTES]
 
     def __exit__(self, kind, error, trace) -> None:
+        # After an error nothing of the bin stays.
         try:
             if error is None:
                 if not self.tokens:
@@ -108,15 +106,9 @@ class BinWriter:
                 # In this order a kill leaves either pair whole, or a bin without sidecar, never a wrong pair.
                 sidecar.unlink(missing_ok=True)
                 os.replace(self._temporary, self.path)
-                self.about |= {
-                    "tokens": self.tokens,
-                    "documents": self.documents,
-                    "text_bytes": self.text_bytes,
-                    "sources": self.sources,
-                    "block_bytes": BLOCK_BYTES,
-                    "blocks_sha256": self._hashes,
-                }
-                files.write_json(sidecar, self.about)
+                counts = {name: getattr(self, name) for name in (*COUNTS, "sources")}
+                hashes = {"block_bytes": BLOCK_BYTES, "blocks_sha256": self._hashes}
+                files.write_json(sidecar, self.about | counts | hashes)
         finally:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
@@ -137,6 +129,7 @@ class TokenBin:
 
     def __init__(self, path: str | Path, vocab_size: int, tokenizer_sha256: str = "", warn=print, trust: bool = False):
         self.path, self.vocab_size = Path(path), vocab_size
+        # A file, with a whole number of ids.
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 -- open as long as this object lives
         except OSError as e:
@@ -144,34 +137,34 @@ class TokenBin:
         entry = os.fstat(self._file.fileno())
         if not stat.S_ISREG(entry.st_mode):
             raise UserError(f"{path}: not a file")
-        size = entry.st_size
-        sidecar, about = self.path.with_suffix(".json"), read_sidecar(self.path)
+        about = read_sidecar(self.path)
         self.dtype = np.dtype(about["dtype"]).newbyteorder("<") if about else dtype_for(vocab_size)
-        if size % self.dtype.itemsize:
-            raise UserError(f"{path}: {size} bytes is not a multiple of {self.dtype.itemsize}", "the file is damaged")
-        self.tokens = size // self.dtype.itemsize
-        self.text_bytes = about.get("text_bytes", 0)  # 0: not known, no bits per byte
-        self.eos_id = about.get("eos_id")
+        self.tokens, rest = divmod(entry.st_size, self.dtype.itemsize)
+        if rest:
+            said = f"{entry.st_size} bytes is not a multiple of {self.dtype.itemsize}"
+            raise UserError(f"{path}: {said}", "the file is damaged")
+        self.text_bytes, self.eos_id = about.get("text_bytes", 0), about.get("eos_id")  # 0: no bits per byte
         self._hashes, self._block_bytes = about.get("blocks_sha256"), about.get("block_bytes", BLOCK_BYTES)
+        # Its digest tells a resumed run that the data is the same. It is made of hashes that are there already, or,
+        # without a sidecar, of the ids.
         if about:
-            if about["tokens"] != self.tokens:
-                raise UserError(
-                    f"{path}: {self.tokens} tokens, {sidecar.name} says {about['tokens']}",
-                    "truncated? make it again with python data_process.py",
-                )
-            if about["vocab_size"] > vocab_size:
-                raise UserError(f"{path}: made for a vocabulary of {about['vocab_size']}, the model has {vocab_size}")
-            if tokenizer_sha256 and about["tokenizer_sha256"] != tokenizer_sha256:
-                theirs, ours = about["tokenizer_sha256"][:12], tokenizer_sha256[:12]
-                raise UserError(
-                    f"{path}: made with tokenizer {theirs!r}, this run has {ours!r}",
-                    "python data_process.py --input ... --tokenizer FOLDER --overwrite",
-                )
-            self.digest = hashlib.sha256("".join(about["blocks_sha256"]).encode()).hexdigest()
+            self._compare(about, tokenizer_sha256)
+            self.digest = hashlib.sha256("".join(self._hashes).encode()).hexdigest()
         else:
             checked = "ids are checked only as they are read" if trust else "every id is checked once"
-            warn(f"warning: {path} has no {sidecar.name}: {checked}, bits per byte are not known")
+            warn(f"warning: {path} has no {self.path.stem}.json: {checked}, bits per byte are not known")
             self.digest = self._sample() if trust else self._scan()
+
+    def _compare(self, about: dict, tokenizer_sha256: str) -> None:
+        """UserError where the sidecar says that this is not the bin for this tokenizer."""
+        if about["tokens"] != self.tokens:
+            said = f"{self.tokens} tokens, {self.path.stem}.json says {about['tokens']}"
+            raise UserError(f"{self.path}: {said}", "truncated? make it again with python data_process.py")
+        if (made_for := about["vocab_size"]) > self.vocab_size:
+            raise UserError(f"{self.path}: made for a vocabulary of {made_for}, the model has {self.vocab_size}")
+        if tokenizer_sha256 and about["tokenizer_sha256"] != tokenizer_sha256:
+            said = f"made with tokenizer {about['tokenizer_sha256'][:12]!r}, this run has {tokenizer_sha256[:12]!r}"
+            raise UserError(f"{self.path}: {said}", "python data_process.py --input ... --tokenizer FOLDER --overwrite")
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Ids [start, start + count) as int64.
@@ -179,6 +172,7 @@ class TokenBin:
         Read, not mapped: a file cut short under a running trainer gives an error here instead of a SIGBUS, and a
         50 GB bin does not count as 50 GB of resident memory.
         """
+        # Fewer bytes than asked for: somebody has cut the file since it was opened.
         size = self.dtype.itemsize
         raw = self._bytes(start * size, count * size)
         if len(raw) != count * size:
@@ -187,16 +181,12 @@ class TokenBin:
         # An id past the embedding would be a crash far from its cause, or on a GPU a dead process.
         if count and ids.max() >= self.vocab_size:
             at = int(ids.argmax())
-            raise UserError(
-                f"{self.path}: token {start + at} is {ids[at]}, vocab is {self.vocab_size}",
-                "another tokenizer's bin, or a damaged file",
-            )
+            said = f"token {start + at} is {ids[at]}, vocab is {self.vocab_size}"
+            raise UserError(f"{self.path}: {said}", "another tokenizer's bin, or a damaged file")
         return ids
 
     def _bytes(self, start: int, size: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._file.fileno(), size, start)
-        self._file.seek(start)  # Windows
+        self._file.seek(start)
         return self._file.read(size)
 
     def _scan(self) -> str:
@@ -217,24 +207,19 @@ class TokenBin:
 
         Returns:
             the number of blocks, all of them whole.
-
         Raises:
             UserError: no sidecar, or damaged blocks, each named with its bytes.
         """
+        # One block after another: the file may be larger than memory.
         if self._hashes is None:
             raise UserError(f"{self.path}: no {self.path.with_suffix('.json').name} beside it to compare it with")
         size = self._block_bytes
-        bad = [
-            k
-            for k, wanted in enumerate(self._hashes)
-            if hashlib.sha256(self._bytes(k * size, size)).hexdigest() != wanted
-        ]
+        found = (hashlib.sha256(self._bytes(k * size, size)).hexdigest() for k in range(len(self._hashes)))
+        bad = [k for k, (hash, wanted) in enumerate(zip(found, self._hashes)) if hash != wanted]
         if bad:
             places = ", ".join(f"block {k} (bytes {k * size:,} to {(k + 1) * size - 1:,})" for k in bad[:10])
-            raise UserError(
-                f"{self.path}: damaged in {len(bad)} of {len(self._hashes)} blocks: {places}",
-                "make it again, or copy it",
-            )
+            said = f"{self.path}: damaged in {len(bad)} of {len(self._hashes)} blocks: {places}"
+            raise UserError(said, "make it again, or copy it")
         return len(self._hashes)
 
 
@@ -248,49 +233,43 @@ def read_sidecar(path: str | Path) -> dict:
     path = Path(path).with_suffix(".json")
     if not path.exists():
         return {}
-    kinds = {
-        "format": int,
-        "dtype": str,
-        "tokens": int,
-        "vocab_size": int,
-        "eos_id": int,
-        "text_bytes": int,
-        "tokenizer_sha256": str,
-        "blocks_sha256": list,
-    }
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON", "make the bin again") from None
+    for problem in _problems(about):
+        raise UserError(f"{path}: {problem}", "make the bin again")
+    return about | {"sources": about.get("sources", {})}
+
+
+def _problems(about) -> Iterator[str]:
+    """What is wrong with a sidecar's content, the first thing first."""
     if not isinstance(about, dict):
-        raise UserError(f"{path}: not a JSON object", "make the bin again")
-    for key, kind in kinds.items():
-        if type(about.get(key)) is not kind:
-            raise UserError(f"{path}: {key} is missing or not of type {kind.__name__}", "make the bin again")
+        yield "not a JSON object"
+    # What every sidecar has, and what this version can read.
+    kinds = {int: ("format", "tokens", "vocab_size", "eos_id", "text_bytes"), str: ("dtype", "tokenizer_sha256")}
+    for kind, keys in (kinds | {list: ("blocks_sha256",)}).items():
+        yield from (f"{k} is missing or not of type {kind.__name__}" for k in keys if type(about.get(k)) is not kind)
     if about["format"] != FORMAT:
-        raise UserError(f"{path}: format {about['format']}, this version reads {FORMAT}", "make the bin again")
+        yield f"format {about['format']}, this version reads {FORMAT}"
     if about["dtype"] not in ("uint16", "uint32"):
-        raise UserError(f"{path}: dtype {about['dtype']!r} is neither uint16 nor uint32", "make the bin again")
+        yield f"dtype {about['dtype']!r} is neither uint16 nor uint32"
+    # A block is held in memory to be compared: its size is bounded, too.
     itemsize, block_bytes = np.dtype(about["dtype"]).itemsize, about.get("block_bytes", BLOCK_BYTES)
-    if type(block_bytes) is not int or not 1 <= block_bytes <= 1 << 30:  # a block is held in memory to be compared
-        raise UserError(f"{path}: block_bytes is {block_bytes!s:.40}, must be 1 to {1 << 30}", "make the bin again")
-    for key, least, most in (
-        ("tokens", 0, 1 << 60),
-        ("vocab_size", 1, 1 << 8 * itemsize),
-        ("eos_id", 0, about["vocab_size"] - 1),
-        ("text_bytes", 0, 1 << 60),
-    ):
+    if type(block_bytes) is not int or not 1 <= block_bytes <= 1 << 30:
+        yield f"block_bytes is {block_bytes!s:.40}, must be 1 to {1 << 30}"
+    limits = {"tokens": (0, 1 << 60), "vocab_size": (1, 1 << 8 * itemsize), "text_bytes": (0, 1 << 60)}
+    limits["eos_id"] = (0, about["vocab_size"] - 1)
+    for key, (least, most) in limits.items():
         if not least <= about[key] <= most:
-            raise UserError(f"{path}: {key} is {about[key]!s:.40}, must be {least} to {most}", "make the bin again")
+            yield f"{key} is {about[key]!s:.40}, must be {least} to {most}"
+    # A hash for each block, and counts for each source.
     hashes, blocks = about["blocks_sha256"], -(-about["tokens"] * itemsize // block_bytes)
-    if not all(isinstance(h, str) and re.fullmatch("[0-9a-f]{64}", h) for h in hashes) or len(hashes) != blocks:
-        raise UserError(f"{path}: blocks_sha256 does not hold {blocks} hashes", "make the bin again")
-    sources = about.setdefault("sources", {})
-    if not isinstance(sources, dict) or not all(
-        isinstance(found, dict) and all(type(found.get(key)) is int for key in ("documents", "tokens", "text_bytes"))
-        for found in sources.values()
-    ):
-        raise UserError(f"{path}: sources holds something else than counts", "make the bin again")
-    return about
+    if len(hashes) != blocks or not all(isinstance(h, str) and re.fullmatch("[0-9a-f]{64}", h) for h in hashes):
+        yield f"blocks_sha256 does not hold {blocks} hashes"
+    sources = about.get("sources", {})
+    found = sources.values() if isinstance(sources, dict) else [None]
+    if not all(isinstance(counts, dict) and all(type(counts.get(k)) is int for k in COUNTS) for counts in found):
+        yield "sources holds something else than counts"

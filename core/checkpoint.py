@@ -48,8 +48,8 @@ class WholeModel:
 
     def load(self, folder: Path, model: Llama) -> dict[str, Tensor]:
         """What was saved, by the model's names."""
-        family = family_of(model.config)
-        return {family.ours(name): t for name, t in load_tensors(folder / self.file).items()}
+        ours = family_of(model.config).ours
+        return {ours(name): t for name, t in load_tensors(folder / self.file).items()}
 
 
 @dataclass
@@ -77,13 +77,12 @@ class Run:
         saver: how models become files.
     """
 
-    def __init__(
-        self, folder: str | Path, identity: dict, about: dict, tokenizer, keep: int = 2, write: bool = True, saver=None
-    ):
+    def __init__(self, folder: str | Path, identity: dict, about: dict, tokenizer, keep=2, write=True, saver=None):
         self.saver = saver or WholeModel()
         self.folder, self.identity, self.about, self.tokenizer = Path(folder), identity, about, tokenizer
         self.keep, self.write = max(2, keep), write
         self.failures: dict[str, int] = {}  # in a row, by what was to be saved
+        # Locked first: what is half written belongs to nobody then.
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = files.lock(self.folder)
@@ -103,6 +102,7 @@ class Run:
         """Move an earlier run's files aside, to `<folder>.1` or the next free number; returns that folder."""
         if not self.write or not any(p.name != ".lock" for p in self.folder.iterdir()):
             return None
+        # By renames: nothing is deleted, and nothing is copied.
         number = next(n for n in range(1, 1 << 30) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
         aside = self.folder.with_name(f"{self.folder.name}.{number}")
         aside.mkdir()
@@ -127,33 +127,33 @@ class Run:
         Raises:
             UserError: no such checkpoint, or one of a run of another identity.
         """
-        path = None
-        if wanted == "auto":
-            path = self.newest(log)
-        elif wanted != "no":
-            path = Path(wanted)
-            problem = verify(path) if path.is_dir() else "No such folder"
-            if problem:
-                raise UserError(f"{path}: {problem}", "--resume auto takes the newest whole one")
+        if wanted == "no":
+            return State()
+        # The newest whole checkpoint, or the one that the user names.
+        path = self.newest(log) if wanted == "auto" else Path(wanted)
         if path is None:
             return State()
+        if wanted != "auto" and (problem := verify(path) if path.is_dir() else "No such folder"):
+            raise UserError(f"{path}: {problem}", "--resume auto takes the newest whole one")
         state = self.restore(path, strategy, scaler, log)
         log(f"resumed from {path}")
+        # From an older one the run goes another way: it must not meet its own later steps again.
         if wanted != "auto" and (later := self.set_aside_after(state.step)):
             log(f"set aside: {', '.join(p.name for p in later)}")
         return state
 
     def newest(self, warn: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that is whole; damaged ones are named through `warn` and passed over."""
-        for step in reversed(checkpoint_steps(self.folder)):
-            problem = verify(self.path(step))
+        for path in map(self.path, reversed(checkpoint_steps(self.folder))):
+            problem = verify(path)
             if problem is None:
-                return self.path(step)
-            warn(f"warning: {self.path(step)}: {problem}; trying the one before it")
+                return path
+            warn(f"warning: {path}: {problem}; trying the one before it")
         return None
 
     def restore(self, path: Path, strategy: Strategy, scaler: LossScale | None, warn: Callable[[str], None]) -> State:
         """Put a checkpoint's state into the strategy and the scaler; arguments and errors as `resume`."""
+        # Only a run of the same data, model and tokenizer goes on. Other options may change, and each is named.
         state = files.read_json(path / "state.json")
         self._check_identity(path, state)
         self._tell_options(state["about"].get("options", {}), warn)
@@ -163,35 +163,29 @@ class Run:
         if strategy.partial:
             weights = {name: t for name, t in weights.items() if name in mine}
         check_tensors(path / self.saver.file, weights, mine)
+        # The weights, the optimizers' moments, the scale of fp16, and where the run was.
         strategy.load(weights, load_tensors(path / "optimizer.safetensors"))
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         return State(**{field: state[field] for field in asdict(State())})
 
     def _check_identity(self, path: Path, state: dict) -> None:
+        """UserError where the checkpoint is another version's, or another run's."""
         if state["format"] != FORMAT:
-            by = state.get("versions", {})
-            raise UserError(
-                f"{path}: format {state['format']}, written with {by}, this version reads {FORMAT}",
-                "finish the run with the version that began it, or --resume no",
-            )
+            said = f"format {state['format']}, written with {state.get('versions', {})}, this version reads {FORMAT}"
+            raise UserError(f"{path}: {said}", "finish the run with the version that began it, or --resume no")
         then, now = state["identity"], self.identity
-        different = [
-            f"{key} was {then.get(key)!r}, now {now.get(key)!r}"
-            for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key)
-        ]
-        if different:
-            raise UserError(
-                f"{path} cannot be resumed: {'; '.join(different)}",
-                "--resume no starts anew (the old run is kept), or take another --out_dir",
-            )
+        keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+        if keys:
+            said = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys)
+            hint = "--resume no starts anew (the old run is kept), or take another --out_dir"
+            raise UserError(f"{path} cannot be resumed: {said}", hint)
 
     def _tell_options(self, then: dict, warn: Callable[[str], None]) -> None:
         """Name every option that has another value than when the checkpoint was written."""
         now = self.about.get("options", {})
+        # A section of a wing is there only if something named it; what changes training is in the identity.
         for section, values in then.items():
-            # A section of a wing is there only if something named it; what changes training is in the identity.
             for key, value in values.items() if section in now else ():
                 new = now[section].get(key)
                 if key not in ("resume", "log_every") and json.dumps(value) != json.dumps(new):
@@ -216,19 +210,16 @@ class Run:
         Raises:
             StorageError: the disk has refused once too often.
         """
+        # All ranks give their parts of weights and moments, and the first one writes.
         weights, moments = strategy.weights(self.saver.trained_only), strategy.moments()
         about = asdict(state) | {"scaler": scaler.state_dict() if scaler is not None else None}
         return self._survive("a checkpoint", warn, must, lambda: self._commit(strategy.model, weights, moments, about))
 
     def publish(self, strategy: Strategy, facts: dict, warn, must: bool = False) -> bool:
         """Write the model into the run folder itself, where sample.py, sft.py and transformers look for it."""
-        weights, about = strategy.weights(self.saver.trained_only), self.about | facts
-        return self._survive(
-            "the best model",
-            warn,
-            must,
-            lambda: self.saver.save(self.folder, strategy.model, self.tokenizer, about, weights),
-        )
+        weights = strategy.weights(self.saver.trained_only)
+        parts = (self.folder, strategy.model, self.tokenizer, self.about | facts, weights)
+        return self._survive("the best model", warn, must, lambda: self.saver.save(*parts))
 
     def note_divergence(self, facts: dict) -> None:
         """Write diverged.json, for the user to look at."""
@@ -237,22 +228,24 @@ class Run:
                 files.write_json(self.folder / "diverged.json", facts)
 
     def _survive(self, what: str, warn, must: bool, action: Callable[[], None]) -> bool:
+        """Whether what must be written was written; on the other ranks there is nothing to write."""
         if not self.write:
             return True
         try:
             action()
-            self.failures[what] = 0
-            return True
         except (OSError, SafetensorError) as e:  # safetensors reports a full disk as its own error
             self.failures[what] = self.failures.get(what, 0) + 1
             self._clear()
             line = f"{what} could not be saved: {getattr(e, 'strerror', None) or e}"
             if must or self.failures[what] == 3:
-                raise StorageError(f"{self.folder}: {line}", "checkpoints from before are whole") from None
-            warn(f"warning: {line}; those from before are whole, training goes on")
+                raise StorageError(f"{self.folder}: {line}", "the earlier checkpoints are whole") from None
+            warn(f"warning: {line}; the earlier ones are whole, training goes on")
             return False
+        self.failures[what] = 0
+        return True
 
     def _commit(self, model: Llama, weights: dict, moments: dict, about: dict) -> None:
+        """Write checkpoint-<step>, and delete the oldest ones."""
         final = self.path(about["step"])
         temporary = self.folder / f".tmp-{os.getpid()}-{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -261,15 +254,18 @@ class Run:
         moments = {name: t.detach().contiguous() for name, t in moments.items()}
         files.replace(temporary / "optimizer.safetensors", lambda p: save_file(moments, p))
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        run = {"identity": self.identity, "about": self.about, "versions": versions}
-        files.write_json(temporary / "state.json", {"format": FORMAT, **about, **run})
+        state = about | {"identity": self.identity, "about": self.about, "versions": versions}
+        files.write_json(temporary / "state.json", {"format": FORMAT} | state)
+        # The manifest says what a whole checkpoint is: each file with its size and hash.
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
         files.write_json(temporary / "manifest.json", manifest)
         # ... and becomes the checkpoint by one rename.
-        if final.exists():  # a damaged one that was passed over
+        # One of that name is a damaged one that was passed over.
+        if final.exists():
             self._discard(final)
         os.rename(temporary, final)
         files.fsync_dir(self.folder)
+        # The new one is safe: the oldest may go.
         for step in checkpoint_steps(self.folder)[: -self.keep]:
             self._discard(self.path(step))
 

@@ -37,6 +37,7 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
+        # Tensors of wings' batches, too. From pinned memory a GPU copies while the program goes on.
         tensors = {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
         return replace(self, **{name: t.pin_memory().to(device, non_blocking=True) for name, t in tensors.items()})
 
@@ -82,8 +83,8 @@ class BinRows:
 
     def __init__(self, bin: TokenBin, seq_len: int, docs: bool, eos_id: int, tail: bool = False):
         self.bin, self.seq_len, self.docs, self.eos_id = bin, seq_len, docs, eos_id
-        whole = (bin.tokens - 1) // seq_len
-        rest = bin.tokens - 1 - whole * seq_len
+        # The last id is only predicted, never read.
+        whole, rest = divmod(bin.tokens - 1, seq_len)
         self.rows, self.left_over = (whole + bool(rest), 0) if tail else (whole, rest)
         if self.rows < 1:  # an empty bin has -1
             needed = f"needs at least seq_len + 1 = {seq_len + 1}"
@@ -95,6 +96,7 @@ class BinRows:
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """ids, targets, docs of row i, each (T,)."""
+        # Row i + 1 begins with the id that row i ends with: the one predicts it, the other reads it.
         start = i * self.seq_len
         window = self.bin.read(start, min(self.seq_len + 1, self.bin.tokens - start))
         ids, targets = padded(window[:-1], self.seq_len, self.eos_id), padded(window[1:], self.seq_len, IGNORE)
@@ -144,12 +146,14 @@ def permute(k: int, n: int, key: str) -> int:
     assert 0 <= k < n
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
+    # Each round mixes one half of the bits with a hash of the other half, and swaps them: nothing is lost.
     while True:
         left, right = k >> half, k & low
         for round in range(4):
             digest = hashlib.blake2b(f"{key}:{round}:{right}".encode(), digest_size=8).digest()
             left, right = right, left ^ (int.from_bytes(digest, "little") & low)
         k = left << half | right
+        # A number outside the range is sent on, until it comes back into it.
         if k < n:
             return k
 
@@ -174,12 +178,14 @@ def plan_step(batch_tokens: int, micro_batch: int, seq_len: int, ranks: int) -> 
     Raises:
         UserError: batch_tokens cannot be dealt out to the ranks in whole rows.
     """
+    # Every rank has the same number of rows, whole ones.
     share = ranks * seq_len
     if batch_tokens % share:
         nearest = max(share, batch_tokens // share * share)
         multiple = f"ranks {ranks} x seq_len {seq_len} = {share}"
         raise UserError(f"batch_tokens {batch_tokens} is not a multiple of {multiple}", f"--batch_tokens {nearest}")
-    mine = batch_tokens // share  # rows of one rank's share
+    # Of one rank's rows the largest micro-batches of one size that memory allows.
+    mine = batch_tokens // share
     micro = next(n for n in range(min(micro_batch, mine), 0, -1) if mine % n == 0)
     return mine * ranks, micro, mine // micro
 

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import os
 import time
+import traceback
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +52,7 @@ class Ranks:
         """Refuse to start where the ranks disagree on `text`."""
         if self.world == 1:
             return
+        # A hash is short, and each rank sees whose is another.
         digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8, device=self.device)
         digests = [torch.empty_like(digest) for _ in range(self.world)]
         dist.all_gather(digests, digest)
@@ -65,32 +67,28 @@ class Ranks:
         """
         if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return None
-        frame = error.__traceback__
-        while frame.tb_next:
-            frame = frame.tb_next
-        during = frame.tb_frame.f_code.co_name
+        # The function that waited says what the run was doing.
+        during = traceback.extract_tb(error.__traceback__)[-1].name
         during = {"_engine_run_backward": "the sum of gradients in backward"}.get(during, during)
         if "timed out" not in str(error).lower():
             return RankLost(f"rank {self.rank}, {during}: another rank ended", "its own message tells why")
+        # Leave a note, and look for three seconds whose note is missing: the others began to wait a little later.
+        until, silent = time.monotonic() + 3, range(self.world)
         try:
             self.store.set(f"waited-{self.rank}", "")
-            until, silent = time.monotonic() + 3, []  # the others began to wait a little later
-            while time.monotonic() < until and (silent := self._silent()):
+            while silent and time.monotonic() < until:
                 time.sleep(0.1)
+                silent = [r for r in silent if not self.store.check([f"waited-{r}"])]
             who = f"rank {', '.join(map(str, silent))} did not" if silent else "one rank was too late to"
         except RuntimeError:  # without torchrun the store lives in rank 0
             who = "rank 0 did not"
-        return RankLost(
-            f"rank {self.rank}, {during}: {who} answer within timeout_s",
-            "the same command goes on from the last checkpoint",
-        )
-
-    def _silent(self) -> list[int]:
-        return [r for r in range(self.world) if not self.store.check([f"waited-{r}"])]
+        hint = "the same command goes on from the last checkpoint"
+        return RankLost(f"rank {self.rank}, {during}: {who} answer within timeout_s", hint)
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
-            gc.collect()  # a pipeline's schedule, a ring of references, would keep threads of the group until the end
+            # A pipeline's schedule, a ring of references, would keep threads of the group until the end.
+            gc.collect()
             dist.destroy_process_group()
 
 
@@ -103,6 +101,7 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
     Raises:
         UserError: no such device, half of torchrun's variables or wrong ones, or the ranks do not find each other.
     """
+    # Where this process computes: with torchrun each has a GPU of its own.
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -114,16 +113,18 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
     except (RuntimeError, NotImplementedError, AssertionError):
         raise UserError(f"device = {device!r} is not a device of this machine", "auto, cpu or cuda") from None
     if place.type == "cuda":
-        if not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"no device {device}, {torch.cuda.device_count()} CUDA devices are there", "--device cpu")
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (place.index or 0) >= count:
+            raise UserError(f"no device {device}, this machine has {count} CUDA devices", "--device cpu")
         torch.cuda.set_device(place)
+    # Without torchrun, or with one process, there is nobody to talk to.
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    present = [n for n in names if n in os.environ]
+    present, missing = [n for n in names if n in os.environ], [n for n in names if n not in os.environ]
     if not present or os.environ.get("WORLD_SIZE") == "1":
         return Ranks(0, 1, place)
-    if len(present) < len(names):
-        missing = ", ".join(n for n in names if n not in present)
-        raise UserError(f"{present[0]} is set but {missing} is not", "start with torchrun, or unset it")
+    if missing:
+        raise UserError(f"{present[0]} is set but {', '.join(missing)} is not", "start with torchrun, or unset it")
+    # The ranks meet at a store of notes, and form a group.
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     limit = datetime.timedelta(seconds=timeout_s)
     try:
@@ -137,10 +138,9 @@ def start(device: str = "auto", timeout_s: int = 600) -> Ranks:
     except (RuntimeError, ValueError) as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         me = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
-        raise UserError(
-            f"{me} does not meet the others at {where}: {e}",
-            "a free MASTER_PORT, and every rank started within timeout_s",
-        ) from None
+        hint = "a free MASTER_PORT, and every rank started within timeout_s"
+        raise UserError(f"{me} does not meet the others at {where}: {e}", hint) from None
+    # An error leaves threads of the group, and they would abort the process at its end.
     ranks = Ranks(rank, world, place, store)
-    atexit.register(ranks.close)  # an error leaves threads of the group, and they would abort the process at its end
+    atexit.register(ranks.close)
     return ranks

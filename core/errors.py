@@ -17,6 +17,7 @@ Knows nothing of tasks, files or tensors.
 import errno
 import os
 import sys
+import traceback
 
 from tokenizer import TokenizerError
 
@@ -66,43 +67,36 @@ def run(main) -> None:
     try:
         code = main() or 0
         sys.stdout.flush()
-    except UserError as e:
-        code = _fail(str(e), e.exit_code, debug)
-    except TokenizerError as e:
-        code = _fail(str(e), 2, debug)
-    except KeyboardInterrupt:
-        code = _fail("interrupted", 130, debug)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): not an error. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (RuntimeError, MemoryError) as e:
-        # torch's classes for a GPU and the processor; torch is not imported here, and for the latter has no class.
-        gpu, cpu = type(e).__name__ == "OutOfMemoryError", isinstance(e, MemoryError) or "allocate memory" in str(e)
-        if not (gpu or cpu):
+    except (Exception, KeyboardInterrupt) as e:
+        code, message = _explain(e)
+        if code == 1:
             raise
-        code = _fail(
-            f"out of {'GPU ' * gpu}memory -- when training a smaller --micro_batch or "
-            "--gradient_checkpointing full; --max_memory_gb tells before the start",
-            2,
-            debug,
-        )
-    except OSError as e:
-        name = f"{e.filename}: " if e.filename else ""
-        if e.errno in STORAGE_ERRNOS:
-            code = _fail(f"{name}{e.strerror}", 4, debug)
-        elif e.filename:
-            code = _fail(f"{name}{e.strerror}", 2, debug)
-        else:
-            raise
+        if debug:
+            traceback.print_exc()
+        print(f"{'stopped' if code in (75, 130) else 'error'}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        import traceback
-
-        traceback.print_exc()
-    prefix = "stopped" if code in (75, 130) else "error"
-    print(f"{prefix}: {message}", file=sys.stderr, flush=True)
-    return code
+def _explain(e: BaseException) -> tuple[int, str]:
+    """Exit code, and a line on what the user can mend; code 1 where that is not known."""
+    # What our own code has refused.
+    if isinstance(e, UserError):
+        return e.exit_code, str(e)
+    if isinstance(e, TokenizerError):
+        return 2, str(e)
+    if isinstance(e, KeyboardInterrupt):
+        return 130, "interrupted"
+    # What the system has refused.
+    if isinstance(e, OSError) and (e.filename or e.errno in STORAGE_ERRNOS):
+        name = f"{e.filename}: " if e.filename else ""
+        return 4 if e.errno in STORAGE_ERRNOS else 2, f"{name}{e.strerror}"
+    # torch's classes for a GPU and the processor; torch is not imported here, and for the latter has no class.
+    gpu, cpu = type(e).__name__ == "OutOfMemoryError", isinstance(e, MemoryError) or "allocate memory" in str(e)
+    if isinstance(e, RuntimeError | MemoryError) and (gpu or cpu):
+        hint = "when training a smaller --micro_batch or --gradient_checkpointing full"
+        return 2, f"out of {'GPU ' * gpu}memory -- {hint}; --max_memory_gb tells before the start"
+    return 1, ""

@@ -28,44 +28,21 @@ def fsync_dir(folder: Path) -> None:
         os.close(fd)
 
 
-def fsync_file(path: Path) -> None:
-    """Force a closed file's content to disk (opened for writing: Windows refuses to flush a read handle)."""
-    with open(path, "r+b") as f:
-        os.fsync(f.fileno())
-
-
 def replace(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write(temporary path)` make a file, then put it at `path` in one step. On any error `path` is untouched."""
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         write(temporary)
-        fsync_file(temporary)
+        # Opened for writing, although nothing is written: Windows refuses to flush another handle.
+        with open(temporary, "r+b") as f:
+            os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    # The rename is an entry of the folder: it has to reach the disk, too.
     fsync_dir(path.parent)
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder: `.tmp-PID-...` of processes that are gone."""
-    for path in Path(folder).glob(".tmp-*-*"):
-        pid = path.name.split("-")[1]
-        if pid.isdigit() and not _alive(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # there a signal would end the process that is asked after
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # somebody else's
-    return True
 
 
 def lock(folder: Path):
@@ -85,10 +62,18 @@ def lock(folder: Path):
         handle.seek(0)
         raise UserError(f"{folder} is in use by process {handle.read().strip() or '?'}", "another --out_dir?") from None
     os.register_at_fork(after_in_child=handle.close)  # or a worker that outlives this process would hold it, too
+    # Whoever comes next can say which process holds it.
     handle.truncate(0)
     handle.write(str(os.getpid()))
     handle.flush()
     return handle
+
+
+def check_free(paths: list[Path], overwrite: bool) -> None:
+    """UserError where one of these is there already."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists", "--overwrite replaces it, --output writes elsewhere")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -110,15 +95,17 @@ def sha256(path: Path) -> str:
 def parse_object(text: bytes | str) -> dict:
     """A JSON object; ValueError where it is none, names a key twice (Python keeps the last), or holds a NaN."""
 
+    # Two programs could read two things where a key comes twice.
     def no_twins(pairs: list) -> dict:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("a key occurs twice")
         return found
 
     def no_constant(name: str):
         raise ValueError(f"{name} is not JSON")
 
+    # Some editors begin a file with a byte order mark; utf-8-sig takes it off.
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant)
@@ -138,12 +125,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     try:
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
-                if not (line := line.strip()):
-                    continue
+                where = f"{path}:{number}"
                 try:
-                    yield f"{path}:{number}", parse_object(line)
+                    if line := line.strip():
+                        yield where, parse_object(line)
                 except ValueError as e:
-                    raise UserError(f"{path}:{number}: not a JSON object in UTF-8: {e}") from None
+                    raise UserError(f"{where}: not a JSON object in UTF-8: {e}") from None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}", "make it with python data_process.py") from None
 
@@ -153,11 +140,11 @@ def read_json(path: Path, hint: str = "") -> dict:
     try:
         with open(path, "rb") as f:
             text = f.read(JSON_BYTES + 1)
+        # One byte more was asked for: if it came, the file is too large.
+        if len(text) > JSON_BYTES:
+            raise UserError(f"{path}: larger than {JSON_BYTES:,} bytes", hint)
+        return parse_object(text)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}", hint) from None
-    if len(text) > JSON_BYTES:
-        raise UserError(f"{path}: larger than {JSON_BYTES:,} bytes", hint)
-    try:
-        return parse_object(text)
     except ValueError as e:
         raise UserError(f"{path}: not a JSON object: {e}", hint) from None

@@ -25,12 +25,14 @@ class StopSignals:
         return self
 
     def _handle(self, number, frame) -> None:
+        # Not much may happen in a handler; the loop looks at `asked` at the end of its step.
         self.asked = True
         for either in self._before:
             signal.signal(either, signal.SIG_DFL)
         os.write(2, b"stopping after this step; once more stops at once, without saving\n")
 
     def __exit__(self, *error) -> None:
+        # As they were: the program goes on after the training.
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -47,6 +49,7 @@ class Spikes:
 
     def see(self, step: int, loss: float) -> None:
         recent = self.recent
+        # With fewer losses one knows too little: at the beginning they fall steeply.
         if len(recent) == recent.maxlen:
             usual = sum(recent) / len(recent)
             limit = usual + 6 * math.sqrt(sum((other - usual) ** 2 for other in recent) / len(recent))
@@ -58,9 +61,7 @@ class Spikes:
         recent.append(loss)
 
 
-def refuse_non_finite(
-    what: str, overflows: int, scaler: LossScale | None, rows: dict[int, str], note: Callable
-) -> None:
+def refuse_non_finite(what: str, overflows: int, scaler: LossScale | None, rows: dict, note: Callable) -> None:
     """Non-finite numbers are normal in fp16 while the scale settles; in any other case training has diverged.
 
     Args:
@@ -73,6 +74,7 @@ def refuse_non_finite(
     """
     if scaler and overflows < 20 and scaler.scale >= 1:
         return
+    # What the user needs to look for the cause: the numbers of the step, and the rows that it read.
     what += f", scale {scaler.scale:g}" if scaler else ""
     note({"what": what, "rows": rows})
     some = f"rows {list(rows)[:4]}: {'; '.join(list(rows.values())[:4])}; all {len(rows)} in diverged.json"

@@ -30,11 +30,12 @@ class CheckedConfig(ModelConfig):
             heads = f"num_attention_heads {self.num_attention_heads}"
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by {heads}")
         super().__post_init__()
-        for name in ("intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim"):
+        sizes = ("intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "max_position_embeddings")
+        for name in sizes:
             check_size(self, name)
-        check_size(self, "max_position_embeddings")
         check_size(self, "vocab_size", least=0)
         check_size(self, "num_hidden_layers", most=1024)
+        # Sizes that are fine one by one may not go together.
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:
             raise ValueError(f"num_attention_heads {heads} is not divisible by num_key_value_heads {groups}")
@@ -88,6 +89,7 @@ class OtherConfig(CheckedConfig):
 
 
 def family_of(config: ModelConfig) -> Family:
+    """The family that a config belongs to."""
     return config.family if isinstance(config, OtherConfig) else Family()
 
 
@@ -101,14 +103,13 @@ def identify(config: ModelConfig) -> dict:
 
 def is_plain_llama(raw: dict) -> bool:
     """Whether a config.json describes what model.py is; everything else is for extras/families to read or refuse."""
-    plain = {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling.
     rope = raw.get("rope_parameters") or {}
-    scaled = (
-        not isinstance(rope, dict)
-        or rope.get("rope_type", "default") != "default"
-        or rope.keys() - {"rope_theta", "rope_type"}
-    )
-    return all(raw.get(k, v) == v for k, v in plain.items()) and not (raw.get("rope_scaling") or scaled)
+    if raw.get("rope_scaling") or not isinstance(rope, dict) or rope.keys() - {"rope_theta", "rope_type"}:
+        return False
+    usual = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    plain = raw.get("model_type") == "llama" and rope.get("rope_type", "default") == "default"
+    return plain and all(raw.get(key, value) == value for key, value in usual.items())
 
 
 def read_config(path: Path, hint: str = "") -> ModelConfig:
@@ -118,15 +119,19 @@ def read_config(path: Path, hint: str = "") -> ModelConfig:
         UserError: a number that is missing or impossible.
     """
     raw = files.read_json(path, hint)
-    theta = (raw.get("rope_parameters") or {}).get("rope_theta", raw.get("rope_theta"))
-    checked = make_config(CheckedConfig, raw | {"rope_theta": theta}, path)
+    # transformers 5 has moved it; a config.json that has both says it in the old place.
+    if raw.get("rope_theta") is None:
+        raw |= {"rope_theta": (raw.get("rope_parameters") or {}).get("rope_theta")}
+    checked = make_config(CheckedConfig, raw, path)
     return ModelConfig(**dataclasses.asdict(checked))
 
 
 def make_config(cls: type, raw: dict, path: Path, **own) -> ModelConfig:
     """A config of the class, out of what a config.json says, every number checked; `own` is not."""
+    # What transformers means where a file does not say it.
     raw = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048} | raw
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    # Each number that is there has the type of its field.
     values = {}
     for field in (f for f in dataclasses.fields(cls) if f.name not in own):
         value = raw.get(field.name)
@@ -134,6 +139,7 @@ def make_config(cls: type, raw: dict, path: Path, **own) -> ModelConfig:
             if field.name in needed:
                 raise UserError(f"{path}: {field.name} is missing")
             continue
+        # A whole number will do for a fraction, and true is no number.
         fits = type(value) in (int, float) if field.type is float else type(value) is field.type
         # The comparison also keeps out integers that no float holds.
         if not fits or (type(value) in (int, float) and not abs(value) <= sys.float_info.max):

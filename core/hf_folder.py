@@ -9,7 +9,6 @@ import os
 import re
 import reprlib
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,10 +49,15 @@ def save_model(folder: Path, model: Llama, tokenizer, about: dict, weights: dict
     if tokenizer is not None:
         special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         config |= special
+        # A chat model stops at the end of an answer.
         if about.get("chat_format"):
             special["eos_token_id"] = sorted(chat.end_ids(tokenizer, about["chat_format"]))
         files.write_json(folder / "generation_config.json", {"_from_model_config": False, **special})
-    save_tensors(folder / "model.safetensors", model_tensors(model, weights))
+    # Tied weights are stored once, as the embedding.
+    state, theirs = weights or dict(model.named_parameters()), family_of(model.config).theirs
+    if model.config.tie_word_embeddings:
+        state = {name: t for name, t in state.items() if name != HEAD}
+    save_tensors(folder / "model.safetensors", {theirs(n): t.detach().contiguous() for n, t in state.items()})
     save_about(folder, tokenizer, about)
     # Last: a folder with a config.json has all the rest.
     files.write_json(folder / "config.json", config)
@@ -76,14 +80,6 @@ def save_about(folder: Path, tokenizer, about: dict) -> None:
                 files.replace(folder / path.name, lambda p, path=path: shutil.copyfile(path, p))
         own = {"tokenizer_sha256": tokenizer.sha256}
     files.write_json(folder / "run.json", {"format": FORMAT, **about, **own})
-
-
-def model_tensors(model: Llama, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Weights by the names of files, the model's own if no others are given; tied ones once, as the embedding."""
-    state = {name: t.detach().contiguous() for name, t in (weights or dict(model.named_parameters())).items()}
-    if model.config.tie_word_embeddings:
-        state.pop(HEAD, None)
-    return {family_of(model.config).theirs(name): t for name, t in state.items()}
 
 
 @dataclass
@@ -131,35 +127,31 @@ def match(folder: Path, config: ModelConfig, state: dict[str, Tensor], paths: li
     """
     family = family_of(config)
     state = {name: t for theirs, t in state.items() if (name := family.ours(theirs))}
+    # A config with more layers than the weights could make building the model itself expensive.
     layers = {m[1] for name in state if (m := re.match(r"model\.layers\.(\d+)\.", name))}
     if len(layers) != config.num_hidden_layers:
         raise UserError(f"{folder}/config.json: describes {config.num_hidden_layers} layers, the weights {len(layers)}")
     with torch.device("meta"):  # names and shapes without memory
         described = save_memory(family.model(config))
-    size = sum(p.numel() for p in described.parameters())
-    on_disk = sum(path.stat().st_size for path in paths)
+    size, on_disk = sum(p.numel() for p in described.parameters()), sum(path.stat().st_size for path in paths)
     # Every stored weight takes at least half a byte; a config that asks for far more was not written for these files.
     if size > 4 * on_disk + (1 << 20):
         raise UserError(f"{folder}/config.json: describes {size:,} parameters, the weights are {on_disk:,} bytes")
     # Tied weights are stored once, and both names are in use for them.
     if config.tie_word_embeddings:
-        one = state.pop(HEAD, None)
-        state.setdefault(EMBEDDING, one) if one is not None else None
-        if EMBEDDING in state:
-            state[HEAD] = state[EMBEDDING]
+        one = state.get(EMBEDDING, state.get(HEAD))
+        if one is not None:
+            state |= {EMBEDDING: one, HEAD: one}
     check_tensors(paths[0], state, described.state_dict())
     return Opened(folder, described, iter(state.items()), paths)
 
 
-def build(
-    model: Llama,
-    weights: Iterable[tuple[str, Tensor]],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Llama:
+def build(model: Llama, weights: Iterable[tuple[str, Tensor]], device="cpu", dtype=torch.float32) -> Llama:
     """Memory and weights for a model on the meta device.
 
     Args:
+        weights: (name, values) of each.
+        device: a torch device or its name.
         dtype: of the weights in memory.
     """
     # Copies: what is only mapped would change, or end the process, when the file is written over during a run.
@@ -172,17 +164,14 @@ def build(
 
 def check_tokenizer(folder: Path, model: Llama, tokenizer) -> None:
     """Refuse a tokenizer that the model was not trained with: one with more ids, or of another hash than noted."""
-    size = model.config.vocab_size
-    if size < tokenizer.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {size}", "is this its tokenizer?"
-        )
+    if model.config.vocab_size < tokenizer.vocab_size:
+        said = f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}"
+        raise UserError(f"{folder}: {said}", "is this its tokenizer?")
+    # A folder from elsewhere has no such note.
     noted = load_about(folder).get("tokenizer_sha256", tokenizer.sha256)
     if noted != tokenizer.sha256:
-        raise UserError(
-            f"{folder}: trained with tokenizer {str(noted)[:12]}, here is {tokenizer.sha256[:12]}",
-            "the files of two models in one folder?",
-        )
+        said = f"trained with tokenizer {str(noted)[:12]}, here is {tokenizer.sha256[:12]}"
+        raise UserError(f"{folder}: {said}", "the files of two models in one folder?")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -195,9 +184,10 @@ def map_tensors(path: Path, most: int = files.JSON_BYTES) -> dict[str, Tensor]:
     """All tensors of a safetensors file, mapped into memory; its names and shapes may take `most` bytes."""
     try:
         with open(path, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            head = f.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            # Eight bytes with the header's length, then the header, which is JSON. A huge or a wrong one is refused
+            # before the library reads it.
+            size, head = os.fstat(f.fileno()).st_size, f.read(8)
+            length = int.from_bytes(head, "little") if len(head) == 8 else size
             if length > min(size - 8, most):
                 raise ValueError(f"its header would take {length:,} bytes")
             files.parse_object(f.read(length))  # the library takes the last of two tensors of one name
@@ -212,12 +202,10 @@ def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor
     """Refuse missing, unexpected, misshapen or non-finite tensors, all of them named in one message."""
     problems = [f"{n} is missing" for n in wanted if n not in found]
     problems += [f"{n} is unexpected" for n in found if n not in wanted]
-    problems += [
-        f"{n} has shape {tuple(found[n].shape)}, expected {tuple(wanted[n].shape)}"
-        for n in wanted
-        if n in found and found[n].shape != wanted[n].shape
-    ]
+    shapes = {n: (tuple(found[n].shape), tuple(t.shape)) for n, t in wanted.items() if n in found}
+    problems += [f"{n} has shape {here}, expected {there}" for n, (here, there) in shapes.items() if here != there]
     problems += [f"{n} is {t.dtype}" for n, t in found.items() if t.dtype not in WEIGHT_DTYPES]
+    # Last, since it reads every number.
     if not problems:
         problems = [f"{n} holds NaN or infinity" for n, t in found.items() if not _finite(t)]
     if problems:
@@ -235,13 +223,14 @@ def model_folder(path: str | Path, config: str = "config.json") -> Path:
     Args:
         config: the file that such a folder has.
     """
-    path = Path(path)
+    path, hint = Path(path), "train one with python pretrain.py, or check the path"
     if not path.is_dir():
-        raise UserError(f"{path}: no such model folder", "train one with python pretrain.py, or check the path")
+        raise UserError(f"{path}: no such model folder", hint)
+    # A checkpoint may be damaged; the folder itself has no manifest.
     for folder in [path, *(path / f"checkpoint-{step}" for step in reversed(checkpoint_steps(path)))]:
         if (folder / config).exists() and (folder == path or verify(folder) is None):
             return folder
-    raise UserError(f"{path}: no model in this folder", "train one with python pretrain.py, or check the path")
+    raise UserError(f"{path}: no model in this folder", hint)
 
 
 def load_about(folder: Path) -> dict:
@@ -270,8 +259,8 @@ def verify(folder: Path) -> str | None:
     for name in (f"{part}model.safetensors", "optimizer.safetensors", "state.json", f"{part}config.json"):
         if name not in manifest:
             return f"{name} is not in manifest.json"
-    present = {p.name for p in folder.iterdir()} - {"manifest.json"}
-    if extra := sorted(present - manifest.keys()):
+    # Nothing else is in the folder, and each file has its size and its hash.
+    if extra := sorted({p.name for p in folder.iterdir()} - manifest.keys() - {"manifest.json"}):
         return f"{extra[0]} is not in manifest.json"
     for name, entry in manifest.items():
         path = folder / name

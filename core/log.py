@@ -28,6 +28,7 @@ class Log:
         self.window: list[dict] = []  # records of the steps since the last line
         self.val_loss: float | None = None
         if speak:
+            # Line by line, so that a kill loses at most one.
             folder.mkdir(parents=True, exist_ok=True)
             names = ("log.txt", "metrics.jsonl")
             self.files = [open(folder / n, "a", encoding="utf-8", buffering=1) for n in names]  # noqa: SIM115
@@ -41,7 +42,8 @@ class Log:
         if not self.speak:
             return
         self._write(0, line + "\n")
-        with suppress(OSError, ValueError):  # nobody reads our output any more: no reason to stop a week of training
+        # Where nobody reads our output any more, that is no reason to stop a week of training.
+        with suppress(OSError, ValueError):
             tqdm.write(line) if self.bar else print(line, flush=True)
 
     def step(self, record: dict, every: int, steps: int, rest: Callable[[float, float], str]) -> None:
@@ -55,16 +57,15 @@ class Log:
         self.window.append(record)
         if self.bar:
             self.bar.update()
+        # Means over the steps since the last line: one step alone says little.
         if record["step"] % every == 0 or record["step"] == steps:
             loss, seconds = (sum(r[key] for r in self.window) / len(self.window) for key in ("loss", "seconds"))
             per_second, left = record["tokens"] / max(seconds, 1e-9), (steps - record["step"]) * seconds
-            self(
-                f"step {record['step']}/{steps} loss {loss:.4f}"
-                + (f" val {self.val_loss:.4f}" if self.val_loss is not None else "")
-                + f" lr {record['lr']:.2e} norm {record['grad_norm']:.2f} {per_second:,.0f} tokens/s"
-                + rest(per_second, left)
-                + (f" scale {record['scale']:g}" if "scale" in record else "")
-            )
+            val = f" val {self.val_loss:.4f}" if self.val_loss is not None else ""
+            scale = f" scale {record['scale']:g}" if "scale" in record else ""
+            line = f"step {record['step']}/{steps} loss {loss:.4f}{val} lr {record['lr']:.2e}"
+            line += f" norm {record['grad_norm']:.2f} {per_second:,.0f} tokens/s"
+            self(line + rest(per_second, left) + scale)
             self.window = []
         self.metrics(record)
 
@@ -78,7 +79,8 @@ class Log:
                 self.track(record)
 
     def _write(self, which: int, text: str) -> None:
-        with suppress(OSError):  # a full disk must not stop training here; saving a checkpoint will tell
+        # A full disk must not stop training here; saving a checkpoint will tell.
+        with suppress(OSError):
             self.files[which].write(text)
 
     def rewind(self, step: int) -> None:
@@ -88,6 +90,7 @@ class Log:
         path = Path(self.files[1].name)
         if not path.stat().st_size:
             return
+        # Written anew without them, and opened again at its end.
         self.files[1].close()
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         files.write_text(path, "".join(line + "\n" for line in lines if self._step(line) <= step))
@@ -98,11 +101,13 @@ class Log:
         try:
             return json.loads(line)["step"]
         except (ValueError, TypeError, KeyError):
-            return math.inf  # a kill, a full disk or a power cut tore it
+            # A kill, a full disk or a power cut tore the line.
+            return math.inf
 
     def close(self) -> None:
+        # Closing writes what the disk refused before.
         for f in self.files:
-            with suppress(OSError):  # closing writes what the disk refused before
+            with suppress(OSError):
                 f.close()
         if self.bar:
             self.bar.close()

@@ -43,7 +43,7 @@ def save_memory(model: Llama, recomputed: str = "none") -> Llama:
 
     Source of recomputation: https://arxiv.org/abs/1604.06174
     """
-    model.loss, model.run = chunked_loss, type(model).run
+    model.loss, model.run = partial(chunked_loss, model.config.vocab_size), type(model).run
     if recomputed != "none":
         selected = partial(create_selective_checkpoint_contexts, PRODUCTS)
         model.run = partial(recompute, selected if recomputed == "selective" else noop_context_fn)
@@ -57,11 +57,12 @@ def recompute(context_fn, block: nn.Module, *args) -> Tensor:
     return checkpoint(block, *args, use_reentrant=False, context_fn=context_fn)
 
 
-def chunked_loss(x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+def chunked_loss(vocab_size: int, x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     """Cross-entropy of each position, a chunk of positions at a time. x (B, T, C), targets (B, T) -> (B, T) fp32."""
+    # Positions in a row, whatever sequence they are from.
     b, t, c = x.shape
     x, targets = x.reshape(b * t, c), targets.reshape(b * t)
-    rows = max(1, (LOGITS_AT_ONCE << 2 * x.is_cuda) // head.out_features)
+    rows = max(1, (LOGITS_AT_ONCE << 2 * x.is_cuda) // vocab_size)
     if type(head) is nn.Linear:
         losses = HeadLoss.apply(x, head.weight, targets, rows, torch.is_grad_enabled())
     else:  # the head is wrapped: what the wrapper does to its gradients is its own business
@@ -88,6 +89,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, rows: int, train: bool) -> Tensor:
         """x (N, C), weight (V, C), targets (N,), rows to a chunk, whether gradients are wanted -> losses (N,) fp32."""
+        # The products are in the dtype that autocast asks for, else in x's own.
         device = x.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         ctx.rows, ctx.wanted = rows, [train and need for need in ctx.needs_input_grad[:2]]
@@ -99,8 +101,9 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor):
         """g (N,): the weight of each position's loss."""
+        # A sum weighs all positions alike: g is one number, expanded, and the gradients are there up to that factor.
         x, weight, targets, *grads = ctx.saved_tensors
-        if any(g.stride()):  # not one number, expanded
+        if any(g.stride()):
             _, *grads = head_loss((x, weight, targets), ctx.rows, ctx.dtype, ctx.wanted, g)
         else:
             grads = [None if t is None else t.mul_(g[0]) for t in grads]
@@ -130,12 +133,14 @@ def head_loss(
         # An odd vocabulary takes the GPU's slowest products: half a step of 92M parameters.
         if x.is_cuda:
             w = F.pad(w, (0, 0, 0, -vocab % 64))  # (V', C)
+        # Only a chunk's logits are there at any time.
         for part in (slice(i, i + rows) for i in range(0, len(x), rows)):
             chunk, target = x[part].to(dtype), targets[part, None]
             counts = target != IGNORE
             logits = chunk @ w.T  # (n, V')
             logits[:, vocab:] = -math.inf  # probability and gradient zero
             logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+            # A position without a target has no loss: any class will do for the look-up.
             target = target.where(counts, 0)
             losses[part] = torch.where(counts, -logp.gather(1, target), 0.0)[:, 0]
             if any(wanted):

@@ -39,8 +39,10 @@ class OptimConfig(Section):
 
 def learning_rate(step: int, max_steps: int, cfg: OptimConfig) -> float:
     """Learning rate of step 0 .. max_steps - 1; a pure function, so a resumed run needs no scheduler state."""
+    # Up from zero: the moments of AdamW know too little in the first steps.
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
+    # Then down, along half a cosine or, with wsd, only at the end.
     after = (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps)  # 0 .. 1
     if cfg.schedule == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * after))
@@ -51,22 +53,20 @@ def learning_rate(step: int, max_steps: int, cfg: OptimConfig) -> float:
 
 def make_optimizers(model: nn.Module, cfg: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon over the blocks' matrices and AdamW over embedding, head and norms."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise UserError("no parameter to train")
+    # Muon is for matrices between features; a row of the embedding or of the head belongs to one token.
     with_muon = cfg.optimizer == "muon"
-    matrices = [p for n, p in named if with_muon and p.ndim == 2 and ".layers." in n]
-    taken = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices = {n: p for n, p in named.items() if with_muon and p.ndim == 2 and ".layers." in n}
+    rest = [p for n, p in named.items() if n not in matrices]
+    # Weight decay pulls weights to zero; a norm's factors belong near one.
+    decayed, others = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
     # fused: one kernel for all parameters, 5x the speed of the default (foreach) on CPU.
-    adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True
-    )
-    return [Muon(matrices, lr=cfg.lr, weight_decay=cfg.weight_decay), adamw] if with_muon else [adamw]
+    betas = (cfg.beta1, cfg.beta2)
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], cfg.lr, betas, cfg.eps, fused=True)
+    return [Muon(matrices.values(), cfg.lr, weight_decay=cfg.weight_decay), adamw] if with_muon else [adamw]
 
 
 class LossScale:
@@ -116,11 +116,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
+            # Matrices of one shape are made orthogonal together.
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, same in by_shape.items():
+                # The gradients of many steps, with this one's counted once more (Nesterov).
                 updates = []
                 for p in same:
                     state = self.state[p]
@@ -135,10 +137,10 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(g: Tensor) -> Tensor:
     """Nearly the closest matrix with singular values of one, by five quintic Newton-Schulz steps. g (N, rows, cols)."""
-    dtype = torch.bfloat16 if g.is_cuda else torch.float32
-    x = g.to(dtype)
+    x = g.to(torch.bfloat16 if g.is_cuda else torch.float32)
     if tall := x.shape[-2] > x.shape[-1]:
         x = x.mT  # x @ x.mT is smaller on the short side
+    # No singular value is above the norm: divided by it, all are at most one, as the steps need it.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT

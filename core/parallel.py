@@ -1,8 +1,8 @@
-"""How a model is trained on several ranks: a copy on each (DDP), or cut up over them (FSDP).
+"""How a model is trained on one rank, or with a copy on each of several (DDP).
 
 In:  a model on the meta device, its weights, options, ranks. Out: a Strategy; the loop, the optimizers and the
 checkpoints do not know which.
-Knows nothing of data, learning rates or files. Other strategies, in extras/parallel, are derived from the same class.
+Knows nothing of data, learning rates or files. Other strategies, in extras/parallel, are loaded when asked for.
 
     parallel       a rank holds                              moved at each step
     ddp            everything                                gradients, once
@@ -63,10 +63,12 @@ class Strategy:
         self.model.to_empty(device=device)
         if self.model.config.tie_word_embeddings:  # to_empty makes two of a shared parameter
             self.model.lm_head.weight = self.model.model.embed_tokens.weight
-        mine = dict(self.model.named_parameters())
+        # Weights come one after another, so that no second model is in memory.
+        empty = dict(self.model.named_parameters())
         for name, values in weights:
-            if name in mine:
-                mine[name].copy_(self.cut(values, mine[name]))
+            if (p := empty.pop(name, None)) is not None:
+                p.copy_(self.cut(values, p))
+        assert not empty, f"no values for {', '.join(empty)}"
 
     # -------- what the loop calls
 
@@ -95,7 +97,8 @@ class Strategy:
 
     def sample(self, say: Callable[[Llama], str]) -> str:
         """What `say(model)` says, on the first rank."""
-        with torch.compiler.set_stance("force_eager"):  # each length of a text would be compiled anew
+        # Compiled, each length of a text would be compiled anew.
+        with torch.compiler.set_stance("force_eager"):
             return say(self.model) if self.ranks.first else ""
 
     # -------- whole tensors for files, and parts of them back. All ranks call these; results count on the first one.
@@ -118,6 +121,7 @@ class Strategy:
         mine, states = self.parameters(), {}
         for name, values in weights.items():
             mine[name].copy_(self.cut(values, mine[name]))
+        # "parameter:key" -> the state of each parameter.
         for key, values in moments.items():
             name, _, entry = key.rpartition(":")
             states.setdefault(name, {})[entry] = values
@@ -131,6 +135,7 @@ class Strategy:
         return whole.to(like.device)
 
     def _optimized(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
+        """Each parameter that an optimizer of this rank steps: its name, itself, the optimizer."""
         names = {p: name for name, p in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -143,77 +148,12 @@ class DDP(Strategy):
     def prepare(self, weights: Iterable[tuple[str, Tensor]], cfg, dtype: torch.dtype) -> nn.Module:
         super().prepare(weights, cfg, dtype)
         self.averaged_over, device = self.ranks.world, self.ranks.device
-        return nn.parallel.DistributedDataParallel(
-            self.model, device_ids=[device.index] if device.type == "cuda" else None
-        )
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(self.model, ids)
 
     def sync(self, last: bool):
+        # Gradients of the micro-batches before are added up on each rank, and travel once.
         return nullcontext() if last else self.module.no_sync()
-
-
-class FSDP(Strategy):
-    """FSDP2: every parameter, gradient and moment is cut over the ranks; a block is whole while it computes.
-
-    Matrix products run in bf16 or fp16 as asked for: a block's weights are cast before they are gathered, gradients
-    are summed in fp32, and what runs between the blocks stays fp32.
-    """
-
-    def prepare(self, weights: Iterable[tuple[str, Tensor]], cfg, dtype: torch.dtype) -> nn.Module:
-        from torch.distributed import fsdp
-        from torch.distributed.device_mesh import init_device_mesh
-
-        self.averaged_over, device = self.ranks.world, self.ranks.device
-        if cfg.compile:
-            compile_blocks(self.model)
-        pinned = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
-        where = {
-            "mesh": init_device_mesh(device.type, (self.ranks.world,)),
-            "offload_policy": pinned if cfg.cpu_offload else fsdp.OffloadPolicy(),
-        }
-        products = None if dtype == torch.float32 else dtype
-        policy = fsdp.MixedPrecisionPolicy(products, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in self.model.model.layers:
-            fsdp.fully_shard(block, reshard_after_forward=cfg.reshard, mp_policy=policy, **where)
-        fsdp.fully_shard(self.model, **where)  # embedding, last norm and head: in fp32 between the blocks
-        fsdp.register_fsdp_forward_method(self.model, "hidden")  # generation calls it, and then the head
-        self.fill(weights, torch.device("cpu") if cfg.cpu_offload else device)
-        return self.model
-
-    def norm(self) -> float:
-        return float(self._norm().full_tensor())
-
-    def sample(self, say: Callable[[Llama], str]) -> str:
-        with torch.compiler.set_stance("force_eager"):
-            return say(self.model)  # every forward pass needs all ranks
-
-    def weights(self, trained_only: bool = False) -> dict[str, Tensor]:
-        self._rest()
-        return self._whole(super().weights(trained_only))
-
-    def moments(self) -> dict[str, Tensor]:
-        self._rest()
-        return self._whole(super().moments())
-
-    def _rest(self) -> None:
-        """A forward pass alone leaves the outermost part gathered: give it back, so that parameters are shards."""
-        for module in (self.model, *self.model.model.layers):
-            module.reshard()
-
-    def _whole(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        from torch.distributed.tensor import DTensor
-
-        found = {}
-        for name, t in parts.items():
-            whole = t.full_tensor() if isinstance(t, DTensor) else t  # one after another: a rank holds one at a time
-            if self.ranks.first:
-                found[name] = whole.cpu()
-        return found
-
-    def cut(self, whole: Tensor, like: Tensor) -> Tensor:
-        from torch.distributed.tensor import distribute_tensor
-
-        # Every rank has the whole one at hand: nothing to be sent.
-        return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def compile_blocks(model: Llama) -> None:

@@ -22,14 +22,12 @@ def validate(task, options, strategy: Strategy, autocast, log: Log, state: State
     """
     facts, better = {"step": state.step}, True
     if task.val_rows:
+        # Losses are sums: of several sources the one with more targets weighs more.
         strategy.model.eval()
-        sizes = {
-            name: min(len(rows), max(1, options.eval_tokens // rows.seq_len)) for name, rows in task.val_rows.items()
-        }
-        parts = {
-            name: evaluate(task, rows, sizes[name], options.micro_batch, strategy, autocast)
-            for name, rows in task.val_rows.items()
-        }
+        sizes, parts = {}, {}
+        for name, rows in task.val_rows.items():
+            sizes[name] = min(len(rows), max(1, options.eval_tokens // rows.seq_len))
+            parts[name] = evaluate(task, rows, sizes[name], options.micro_batch, strategy, autocast)
         strategy.model.train()
         loss = sum(nats for nats, _ in parts.values()) / max(1.0, sum(targets for _, targets in parts.values()))
         better = math.isfinite(loss) and (state.best is None or loss < state.best)
@@ -40,11 +38,13 @@ def validate(task, options, strategy: Strategy, autocast, log: Log, state: State
             bits = nats / math.log(2) / text_bytes
             facts["val_bits_per_byte"], line = plain(bits), f"{line} bits/byte {bits:.4f}"
         log(line + " (best so far)" * better)
+        # Of several sources each has its own loss.
         if len(parts) > 1:
             means = {name: nats / max(1.0, targets) for name, (nats, targets) in parts.items()}
             log("  of which " + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
             facts["val_loss_by_source"] = {name: plain(mean) for name, mean in means.items()}
         log.metrics(facts)
+    # A number says little about a text: a sample shows it.
     if task.sample:
         strategy.model.eval()
         log(strategy.sample(task.sample))
@@ -56,6 +56,7 @@ def validate(task, options, strategy: Strategy, autocast, log: Log, state: State
 def evaluate(task, rows: Rows, number: int, micro_batch: int, strategy: Strategy, autocast) -> tuple[float, float]:
     """Loss in nats, and number of targets, of the first rows."""
     among, total = strategy.data, torch.zeros(2, dtype=torch.float64, device=strategy.ranks.device)
+    # Each rank takes its share of the rows; one sum brings the losses together.
     for start in range(0, number, among.world * micro_batch):
         first = start + among.rank * micro_batch
         mine = range(first, min(first + micro_batch, number))

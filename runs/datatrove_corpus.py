@@ -27,36 +27,34 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Annotated, Literal
 
-import tokenizer
 from core import config, errors, files
+from core.config import Range, Section
 from core.errors import UserError
 from extras.corpus import clean, dedup, readers, tokenize
 from extras.corpus.account import Account, Doc, each
 from extras.corpus.journal import Records
-from extras.corpus.pipeline import Books
+from extras.corpus.pipeline import Report, clear_leftovers
+from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     tokenizer: str = ""  # a folder or model file
     out_dir: str = "data"
-    val_share: float = 0.01  # documents held out for validation, as in data_process.py
+    # Documents held out for validation, as in data_process.py.
+    val_share: Annotated[float, Range(above=0, below=1)] = 0.01
     keep_rejected: bool = False  # likewise
-    tasks: int = 2  # that the input files are dealt to; a task without a file does nothing
-    workers: int = 2  # tasks that run at the same time
-    executor: str = "local"  # or slurm, ray: then all paths are on a file system that the machines share
+    tasks: Annotated[int, Range(least=1)] = 2  # that the input files are dealt to; a task without a file does nothing
+    workers: Annotated[int, Range(least=1)] = 2  # tasks that run at the same time
+    # slurm, ray: then all paths are on a file system that the machines share.
+    executor: Literal["local", "slurm", "ray"] = "local"
     partition: str = ""  # Slurm's, for the tasks
     time: str = "24:00:00"  # Slurm's limit for a task
-    memory_gb: int = 4  # that Slurm or Ray reserves for a task; dedup's --memory_mb must stay well below it
-
-    def __post_init__(self):
-        if self.executor not in ("local", "slurm", "ray"):
-            raise ValueError(f"executor = {self.executor!r}, must be local, slurm or ray")
-        if not 0 < self.val_share < 1:
-            raise ValueError(f"val_share = {self.val_share}, must be between 0 and 1")
-        if min(self.tasks, self.workers, self.memory_gb) < 1:
-            raise ValueError("tasks, workers and memory_gb must be at least 1")
+    # That Slurm or Ray reserves for a task; dedup's --memory_mb must stay well below it.
+    memory_gb: Annotated[int, Range(least=1)] = 4
 
 
 SECTIONS = {"run": RunConfig, "read": readers.ReadConfig, "clean": clean.CleanConfig, "dedup": dedup.DedupConfig}
@@ -101,17 +99,14 @@ def encode_files(cfg, _, rank: int, world_size: int) -> None:
 
 
 def write_bins(cfg, _, rank: int, world_size: int) -> None:
-    text, numbers = tokenizer_of(cfg), range(len(cfg.read.input))
-    split, results, lines = (
-        tokenize.Split(cfg.run.val_share),
-        (found for n in numbers for found in load(cfg, n, "ids")),
-        [],
-    )
+    tokenizer, numbers = tokenizer_of(cfg), range(len(cfg.read.input))
+    split, lines = tokenize.Split(cfg.run.val_share), []
+    results = (found for n in numbers for found in load(cfg, n, "ids"))
     while not lines:
         try:
-            lines = write(cfg, text, split, results)
+            lines = write(cfg, tokenizer, split, results)
         except tokenize.NothingHeldOut as e:  # there are very few documents: once more, all of them here
-            split, finish = e.split, tokenize.Tokenize(text, e.split)
+            split, finish = e.split, tokenize.Tokenize(tokenizer, e.split)
             results = (found for n in numbers for found in encode_file(cfg, n, finish))
     print("\n".join(lines), flush=True)
 
@@ -145,19 +140,19 @@ def encode_file(cfg, number: int, finish: tokenize.Tokenize) -> Iterator:
         yield result, [*accounts, ("dedup", account.entries())]
 
 
-def write(cfg, text: tokenizer.Tokenizer, split: tokenize.Split, results: Iterator) -> list[str]:
+def write(cfg, tokenizer: Tokenizer, split: tokenize.Split, results: Iterator) -> list[str]:
     """The bins and the accounts of all that `encode_file` gave; lines on them."""
-    with Books(Path(cfg.run.out_dir), ["read", "clean", "dedup", "tokenize"], cfg.run.keep_rejected) as books:
+    with Report(Path(cfg.run.out_dir), ["read", "clean", "dedup", "tokenize"], cfg.run.keep_rejected) as report:
 
-        def booked() -> Iterator:
+        def reported() -> Iterator:
             for result, accounts in results:
                 for stage, entries in accounts:
-                    books.accounts[stage].add(*entries)
-                books.write_rejects()
+                    report.accounts[stage].add(*entries)
+                report.write_rejects()
                 yield result
 
-        lines = tokenize.write(books.folder, text, split, booked(), books, ", ".join(cfg.read.input))
-    return books.lines() + lines
+        lines = tokenize.write(report.folder, tokenizer, split, reported(), report, ", ".join(cfg.read.input))
+    return report.lines() + lines
 
 
 # ---------------------------------------------------------------- files between the steps
@@ -167,8 +162,8 @@ def steps_folder(cfg) -> Path:
     return Path(cfg.run.out_dir) / "steps"
 
 
-def tokenizer_of(cfg) -> tokenizer.Tokenizer:
-    return tokenizer.load(Path(cfg.run.out_dir) / "tokenizer")
+def tokenizer_of(cfg) -> Tokenizer:
+    return load_tokenizer(Path(cfg.run.out_dir) / "tokenizer")
 
 
 def dealt(cfg, rank: int, world_size: int) -> list[tuple[int, str]]:
@@ -242,22 +237,22 @@ def prepare(cfg) -> None:
         raise UserError("a relative path means something else on another machine", "paths from / on")
     if run.executor == "slurm" and not run.partition:
         raise UserError("Slurm needs --partition NAME", "sinfo lists them")
-    text, options, about = tokenizer.load(run.tokenizer), config.as_dict(cfg), steps / "options.json"
+    tokenizer, options, about = load_tokenizer(run.tokenizer), config.as_dict(cfg), steps / "options.json"
     for section, name in FREE:
         del options[section][name]
     sizes = [os.path.exists(path) and [os.path.getsize(path), os.path.getmtime(path)] for path in cfg.read.input]
-    options = json.loads(json.dumps({**options, "files": sizes, "tokenizer": text.sha256}))
+    options = json.loads(json.dumps({**options, "files": sizes, "tokenizer": tokenizer.sha256}))
     if about.exists():
         # datatrove goes by the number of a task only, and would take another run's for this one's.
         if json.loads(about.read_text(encoding="utf-8")) != options:
             raise UserError(f"{steps}: steps of other options or files", "delete it, or another --out_dir")
         if run.executor == "local":  # elsewhere, who is alive cannot be known from here
-            files.clear_leftovers(steps / "data")
+            clear_leftovers(steps / "data")
         return
     for name in ("train.bin", "val.bin"):
         if (path := Path(run.out_dir) / name).exists():
             raise UserError(f"{path} exists", "another --out_dir")
-    text.save(Path(run.out_dir) / "tokenizer")
+    tokenizer.save(Path(run.out_dir) / "tokenizer")
     (steps / "data").mkdir(parents=True, exist_ok=True)
     files.write_json(about, options)
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from extras.corpus import sanguo
-from extras.retrieval.bm25 import Index, augment
+from extras.retrieval.augment import augment
+from extras.retrieval.bm25 import Index
 
 NOVELS = 60  # made-up ones; each fact of theirs is asked once, so only reading helps
 PASSAGES, CHARS = 3, 40  # the model has 256 positions
@@ -85,29 +86,29 @@ def novel(chapters, text: str, hidden: set, rng: random.Random):
     common = [c for c in text if "\u4e00" <= c <= "\u9fff"]  # as often as they stand there
     rare = sorted(set(common))
     halves = [half for c in chapters if f"chapter:{c.number}" not in hidden for half in c.title.split()]
-    sentences = [p for c in chapters for p in sanguo._sentences(c) if f"continue:{p[0]}" not in hidden]
+    sentences = [p for c in chapters for p in sanguo.sentences(c) if f"continue:{p[0]}" not in hidden]
 
     def draw(n: int) -> str:
         return "".join(rng.choice(rng.choice((common, rare))) for _ in range(n))
 
-    def asked(kind: str, forms: tuple, answer: str, passage: str, **fill) -> dict:
-        question = rng.choice(forms).format(**fill)
+    def asked(kind: str, phrasings: str, answer: str, passage: str, **fill) -> dict:
+        question = rng.choice(sanguo.PHRASINGS[phrasings]["train"]).format(**fill)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return {"messages": messages, "kind": kind, "passage": passage}
 
     for _ in range(60):
         name, courtesy = draw(rng.choice((2, 2, 2, 3))), draw(2)
         passage = f"{name}，字{courtesy}。"
-        for forms in (sanguo.COURTESY, sanguo.REVERSE):
-            yield asked("courtesy", forms, passage, passage, name=name, courtesy=courtesy)
+        for phrasings in ("courtesy", "reverse"):
+            yield asked("courtesy", phrasings, passage, passage, name=name, courtesy=courtesy)
     for number in rng.sample(range(1, 130), 60):
         n, size = sanguo.to_chinese(number), rng.choice((7, 8))
         title = " ".join(rng.choice(halves) if rng.random() < 0.5 else draw(size) for _ in range(2))
         passage = f"第{n}回 {title}（第{number}回）"
-        yield asked("title", sanguo.TITLE, f"第{n}回 {title}", passage, n=n, d=number)
-        yield asked("chapter", sanguo.CHAPTER, f"第{n}回。", passage, title=title)
+        yield asked("title", "title", f"第{n}回 {title}", passage, n=n, d=number)
+        yield asked("chapter", "chapter", f"第{n}回。", passage, title=title)
     for prompt, rest in rng.sample(sentences, 20):
-        yield asked("continue", sanguo.CONTINUE, rest, prompt + rest, prompt=prompt)
+        yield asked("continue", "continue", rest, prompt + rest, prompt=prompt)
 
 
 if __name__ == "__main__":

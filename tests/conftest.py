@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-from core import hf_folder
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 
 import pytest
@@ -18,6 +16,9 @@ if str(ROOT) not in sys.path:  # a bare `pytest` puts only the tests' own folder
 
 from texts import BOOK, change  # noqa: E402
 
+from core import hf_folder  # noqa: E402
+from core.hf_config import family_of  # noqa: E402
+from core.memory import save_memory  # noqa: E402
 from model import Llama, ModelConfig  # noqa: E402
 from tokenizer import load  # noqa: E402
 from tokenizer.sentencepiece_writer import write_model  # noqa: E402
@@ -31,7 +32,7 @@ settings.load_profile("seeded")
 
 def lively(config: ModelConfig, seed: int = 0) -> Llama:
     """A model whose attention is far from uniform and whose norms and biases are not trivial, unlike a fresh one's."""
-    model = Llama(config)
+    model = save_memory(family_of(config).model(config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -12,12 +12,13 @@ import signal
 
 from safetensors import SafetensorError
 
-from core import checkpoint
+from core import checkpoint, hf_folder
 
 NAMES = [
     (builtins, "open"),
     (io, "open"),
     (checkpoint, "save_file"),
+    (hf_folder, "save_file"),
     *((os, n) for n in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "sendfile")),
 ]
 

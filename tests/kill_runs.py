@@ -32,8 +32,8 @@ import torch._dynamo  # optimizers import it when they are made: once here inste
 from faulty_disk import FaultyDisk
 from safetensors.torch import load_file
 
-import trainer
 from core import checkpoint, errors, hf_folder
+from core.guards import StopSignals
 
 fork = multiprocessing.get_context("fork")
 SAVING, LISTENING = 0, 1  # places in `flags`, which parent and child share: inside a save; signals are taken
@@ -71,7 +71,7 @@ def live(folder: Path, flags: mmap.mmap, options: dict, at: int = 0) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    commit, enter, leave = checkpoint.Run._commit, trainer.StopSignals.__enter__, trainer.StopSignals.__exit__
+    commit, enter, leave = checkpoint.Run._commit, StopSignals.__enter__, StopSignals.__exit__
     disk = FaultyDisk(at)
 
     def saving(run, *args):
@@ -88,7 +88,7 @@ def live(folder: Path, flags: mmap.mmap, options: dict, at: int = 0) -> None:
         flags[LISTENING] = 0
         leave(stop, *error)
 
-    checkpoint.Run._commit, trainer.StopSignals.__enter__, trainer.StopSignals.__exit__ = saving, entered, left
+    checkpoint.Run._commit, StopSignals.__enter__, StopSignals.__exit__ = saving, entered, left
 
     def main() -> int:
         with disk:

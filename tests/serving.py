@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from assembly.inference import Speaker, SpeakerConfig
+from assembly.inference import InferenceConfig, open_generator
 from extras.serve import app, wire, worker
 
 
@@ -20,13 +20,13 @@ class Served:
     """A model folder behind a free port.
 
     Attributes:
-        speaker, worker, server: as serve.py makes them.
+        generator, worker, server: as serve.py makes them.
         steps: how many steps the batch took.
     """
 
     def __init__(self, folder: Path, rows=4, queue=8, key="", names=(), context=0, send_buffer=0, slow_s=0.0):
-        self.speaker = Speaker(SpeakerConfig(model=str(folder), device="cpu"))
-        self.worker = worker.Worker(self.speaker, rows, queue, context or self.speaker.context)
+        self.generator = open_generator(InferenceConfig(model=str(folder), device="cpu"))
+        self.worker = worker.Worker(self.generator, rows, queue, context or self.generator.context)
         self.steps = 0
         step = self.worker.batch.step
 

@@ -130,7 +130,7 @@ def test_every_contestant_learns_what_it_sees(peer, micro_batches):
     )
     ids = torch.randint(0, 50, (2, 17))
     turns = Sixty()
-    peers.compete(peer, config, ids, torch.float32, False, "none", micro_batches, turns)
+    peers.compete(peer, peers.Setup(config, ids, micro_batches=micro_batches), turns)
     assert len(turns.losses) == 60 and turns.losses[-1] < 0.8 * turns.losses[0], turns.losses
 
 

@@ -396,7 +396,7 @@ PAIR = {"instruction": "问", "output": "答"}
             "Out of range float values are not JSON compliant",
         ),
         (PAIR | {"time": {1, 2}}, "a field that JSON cannot hold", "Object of type set is not JSON serializable"),
-        ({"instruction": "问\ud800", "output": "答"}, "half a character, no UTF-8 for it", ""),
+        ({"instruction": "问\ud800", "output": "答"}, "half a character, which UTF-8 does not have", ""),
     ],
 )
 def test_what_cannot_be_used_is_rejected_with_its_field(item, reason, detail):

@@ -14,8 +14,13 @@ import torch
 from kill_runs import assert_equal, state_of
 from safetensors.torch import load_file, save_file
 
+from assembly.models import load_model
 from core import checkpoint, files, hf_config, hf_folder
-from core.errors import Diverged, StorageError, UserError
+from core.data import step_rows
+from core.distributed import Ranks
+from core.errors import Diverged, Interrupted, StorageError, UserError
+from extras.families.llama_kin import KinConfig
+from trainer import next_token_loss
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -74,10 +79,7 @@ def test_resuming_another_run_is_refused_with_what_differs(tmp_path, change):
     elif change == "data":
         options = {"rows": "chats"}
     else:
-        from model import Llama
-
-        model = Llama(dataclasses.replace(small_run.small_model().config, rope_theta=5e5))
-        model.init_weights(0)
+        model = small_run.small_model(rope_theta=5e5)
     with pytest.raises(UserError, match=f"cannot be resumed: {change} was .*--resume no"):
         small_run.run(tmp_path / "run", model=model, max_steps=4, val=False, **options)
 
@@ -108,14 +110,10 @@ def test_another_batch_size_goes_on_at_the_next_row(tmp_path):
 
     def watching(model, batch):
         seen.extend(batch.rows)
-        from core.loss import next_token_loss
-
         return next_token_loss(model, batch)
 
-    small_run.run(tmp_path / "run", max_steps=3, val=False, loss_fn=watching)
-    small_run.run(tmp_path / "run", max_steps=5, batch_tokens=4 * small_run.SEQ_LEN, val=False, loss_fn=watching)
-    from core.data import step_rows
-
+    small_run.run(tmp_path / "run", max_steps=3, val=False, loss=watching)
+    small_run.run(tmp_path / "run", max_steps=5, batch_tokens=4 * small_run.SEQ_LEN, val=False, loss=watching)
     n = len(small_run.bin_rows(tmp_path))
     assert seen == step_rows(0, 3 * 8 + 2 * 4, n, seed=1)
 
@@ -191,9 +189,6 @@ def test_another_optimizer_cannot_take_over_a_checkpoint(tmp_path):
 
 
 def test_a_validation_that_a_stop_put_off_is_made_up_for(tmp_path, monkeypatch):
-    from core.distributed import Ranks
-    from core.errors import Interrupted
-
     plain, calls = Ranks.sum, []
 
     def asked_at_step_five(self, t):
@@ -289,8 +284,8 @@ def test_a_run_saves_resumes_and_publishes_where_windows_rules_hold(tmp_path, mo
     assert "resumed from" in (tmp_path / "run/log.txt").read_text()
     assert "could not be saved" not in (tmp_path / "run/log.txt").read_text()
     assert hf_folder.checkpoint_steps(tmp_path / "run") == [8, 9]
-    small_run.run(tmp_path / "other", model=hf_folder.load_model(tmp_path / "run"), max_steps=1, eval_every=1)
-    hf_folder.save_model(tmp_path / "run", hf_folder.load_model(tmp_path / "run"), None, {})  # over what was read
+    small_run.run(tmp_path / "other", model=load_model(tmp_path / "run"), max_steps=1, eval_every=1)
+    hf_folder.save_model(tmp_path / "run", load_model(tmp_path / "run"), None, {})  # over what was read
 
 
 def test_a_rate_that_makes_weights_infinite_ends_as_divergence_and_saves_none(tmp_path):
@@ -313,7 +308,7 @@ def folder_with(tmp_path, **changes) -> Path:
 
 def test_a_saved_model_loads_bit_equal(tmp_path):
     model = small_run.small_model()
-    loaded = hf_folder.load_model(folder_with(tmp_path))
+    loaded = load_model(folder_with(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
@@ -323,7 +318,7 @@ def test_tied_weights_load_under_either_name(tmp_path):
     state = load_file(folder / "model.safetensors")
     state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
     save_file(state, folder / "model.safetensors")
-    assert torch.equal(hf_folder.load_model(folder).lm_head.weight, state["lm_head.weight"])
+    assert torch.equal(load_model(folder).lm_head.weight, state["lm_head.weight"])
 
 
 def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
@@ -335,12 +330,12 @@ def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
     save_file({n: state[n] for n in names[1::2]}, folder / "b.safetensors")
     index = {"weight_map": {n: ("a", "b")[k % 2] + ".safetensors" for k, n in enumerate(names)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert torch.equal(hf_folder.load_model(folder).lm_head.weight, state["model.embed_tokens.weight"])
+    assert torch.equal(load_model(folder).lm_head.weight, state["model.embed_tokens.weight"])
     for bad in ("../b.safetensors", "/etc/passwd", "sub/b.safetensors", ".."):
         index["weight_map"][names[0]] = bad
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(UserError, match="plain file name"):
-            hf_folder.load_model(folder)
+            load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +366,7 @@ def test_shards_load_and_names_outside_the_folder_are_refused(tmp_path):
 def test_a_config_that_cannot_be_is_refused_before_anything_is_allocated(tmp_path, changes, says):
     began = time.monotonic()
     with pytest.raises(UserError, match=says):
-        hf_folder.load_model(folder_with(tmp_path, **changes))
+        load_model(folder_with(tmp_path, **changes))
     assert time.monotonic() - began < 5
 
 
@@ -391,9 +386,10 @@ def test_what_a_resumed_run_must_share_names_later_fields_only_where_they_are_us
         "attention_bias",
         "tie_word_embeddings",
     }
-    assert hf_config.sizes(small_run.small_model().config).keys() == before
-    qwen = dataclasses.replace(small_run.small_model().config, model_type="qwen3", rope_type="yarn", rope_factor=2.0)
-    assert hf_config.sizes(qwen).keys() - before == {"model_type", "rope_type", "rope_factor"}
+    assert hf_config.identify(small_run.small_model().config).keys() == before
+    kin = {"model_type": "qwen3", "rope_type": "yarn", "rope_factor": 2.0}
+    qwen = KinConfig(**dataclasses.asdict(small_run.small_model().config), **kin)
+    assert hf_config.identify(qwen).keys() - before == {"model_type", "rope_type", "rope_factor"}
 
 
 def test_all_mismatches_of_weights_are_listed(tmp_path):
@@ -404,7 +400,7 @@ def test_all_mismatches_of_weights_are_listed(tmp_path):
     state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
     save_file(state, folder / "model.safetensors")
     with pytest.raises(UserError) as caught:
-        hf_folder.load_model(folder)
+        load_model(folder)
     for part in (
         "model.norm.weight is missing",
         "extra is unexpected",
@@ -419,7 +415,7 @@ def test_nan_in_weights_is_refused_by_name(tmp_path):
     state["model.norm.weight"][3] = float("nan")
     save_file(state, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN"):
-        hf_folder.load_model(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +434,7 @@ def test_a_file_that_is_not_safetensors_is_one_clear_error(tmp_path, content):
     folder = folder_with(tmp_path)
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        hf_folder.load_model(folder)
+        load_model(folder)
 
 
 def test_a_run_cut_short_before_its_first_model_is_found_through_its_checkpoint(tmp_path):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from assembly.inference import Speaker, SpeakerConfig
-from core import data, hf_folder
+from assembly.chats import ChatRows
+from assembly.inference import InferenceConfig, open_generator
+from assembly.models import load_model
 from tokenizer import chat, load
 from tokenizer.train import train
 
@@ -145,8 +146,8 @@ def test_a_base_model_continues(chain):
 
 
 def test_without_a_prompt_a_base_model_begins_at_the_beginning_of_a_document(chain):
-    speaker = Speaker(SpeakerConfig(model=str(chain / "out/pretrain"), device="cpu"))
-    assert speaker.ids("") == [speaker.text.bos_id]
+    generator = open_generator(InferenceConfig(model=str(chain / "out/pretrain"), device="cpu"))
+    assert generator.encode("") == [generator.tokenizer.bos_id]
     assert command(
         chain, "sample.py", "--model", "out/pretrain", "--temperature", "0", "--max_new_tokens", "8"
     ).startswith("第")
@@ -300,7 +301,7 @@ def test_a_quantised_folder_answers_as_the_model_quantised_when_it_is_read(chain
         chain, "sample.py", "--model", f"out/{kind}", "--quantize", other, *ask
     )
     assert f"out/{kind} exists" in error(chain, "export.py", "quantize", "--type", kind, "--output", f"out/{kind}")
-    assert "must be int8 or int4" in error(chain, "export.py", "quantize", "--type", "int3", "--output", "out/x")
+    assert "must be one of int8, int4" in error(chain, "export.py", "quantize", "--type", "int3", "--output", "out/x")
 
 
 def test_truncate_left_answers_a_prompt_that_is_too_long_and_says_so(chain, tmp_path):
@@ -377,7 +378,7 @@ def test_training_goes_on_from_init_from_at_its_loss(chain):
 @pytest.mark.parametrize("name", ["out/pretrain", "out/sft"])
 def test_transformers_loads_the_run_folders_with_equal_logits_and_ids(chain, name):
     transformers = pytest.importorskip("transformers")
-    ours, text = hf_folder.load_model(chain / name).eval(), load(chain / name)
+    ours, text = load_model(chain / name).eval(), load(chain / name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(chain / name, dtype=torch.float32).eval()
     their_text = transformers.AutoTokenizer.from_pretrained(chain / name)
     ids = text.encode("第12天，雪是白的。English, 臺灣 too", bos=True)
@@ -520,7 +521,7 @@ def test_wrong_inputs_are_refused_in_one_line(chain, tmp_path):
     assert "no such model folder" in sft("--init_from", "out/none")
     assert "exists" in error(chain, "data_process.py", "--input", "text.txt")
     (tmp_path / "latin.txt").write_bytes("café ".encode("latin-1") * 9)
-    assert "bytes that are no text" in error(tmp_path, "data_process.py", "--input", "latin.txt")
+    assert "bytes that are not text" in error(tmp_path, "data_process.py", "--input", "latin.txt")
 
 
 def test_too_long_chats_are_counted_and_named(chain, tmp_path):
@@ -545,7 +546,7 @@ def test_too_long_chats_are_counted_and_named(chain, tmp_path):
     )
     assert "1 chats longer than 64 tokens left out" in said and "long.jsonl:19" in said
     with pytest.raises(AssertionError):
-        data.ChatRows([(list(range(80)), [1] * 80, "x")], 64, 2)
+        ChatRows([(list(range(80)), [1] * 80, "x")], 64, 2)
     # limits of their own for what is asked and what is answered, of the last answer where there are several
     words = "天火雪叶夜金木水" * 4  # each a token of its own, most of them
     turns = [(words[:30], "雪"), ("天", words[:30]), ("天", words[:3]), ("天", words[:12], "夜", "雪")]
@@ -602,10 +603,10 @@ def test_ids_of_a_thousand_real_texts_are_transformers_ids(chain, shared_data):
     assert all(theirs(t)["input_ids"] == ours.encode(t, bos=True) for t in texts)
 
 
-def test_the_speaker_of_a_chat_model_stops_at_its_end_of_turn(chain):
-    speaker = Speaker(SpeakerConfig(model=str(chain / "out/sft")))
-    assert speaker.chat_format == "chatml"
-    assert speaker.stop_ids == {speaker.text.special_ids["<|im_end|>"], speaker.text.eos_id}
+def test_a_chat_model_stops_at_its_end_of_turn(chain):
+    generator = open_generator(InferenceConfig(model=str(chain / "out/sft")))
+    assert generator.chat_format == "chatml"
+    assert generator.stop_ids == {generator.tokenizer.special_ids["<|im_end|>"], generator.tokenizer.eos_id}
 
 
 def test_a_dry_run_counts_and_trains_nothing(chain, tmp_path):

@@ -1,11 +1,16 @@
 """Promises of `core/config.py`: defaults < TOML files left to right < flags, and nothing unknown passes."""
 
 import dataclasses
+import math
+import re
+import sys
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import pytest
 
 from core import config
+from core.config import Range, Section
 from core.errors import UserError
 
 
@@ -220,6 +225,166 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert refusal(tmp_path / "none.toml") == f"{tmp_path / 'none.toml'}: No such file or directory"
     (tmp_path / "folder.toml").mkdir()
     assert str(tmp_path / "folder.toml") in refusal(tmp_path / "folder.toml")
+
+
+# Choices and ranges ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bounded(Section):
+    kind: Literal["adamw", "muon"] = "adamw"
+    maybe: Literal["", "short", "long"] = ""
+    rows: Annotated[int, Range(least=1)] = 8
+    steps: Annotated[int, Range(least=0)] = 0
+    lr: Annotated[float, Range(above=0)] = 3e-4
+    share: Annotated[float, Range(least=0, most=1)] = 0.5
+    beta: Annotated[float, Range(least=0, below=1)] = 0.9
+    wide: Annotated[float, Range(above=0, below=2)] = 1.0
+    most: Annotated[int, Range(most=3)] = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps and self.steps < self.rows:
+            raise ValueError(f"steps = {self.steps}, must be at least rows = {self.rows}")
+
+
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        ({"kind": "sgd"}, "kind = 'sgd', must be one of adamw, muon"),
+        ({"maybe": "x"}, "maybe = 'x', must be one of short, long"),
+        ({"rows": 0}, "rows = 0, must be at least 1"),
+        ({"steps": -1}, "steps = -1, must not be negative"),
+        ({"lr": 0.0}, "lr = 0.0, must be above 0"),
+        ({"lr": -1.0}, "lr = -1.0, must be above 0"),
+        ({"share": 1.5}, "share = 1.5, must be from 0 to 1"),
+        ({"share": -0.5}, "share = -0.5, must be from 0 to 1"),
+        ({"beta": 1.0}, "beta = 1.0, must be at least 0 and below 1"),
+        ({"wide": 2.0}, "wide = 2.0, must be above 0 and below 2"),
+        ({"most": 4}, "most = 4, must be at most 3"),
+        ({"steps": 5}, "steps = 5, must be at least rows = 8"),  # over several fields: the section's own check
+        *(
+            ({name: bad}, f"{name} = {bad}, ")
+            for name in ("lr", "share", "beta", "wide")
+            for bad in (math.nan, math.inf, -math.inf)
+        ),
+    ],
+    ids=str,
+)
+def test_a_value_outside_the_choices_or_the_range_beside_its_field_is_refused(bad, says):
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
+        Bounded(**bad)
+    if all(math.isfinite(v) for v in bad.values() if isinstance(v, float)):
+        words = [word for name, value in bad.items() for word in (f"--{name}", str(value))]
+        said = refusal_of({"bounded": Bounded}, *words)
+        assert said == f"[bounded] {says} -- set in --{next(iter(bad))}"
+
+
+def test_values_at_the_edges_of_a_range_are_taken():
+    edges = {"rows": 1, "steps": 0, "lr": 1e-300, "share": 1.0, "beta": 0.0, "wide": 1.999, "most": 3, "maybe": ""}
+    assert dataclasses.asdict(Bounded(**edges)) == {"kind": "adamw", **edges}
+    assert Bounded(share=0.0).share == 0 and Bounded(kind="muon", maybe="long").maybe == "long"
+
+
+def test_choices_and_ranges_leave_the_type_of_flags_and_toml_as_it_is(toml):
+    sections = {"bounded": Bounded}
+    path = toml("[bounded]\nlr = 1\nkind = 'muon'\n")
+    cfg = config.load("", sections, ["--rows", "1e2", str(path), "--maybe="]).bounded
+    assert cfg == Bounded(kind="muon", lr=1.0, rows=100) and type(cfg.lr) is float and type(cfg.rows) is int
+    assert "bounded.kind = 7 is not of type str" in refusal_of(sections, str(toml("[bounded]\nkind = 7\n", "b.toml")))
+    assert "bounded.rows = '1.5' is not of type int" in refusal_of(sections, "--rows", "1.5")
+
+
+def refusal_of(sections, *argv):
+    with pytest.raises(UserError) as e:
+        config.load("", sections, list(argv))
+    return str(e.value)
+
+
+# Sections that are declared by their path -----------------------------------------------------------------------------
+
+WING = """from dataclasses import dataclass
+from typing import Annotated
+from core.config import Range, Section
+
+@dataclass(frozen=True)
+class WingConfig(Section):
+    rank: Annotated[int, Range(least=0)] = 0  # of the wing
+    seed: int = 5
+"""
+
+
+@pytest.fixture
+def wing(tmp_path, monkeypatch):
+    """Sections, one of which is in a module that nobody has imported, and whether somebody has by now."""
+    name = f"wing_{tmp_path.name}"
+    (tmp_path / "modules").mkdir()
+    (tmp_path / f"modules/{name}.py").write_text(WING)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    yield {"train": Train, "wing": f"{name}:WingConfig"}, lambda: name in sys.modules
+    sys.modules.pop(name, None)
+
+
+def test_a_section_that_nobody_names_is_not_imported_and_is_none(wing, toml):
+    sections, imported = wing
+    cfg = config.load("", sections, ["--lr", "2", str(toml("[train]\nmax_steps = 3\n")), "--seed", "4"])
+    assert cfg.train == Train(lr=2.0, max_steps=3, seed=4) and cfg.wing is None and not imported()
+    # What it holds is neither shown nor saved.
+    assert config.as_dict(cfg).keys() == {"train"} and "wing" not in config.show(cfg)
+    assert sections["wing"].endswith(":WingConfig"), "the caller's own table stays as it is"
+
+
+@pytest.mark.parametrize("how", ["flag", "flag with its section", "file"])
+def test_a_section_is_imported_where_a_flag_or_a_file_names_it(wing, toml, how):
+    sections, imported = wing
+    words = {
+        "flag": ["--rank", "3"],
+        "flag with its section": ["--wing.rank=3"],
+        "file": [str(toml("[wing]\nrank = 3\n"))],
+    }
+    cfg = config.load("", sections, words[how])
+    assert imported() and dataclasses.asdict(cfg.wing) == {"rank": 3, "seed": 5}
+    assert config.as_dict(cfg)["wing"]["seed"] == 5 and "[wing] rank=" in config.show(cfg)
+
+
+def test_a_wrong_key_or_value_of_such_a_section_is_refused_as_any_other(wing, toml):
+    sections, _ = wing
+    assert refusal_of(sections, "--wing.rank=-1") == "[wing] rank = -1, must not be negative -- set in --rank"
+    assert "unknown option --wing.rnk -- did you mean rank?" in refusal_of(sections, "--wing.rnk=1")
+    assert "unknown key wing.rnk -- did you mean rank?" in refusal_of(sections, str(toml("[wing]\nrnk = 1\n")))
+    assert refusal_of(sections, "--ranks", "1") == "unknown option --ranks -- did you mean rank?"
+    assert "did you mean wing?" in refusal_of(sections, "--wign.rank=1")
+
+
+def test_help_shows_such_a_section_like_the_others(wing, capsys):
+    sections, imported = wing
+    with pytest.raises(SystemExit):
+        config.load("Train a thing.", sections, ["--help"])
+    said = capsys.readouterr().out
+    assert imported() and "--- [wing]" in said and "= 0  # of the wing" in said and "--- [train]" in said
+
+
+def test_a_deleted_wing_takes_its_sections_with_it(wing, toml, capsys):
+    sections, _ = wing
+    sections |= {"gone": "extras.gone.wing:WingConfig"}
+    with pytest.raises(SystemExit):
+        config.load("", sections, ["--help"])
+    said = capsys.readouterr().out
+    assert "= 0  # of the wing" in said and "--- [gone]  not here: its wing was deleted" in said
+    # Who asks for it is told; who makes another mistake, or asks for another wing, does not hear of it.
+    for words in (["--gone.rank", "1"], [str(toml("[gone]\nrank = 1\n"))]):
+        assert refusal_of(sections, *words) == "[gone] is declared in extras.gone.wing, which is not here"
+    assert refusal_of(sections, "--ranks", "1") == "unknown option --ranks -- did you mean rank?"
+    assert config.load("", sections, ["--rank", "2"]).wing.rank == 2
+
+
+def test_a_module_that_a_wing_lacks_is_not_taken_for_a_deleted_wing(wing, tmp_path):
+    sections, _ = wing
+    name = sections["wing"].removesuffix(":WingConfig")
+    path = tmp_path / f"modules/{name}.py"
+    path.write_text(f"import {name}_part\n" + path.read_text())
+    with pytest.raises(ModuleNotFoundError, match=f"{name}_part"):
+        config.load("", sections, ["--help"])
 
 
 # Output ---------------------------------------------------------------------------------------------------------------

@@ -25,10 +25,12 @@ from hypothesis import strategies as st
 import data_process
 from core import bins, config, hf_folder
 from core.errors import UserError
-from extras.corpus import clean, pipeline, readers, stages, tokenize, windows
+from extras.corpus import clean, pipeline, readers, tokenize, windows
+from extras.corpus import run as corpus_run
 from extras.corpus.account import Account, Doc
 from model import ModelConfig
 from tokenizer import TokenizerError
+from tokenizer import load as load_tokenizer
 from tokenizer.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,14 +48,14 @@ def read(*paths, **options):
 
 def run(folder, *words, **options):
     """The command's own functions, in this process."""
-    names, _ = data_process.split_words(list(words))
     flags = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in options.items()]
-    data_process.own_text(load_config([f"--out_dir={folder}", *flags]), names)
+    names, cfg = corpus_run.stage_names(list(words)), load_config([f"--out_dir={folder}", *flags])
+    corpus_run.own_text(cfg, names, data_process.make_tokenizer, data_process.load_model)
     return json.loads((folder / "accounting.json").read_text())
 
 
 def load_config(argv):
-    return config.load("", data_process.sections(), argv)
+    return config.load("", data_process.SECTIONS, argv)
 
 
 def command(*args):
@@ -216,9 +218,9 @@ BAD_LINES = {
     b'{"text": ' + b"9" * 5000 + b"}": "not a JSON object",
     b'"text"': "a str, not an object",
     b'["text"]': "a list, not an object",
-    b'{"text": "x", "text": "y"}': "a key stands twice",
+    b'{"text": "x", "text": "y"}': "a key occurs twice",
     b'{"text": "\\ud800"}': "a lone surrogate",
-    b'{"text": "\xd6\xd0"}': "no text in this encoding",
+    b'{"text": "\xd6\xd0"}': "not text in this encoding",
     b'{"txet": "x"}': "no field text; there is txet",
     b'{"text": null}': "empty",
     b'{"text": "  "}': "empty",
@@ -298,7 +300,7 @@ def test_bytes_that_are_no_text_can_be_replaced_instead(tmp_path):
     (tmp_path / "a.txt").write_bytes("好".encode() + b"\xff" + "文".encode())
     assert read(tmp_path / "a.txt", errors="replace")[0] == ["好\ufffd文"]
     texts, _, account = read(tmp_path / "a.txt")
-    assert texts == [] and account.rejected == {"bytes that are no text in this encoding": 1}
+    assert texts == [] and account.rejected == {"bytes that are not text in this encoding": 1}
     (tmp_path / "a.csv").write_bytes(b'text,x\n"' + "好".encode() + b"\xff\r\n" + "文".encode() + b'",1\n')
     assert read(tmp_path / "a.csv", errors="replace")[0] == ["好\ufffd\n文"]
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud800\\r\\nb"}')
@@ -684,7 +686,7 @@ def test_a_stage_that_loses_a_document_is_found_out(tmp_path, corpus, monkeypatc
                 account.kept += 1
                 yield doc
 
-    monkeypatch.setitem(stages.STAGES, "window", pipeline.Stage("window", loses, windows.WindowConfig()))
+    monkeypatch.setitem(corpus_run.STAGES, "window", pipeline.Stage("window", loses, windows.WindowConfig()))
     for words in (["window"], ["window", "tokenize"]):
         with pytest.raises(AssertionError, match="window: 2 documents are neither kept nor rejected"):
             run(tmp_path / "out", *words, input=tuple(corpus), split="line", processes=1)
@@ -744,7 +746,7 @@ def test_special_token_text_in_a_corpus_is_plain_text(tmp_path):
 )
 def test_stages_that_make_no_chain_are_refused(words, message):
     with pytest.raises(UserError, match=message):
-        data_process.split_words(words)
+        corpus_run.stage_names(words)
 
 
 @pytest.mark.parametrize("words", [["clean"], ["tokenize"], ["clean", "tokenize"]])
@@ -777,6 +779,7 @@ import tqdm
 import data_process
 from core import config
 from extras.corpus import readers
+from extras.corpus import run as corpus_run
 
 # The bars' own lock is a semaphore that all forks share: one that is killed while it holds it would stop the others.
 tqdm.tqdm.set_lock(threading.RLock())
@@ -784,9 +787,9 @@ readers.BLOCK_BYTES = 1000
 whole, out, files = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 
 def run(folder, processes):
-    cfg = config.load("", data_process.sections(), ["--out_dir", str(folder), "--input", files, "--split", "line",
+    cfg = config.load("", data_process.SECTIONS, ["--out_dir", str(folder), "--input", files, "--split", "line",
                       "--vocab_size", "320", "--overwrite", "--processes", str(processes)])
-    data_process.own_text(cfg, ["clean", "dedup", "tokenize"])
+    corpus_run.own_text(cfg, ["clean", "dedup", "tokenize"], data_process.make_tokenizer, data_process.load_model)
 
 run(whole, 1)
 began = time.monotonic()
@@ -858,7 +861,7 @@ def test_a_killed_worker_ends_the_command_with_one_line(tmp_path, corpus, monkey
         os.kill(os.getpid(), signal.SIGKILL)
         yield from docs
 
-    monkeypatch.setitem(stages.STAGES, "window", pipeline.Stage("window", dies, windows.WindowConfig()))
+    monkeypatch.setitem(corpus_run.STAGES, "window", pipeline.Stage("window", dies, windows.WindowConfig()))
     began = time.monotonic()
     with pytest.raises(TokenizerError, match="a worker process was killed"):
         run(tmp_path / "out", "window", input=tuple(corpus), split="line", processes=2)
@@ -869,7 +872,7 @@ def test_a_killed_worker_ends_the_command_with_one_line(tmp_path, corpus, monkey
 @pytest.mark.heavy
 def test_the_filter_drops_what_a_trained_model_finds_too_surprising(tmp_path, make_model):
     """Oracle: bits per byte from the plain logits."""
-    text = data_process.tokenizer.load(train(["天地玄黄，宇宙洪荒。"] * 50, tmp_path / "t/tokenizer.model", 280))
+    tokenizer = load_tokenizer(train(["天地玄黄，宇宙洪荒。"] * 50, tmp_path / "t/tokenizer.model", 280))
     model = make_model(
         ModelConfig(
             vocab_size=280,
@@ -880,11 +883,11 @@ def test_the_filter_drops_what_a_trained_model_finds_too_surprising(tmp_path, ma
             max_position_embeddings=16,
         )
     )
-    hf_folder.save_model(tmp_path / "model", model, text, {})
+    hf_folder.save_model(tmp_path / "model", model, tokenizer, {})
     docs = ["天地玄黄，宇宙洪荒。" * n for n in (1, 2, 9)] + ["kwx@#%&zq", "天"]
     bits = []
     for doc in docs:
-        ids, nats = torch.tensor(text.encode(doc, bos=True, eos=True)), 0.0
+        ids, nats = torch.tensor(tokenizer.encode(doc, bos=True, eos=True)), 0.0
         for start in range(0, len(ids) - 1, 16):
             window = ids[start : start + 17]
             logits = model(window[None, :-1])[0].log_softmax(-1)

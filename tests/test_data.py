@@ -1,4 +1,4 @@
-"""Promises of `core/data.py`: the order is a permutation, bins come back or are refused, rows keep every target."""
+"""Promises of bins and rows: the order is a permutation, bins come back or are refused, rows keep every target."""
 
 import hashlib
 import json
@@ -13,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import bins, data, files
+from assembly.chats import ChatRows
+from core import bins, files
 from core.bins import BinWriter, TokenBin
-from core.data import BinRows, ChatRows, MixedRows, parse_mix, permute, row_number, step_rows
+from core.data import BinRows, permute, row_number, step_rows
 from core.errors import UserError
 from core.files import read_jsonl
+from extras.mixture.mix import MixedRows, parse_mix
 from model import IGNORE
 
 EOS, VOCAB, SHA = 2, 100, "a" * 64
@@ -255,7 +257,7 @@ def test_an_id_out_of_range_is_refused_before_the_model_sees_it(tmp_path, monkey
     foreign(path, ids)
     said = f"{path}: token {at} is 4001, vocab is 100"
     rows = BinRows(open_bin(path), 4, True, EOS)
-    assert said in refusal(lambda: data.batch(rows, range(len(rows))))
+    assert said in refusal(lambda: rows.batch(range(len(rows))))
     path.with_suffix(".json").unlink()
     assert said in refusal(lambda: open_bin(path))
 
@@ -280,7 +282,7 @@ def test_a_bin_without_sidecar_is_scanned_and_accepted_with_one_warning(tmp_path
     opened = open_bin(path, warnings=warnings)
     assert len(warnings) == 1 and str(path) in warnings[0] and "x.json" in warnings[0]
     assert (opened.tokens, opened.text_bytes) == (18, 0)
-    assert BinRows(opened, 4, False, EOS).bytes_per_token == 0
+    assert BinRows(opened, 4, False, EOS).text_bytes(2) == 0
 
 
 def test_a_trusted_bin_is_not_read_whole_but_what_is_read_is_checked(tmp_path, monkeypatch):
@@ -482,7 +484,7 @@ def test_rows_of_a_bin_equal_a_naive_loop_over_its_tokens(tokens, seq_len, docs,
 
 def test_a_batch_is_its_rows_and_counts_its_targets(tmp_path):
     rows = BinRows(open_bin(write_bin(tmp_path / "x.bin")), 5, True, EOS, tail=True)
-    made = data.batch(rows, [2, 0, 3])
+    made = rows.batch([2, 0, 3])
     for at, i in enumerate([2, 0, 3]):
         assert all(
             torch.equal(t[at].long(), torch.from_numpy(part))
@@ -491,14 +493,14 @@ def test_a_batch_is_its_rows_and_counts_its_targets(tmp_path):
     assert made.ids.dtype == made.targets.dtype == torch.int64 and made.docs.dtype == torch.int32
     assert made.rows == [2, 0, 3]
     assert made.count == sum(t != IGNORE for row in made.targets.tolist() for t in row)
-    assert data.batch(BinRows(rows.bin, 5, False, EOS), [0]).docs is None
+    assert BinRows(rows.bin, 5, False, EOS).batch([0]).docs is None
     assert str(rows.bin.path) in rows.where(2) and "10 to 15" in rows.where(2)
 
 
 def test_validation_leaves_no_target_out_and_training_says_how_many(tmp_path):
     opened = open_bin(write_bin(tmp_path / "x.bin"))
     whole, cut = BinRows(opened, 5, False, EOS, tail=True), BinRows(opened, 5, False, EOS)
-    assert data.batch(whole, range(len(whole))).count == 17 and data.batch(cut, range(len(cut))).count == 15
+    assert whole.batch(range(len(whole))).count == 17 and cut.batch(range(len(cut))).count == 15
     assert "2 tokens at the end left out" in cut.describe()
     assert "0 tokens at the end left out" in whole.describe()
 

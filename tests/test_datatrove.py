@@ -13,7 +13,7 @@ import pytest
 import data_process
 from core import config
 from core.errors import UserError
-from extras.corpus import readers
+from extras.corpus import readers, run
 from extras.corpus.journal import Records
 from runs import datatrove_corpus
 
@@ -53,7 +53,9 @@ def corpus(tmp_path_factory) -> list[str]:
 
 def single(paths: list[str], text, out: Path, options: list[str]) -> Path:
     argv = ["--input", *paths, "--tokenizer", str(text.path), "--out_dir", str(out), "--processes", "1", *options]
-    data_process.own_text(config.load("", data_process.sections(), argv), STAGES)
+    run.own_text(
+        config.load("", data_process.SECTIONS, argv), STAGES, data_process.make_tokenizer, data_process.load_model
+    )
     return out
 
 

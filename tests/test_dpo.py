@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import lively
 from safetensors.torch import load_file
-from test_engine import metrics
+from test_trainer import metrics
 
 import dpo
-from core import data, files, hf_folder
+from assembly import models
+from core import files, hf_folder
 from core.errors import UserError
 from extras.preferences import pairs
 from model import ModelConfig
@@ -103,7 +104,7 @@ def train(place: Path, out: Path, *words: str) -> None:
 
 
 def rows_of(place: Path, small, length: int = 64) -> pairs.PairRows:
-    found = pairs.read_pairs([str(place / "pairs.jsonl")], small, "bos", length, [])
+    found, _ = pairs.read_pairs([str(place / "pairs.jsonl")], small, "bos", length)
     return pairs.PairRows(found, length, small.eos_id)
 
 
@@ -123,7 +124,7 @@ def naive_loss(model, reference, pair, beta: float, smoothing: float) -> torch.T
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_and_gradient_are_those_of_the_formula(place, small, smoothing):
-    reference, model = hf_folder.load_model(place / "base"), hf_folder.load_model(place / "base")
+    reference, model = models.load_model(place / "base"), models.load_model(place / "base")
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
@@ -131,7 +132,7 @@ def test_loss_and_gradient_are_those_of_the_formula(place, small, smoothing):
     rows.reference = pairs.over_pairs(
         rows, 4, torch.device("cpu"), lambda b: pairs.log_probabilities(reference, b), range(len(rows))
     )
-    batch = data.batch(rows, numbers)
+    batch = rows.batch(numbers)
     pairs.dpo_loss(0.3, smoothing)(model, batch).backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -151,7 +152,7 @@ def test_it_begins_at_ln_2_and_learns_which_answers_are_preferred(place, small, 
     assert "held-out pairs the right way round: 100.0% of 2" in capsys.readouterr().out
     assert (tmp_path / "out" / ("adapter_model.safetensors" if words else "model.safetensors")).exists()
     if not words:  # against what it was: the preferred became likelier beside the other
-        before, after = hf_folder.load_model(place / "base"), hf_folder.load_model(tmp_path / "out")
+        before, after = models.load_model(place / "base"), models.load_model(tmp_path / "out")
         for good, bad, _ in rows_of(place, small).pairs[::5]:
             gains = [naive_log_probability(after, *t) - naive_log_probability(before, *t) for t in (good, bad)]
             assert gains[0] > gains[1] and gains[1] < 0
@@ -166,7 +167,7 @@ def test_the_reference_is_computed_once(place, small, tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "log_probabilities", never)
     train(place, tmp_path / "out")  # finished
     (kept,) = (tmp_path / "out").glob("reference-*.safetensors")
-    model, found = hf_folder.load_model(place / "base"), load_file(kept)
+    model, found = models.load_model(place / "base"), load_file(kept)
     assert found["train"].shape == (22, 2) and found["held_out"].shape == (2, 2)
     wanted = [[naive_log_probability(model, *text).item() for text in pair[:2]] for pair in rows_of(place, small).pairs]
     ours = torch.cat([found["train"], found["held_out"]]).tolist()
@@ -239,8 +240,8 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small, capsy
         )
         for m, other in ((d["messages"], d["rejected"]) for _, d in files.read_jsonl(place / "pairs.jsonl"))
     ]
-    length, intro = sorted(set(sizes))[2] - 2, []  # some are longer by one than what fits
-    found = pairs.read_pairs([str(place / "pairs.jsonl")], small, "bos", length, intro)
+    length = sorted(set(sizes))[2] - 2  # some are longer by one than what fits
+    found, intro = pairs.read_pairs([str(place / "pairs.jsonl")], small, "bos", length)
     assert len(found) == sum(size <= length + 1 for size in sizes) and length + 2 in sizes
     assert 0 < len(found) < 24 and intro[0].startswith(
         f"{24 - len(found)} pairs longer than {length} tokens left out: "

@@ -9,11 +9,13 @@ import io
 import json
 import math
 import os
+import pkgutil
 import random
 import subprocess
 import sys
 import zipfile
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,16 +27,18 @@ from torch import nn
 
 import evaluate
 import trainer
-from assembly.inference import Speaker, SpeakerConfig
-from core import distributed, errors, hf_folder
+from assembly.inference import InferenceConfig, open_generator
+from core import distributed, errors, hf_folder, validate
 from core.bins import BinWriter, TokenBin
+from core.checkpoint import State
 from core.data import BinRows
 from core.errors import UserError
 from core.generate import SamplingConfig
-from core.loss import next_token_loss
+from core.log import Log
 from extras.evaluation import bits, choices, likelihood, subjects
 from extras.evaluation.likelihood import Request
 from extras.evaluation.report import Progress, Report, Table
+from extras.families.llama_kin import KinConfig
 from model import ModelConfig
 from tokenizer import chat
 
@@ -59,8 +63,8 @@ def folder(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def speaker(folder):
-    return Speaker(SpeakerConfig(model=str(folder), device="cpu"))
+def generator(folder):
+    return open_generator(InferenceConfig(model=str(folder), device="cpu"))
 
 
 def quiet() -> Progress:
@@ -98,55 +102,63 @@ def command(*words: str) -> int:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 100])
-def test_log_likelihoods_are_those_of_a_loop_over_single_ids(speaker, batch):
+def test_log_likelihoods_are_those_of_a_loop_over_single_ids(generator, batch):
     rng = random.Random(0)
     draw = lambda n: [rng.randrange(1, 600) for _ in range(n)]  # noqa: E731
     context = draw(30)
     requests = [Request(context, [id]) for id in draw(4)]  # these share a row, as the letters of a question do
     requests += [Request(draw(rng.randrange(1, 40)), draw(rng.randrange(1, 9))) for _ in range(12)]
     requests += [requests[5], Request(draw(200), draw(57))]  # twice the same; and as long as the context allows
-    found = likelihood.log_likelihoods(speaker.model, requests, batch)
-    assert found == pytest.approx([naive(speaker.model, r) for r in requests], abs=1e-4)
-    total = likelihood.nats(speaker.model, requests, batch)
-    assert total == pytest.approx(-sum(naive(speaker.model, r) for r in requests), abs=1e-3)
+    found = likelihood.log_likelihoods(generator.model, requests, batch)
+    assert found == pytest.approx([naive(generator.model, r) for r in requests], abs=1e-4)
+    total = likelihood.sum_nats(generator.model, requests, batch)
+    assert total == pytest.approx(-sum(naive(generator.model, r) for r in requests), abs=1e-3)
 
 
-def test_logits_go_through_the_head_in_pieces(speaker, monkeypatch):
+def test_padding_changes_nothing_where_positions_are_scaled_by_the_length_of_a_row(tiny_config):
+    options = {"rope_type": "dynamic", "rope_factor": 4.0}
+    model = lively(KinConfig(**asdict(tiny_config) | options))
+    requests = [Request([5, 6, 7], [8, 9]), Request([3] * 60, [9, 2, 4]), Request([5], [9])]
+    expected = [naive(model, r) for r in requests]
+    assert likelihood.log_likelihoods(model, requests, 3) == pytest.approx(expected, abs=1e-4)
+
+
+def test_logits_go_through_the_head_in_pieces(generator, monkeypatch):
     requests = [Request([5, 6, 7], [8, 9, 10, 11, 12]), Request([5], [9])]
-    whole, seen = likelihood.log_likelihoods(speaker.model, requests, 2), []
-    speaker.model.lm_head.register_forward_hook(lambda m, x, y: seen.append(len(y)))
-    monkeypatch.setattr(speaker.model, "loss_chunk_numel", 2 * speaker.model.config.vocab_size, raising=False)
-    assert likelihood.log_likelihoods(speaker.model, requests, 2) == pytest.approx(whole, abs=1e-5)
+    whole, seen = likelihood.log_likelihoods(generator.model, requests, 2), []
+    generator.model.lm_head.register_forward_hook(lambda m, x, y: seen.append(len(y)))
+    monkeypatch.setattr(likelihood, "LOGITS_AT_ONCE", 2 * generator.model.config.vocab_size)
+    assert likelihood.log_likelihoods(generator.model, requests, 2) == pytest.approx(whole, abs=1e-5)
     assert seen == [2, 2, 2]
-    speaker.model.lm_head._forward_hooks.clear()
+    generator.model.lm_head._forward_hooks.clear()
 
 
 def test_a_model_in_fewer_bits_is_measured_as_it_is(folder, small, tmp_path):
-    speaker = Speaker(SpeakerConfig(model=str(folder), device="cpu", quantize="int8"))
+    generator = open_generator(InferenceConfig(model=str(folder), device="cpu", quantize="int8"))
     requests = [Request([5, 6, 7], [8, 9]), Request([5], [9])]
-    expected = [naive(speaker.model, r) for r in requests]
-    assert likelihood.log_likelihoods(speaker.model, requests, 1) == pytest.approx(expected, abs=0.05)
+    expected = [naive(generator.model, r) for r in requests]
+    assert likelihood.log_likelihoods(generator.model, requests, 1) == pytest.approx(expected, abs=0.05)
     with BinWriter(tmp_path / "val.bin", small.vocab_size, small.eos_id, small.sha256) as out:
         out.add([1, 5, 6, 7, 8, 9, small.eos_id], 20)
-    found = bits.run(speaker, config(tmp_path / "val.bin"), SamplingConfig(), quiet())
+    found = bits.run(generator, config(tmp_path / "val.bin"), SamplingConfig(), quiet())
     assert found.scores["nats"] == pytest.approx(
-        -naive(speaker.model, Request([1], [5, 6, 7, 8, 9, small.eos_id])), abs=0.1
+        -naive(generator.model, Request([1], [5, 6, 7, 8, 9, small.eos_id])), abs=0.1
     )
 
 
 def test_a_model_with_broken_weights_is_refused(folder):
-    broken = Speaker(SpeakerConfig(model=str(folder), device="cpu"))
+    broken = open_generator(InferenceConfig(model=str(folder), device="cpu"))
     broken.model.model.norm.weight.data[3] = math.nan
     with pytest.raises(UserError, match="not finite"):
         likelihood.log_likelihoods(broken.model, [Request([1], [2])], 1)
     with pytest.raises(UserError, match="not finite"):
-        likelihood.nats(broken.model, [Request([1], [2])], 1)
+        likelihood.sum_nats(broken.model, [Request([1], [2])], 1)
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 10, 15, 16, 17, 18, 50])
 def test_windows_predict_every_id_but_the_first_once_and_are_as_long_as_they_can_be(count):
     ids, length = list(range(count)), 8
-    found = likelihood.windows(ids, length)
+    found = likelihood.cut_windows(ids, length)
     assert [id for window in found for id in window.continuation] == ids[1:]
     for window in found:
         assert [*window.context, *window.continuation] == ids[window.context[0] : window.continuation[-1] + 1]
@@ -156,27 +168,26 @@ def test_windows_predict_every_id_but_the_first_once_and_are_as_long_as_they_can
 # Bits per byte --------------------------------------------------------------------------------------------------------
 
 
-def test_bits_per_byte_of_a_bin_is_what_training_calls_bits_per_byte(speaker, small, tmp_path):
+def test_bits_per_byte_of_a_bin_is_what_training_calls_bits_per_byte(generator, small, tmp_path):
     with BinWriter(tmp_path / "val.bin", small.vocab_size, small.eos_id, small.sha256) as out:
         for text in BOOK[:40]:
             out.add(small.encode(text, bos=True, eos=True), len(text.encode()))
     rows = BinRows(TokenBin(tmp_path / "val.bin", small.vocab_size), 256, docs=True, eos_id=small.eos_id, tail=True)
-    ranks = distributed.start("cpu")
-    spread = SimpleNamespace(
-        model=speaker.model,
-        ranks=ranks,
-        data=SimpleNamespace(world=1, rank=0),
-        losses=lambda batch, loss: torch.stack([loss(speaker.model, batch), batch.count]),
-    )
+    among = SimpleNamespace(world=1, rank=0)
+    model, ranks = generator.model, distributed.start("cpu")
+    strategy = SimpleNamespace(model=model, module=model, ranks=ranks, data=among, weight=1)
+    task = SimpleNamespace(loss=trainer.next_token_loss, val_rows={"val": rows}, sample=None)
+    nats, targets = validate.evaluate(task, rows, len(rows), 2, strategy, nullcontext())
     cfg = trainer.TrainConfig(micro_batch=2, eval_tokens=1 << 30)
-    nats, targets, per_byte = trainer.evaluate(spread, next_token_loss, rows, cfg, nullcontext())
-    speaker.model.eval()
-    found = bits.run(speaker, config(tmp_path / "val.bin", batch=3), SamplingConfig(), quiet())
+    facts, _ = validate.validate(task, cfg, strategy, nullcontext(), Log(tmp_path, speak=False), State())
+    per_byte = facts["val_bits_per_byte"]
+    generator.model.eval()
+    found = bits.run(generator, config(tmp_path / "val.bin", batch=3), SamplingConfig(), quiet())
     assert found.scores["bits_per_byte"] == pytest.approx(per_byte, rel=1e-6)
     assert found.scores["nats"] == pytest.approx(nats, rel=1e-6) and found.scores["tokens"] == targets
     assert found.scores["bytes"] == sum(len(text.encode()) for text in BOOK[:40]) and found.scores["documents"] == 40
     (tmp_path / "val.json").unlink()
-    found = bits.run(speaker, config(tmp_path / "val.bin"), SamplingConfig(), quiet())
+    found = bits.run(generator, config(tmp_path / "val.bin"), SamplingConfig(), quiet())
     assert (
         "bits_per_byte" not in found.scores
         and "no bits per byte" in found.notes[-1]
@@ -184,14 +195,14 @@ def test_bits_per_byte_of_a_bin_is_what_training_calls_bits_per_byte(speaker, sm
     )
 
 
-def test_bits_per_byte_of_a_text_counts_every_byte_once(speaker, small, tmp_path, monkeypatch):
+def test_bits_per_byte_of_a_text_counts_every_byte_once(generator, small, tmp_path, monkeypatch):
     monkeypatch.setattr(bits, "PART_TOKENS", 300)  # several parts
     long = "\n".join(BOOK[:30])
     texts = [long, "短", "", "曹操字孟德。", "曹操字孟德。"]
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), "utf-8"
     )
-    found = bits.run(speaker, config(tmp_path / "a.jsonl", batch=2), SamplingConfig(), quiet())
+    found = bits.run(generator, config(tmp_path / "a.jsonl", batch=2), SamplingConfig(), quiet())
     nats = tokens = 0
     for text in texts:
         ids = small.encode(text, bos=True)
@@ -199,7 +210,7 @@ def test_bits_per_byte_of_a_text_counts_every_byte_once(speaker, small, tmp_path
             for at in range(1, len(ids), 256):  # each 256 from the one in front of them; the last from all that fits
                 end = min(at + 256, len(ids))
                 begin = max(0, end - 257)
-                logp = speaker.model(torch.tensor([ids[begin : end - 1]]))[0].double().log_softmax(-1)
+                logp = generator.model(torch.tensor([ids[begin : end - 1]]))[0].double().log_softmax(-1)
                 nats -= sum(logp[k - begin - 1, ids[k]].item() for k in range(at, end))
                 tokens += end - at
     scores, size = found.scores, sum(len(text.encode()) for text in texts)
@@ -208,16 +219,16 @@ def test_bits_per_byte_of_a_text_counts_every_byte_once(speaker, small, tmp_path
     assert scores["perplexity_per_token"] == pytest.approx(math.exp(nats / tokens))
     assert scores["documents"] == 5 and any("1 documents without text" in note for note in found.notes)
     (tmp_path / "a.txt").write_text("\ufeff" + long, "utf-8")
-    whole = bits.run(speaker, config(tmp_path / "a.txt"), SamplingConfig(), quiet())
+    whole = bits.run(generator, config(tmp_path / "a.txt"), SamplingConfig(), quiet())
     assert whole.scores["bytes"] == len(long.encode()) and whole.scores["documents"] == 1
-    first = bits.run(speaker, config(tmp_path / "a.jsonl", limit=1), SamplingConfig(), quiet())
+    first = bits.run(generator, config(tmp_path / "a.jsonl", limit=1), SamplingConfig(), quiet())
     assert first.scores["nats"] == pytest.approx(whole.scores["nats"]) and first.scores["documents"] == 1
 
 
-def test_a_vocabulary_that_cannot_write_the_text_is_told(speaker, tmp_path, monkeypatch):
+def test_a_vocabulary_that_cannot_write_the_text_is_told(generator, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("曹操字孟德。", "utf-8")
-    monkeypatch.setattr(speaker.text, "decode", lambda ids: "?")
-    found = bits.run(speaker, config(tmp_path / "a.txt"), SamplingConfig(), quiet())
+    monkeypatch.setattr(generator.tokenizer, "decode", lambda ids: "?")
+    found = bits.run(generator, config(tmp_path / "a.txt"), SamplingConfig(), quiet())
     assert any("1 of 1 documents do not come back" in note for note in found.notes)
 
 
@@ -267,44 +278,46 @@ def exam_zip(path: Path, kind: str, count: int, seed: int = 0, change=None) -> d
 class Rigged(nn.Module):
     """A model whose next id is the letter that `answer(question)` says, or any letter alike where it says None."""
 
-    loss_chunk_numel = 1 << 24
-
-    def __init__(self, text, answer, positions: int = 4096):
+    def __init__(self, tokenizer, answer, positions: int = 4096):
         super().__init__()
-        self.text, self.answer, self.examples = text, answer, set()
-        self.config = SimpleNamespace(max_position_embeddings=positions, vocab_size=text.vocab_size)
-        self.lm_head = nn.Linear(text.vocab_size, text.vocab_size, bias=False)
+        self.tokenizer, self.answer, self.examples = tokenizer, answer, set()
+        self.config = SimpleNamespace(max_position_embeddings=positions, vocab_size=tokenizer.vocab_size)
+        self.lm_head = nn.Linear(tokenizer.vocab_size, tokenizer.vocab_size, bias=False)
         nn.init.eye_(self.lm_head.weight)
         self.model = SimpleNamespace(embed_tokens=self.lm_head)
 
     def hidden(self, ids):
         x = torch.zeros(*ids.shape, self.config.vocab_size)
         for row, read in enumerate(ids.tolist()):
-            _, *examples, question = self.text.decode([id for id in read if id]).split("\n\n")
+            _, *examples, question = self.tokenizer.decode([id for id in read if id]).split("\n\n")
             self.examples.add(tuple(example.split(": ")[0].removeprefix("题目：") for example in examples))
             letter = self.answer(question.split("\n")[0].removeprefix("题目："))
             if letter:
-                x[row, :, self.text.encode(letter, continues=True)[-1]] = 5.0
+                x[row, :, self.tokenizer.encode(letter, continues=True)[-1]] = 5.0
         return x
 
 
 def rigged(small, answer, positions: int = 4096):
-    return SimpleNamespace(model=Rigged(small, answer, positions), text=small, chat_format=None, context=positions)
+    return SimpleNamespace(model=Rigged(small, answer, positions), tokenizer=small, chat_format=None, context=positions)
 
 
 @pytest.mark.parametrize("shots", [0, 2, 5])
 @pytest.mark.parametrize("kind", choices.EXAMS)
 def test_a_model_that_knows_the_answers_scores_everything(small, tmp_path, kind, shots):
     right = exam_zip(tmp_path / "exam.zip", kind, 6)
-    speaker = rigged(small, right.get)
-    found = evaluate.KINDS[kind](speaker, config(tmp_path / "exam.zip", shots=shots), SamplingConfig(), quiet())
-    assert speaker.model.examples == {tuple(f"{subject} dev {k}" for k in range(shots)) for subject in CHOSEN[kind]}
+    generator = rigged(small, right.get)
+    found = pkgutil.resolve_name(evaluate.KINDS[kind])(
+        generator, config(tmp_path / "exam.zip", shots=shots), SamplingConfig(), quiet()
+    )
+    assert generator.model.examples == {tuple(f"{subject} dev {k}" for k in range(shots)) for subject in CHOSEN[kind]}
     assert found.scores["accuracy_of_questions"] == found.scores["mean_of_subjects"] == 1.0
     assert found.scores["questions"] == 18 and found.scores["not_asked"] == 0
     assert found.scores["mean_low"] > 0.5 and "above the 25 %" in found.notes[0]
     with zipfile.ZipFile(tmp_path / "exam.zip") as archive:
         archive.extractall(tmp_path / "unpacked")
-    again = evaluate.KINDS[kind](rigged(small, right.get), config(tmp_path / "unpacked"), SamplingConfig(), quiet())
+    again = pkgutil.resolve_name(evaluate.KINDS[kind])(
+        rigged(small, right.get), config(tmp_path / "unpacked"), SamplingConfig(), quiet()
+    )
     assert again.scores == found.scores
 
 
@@ -316,7 +329,9 @@ def test_a_model_that_guesses_scores_chance_and_is_not_told_apart_from_it(small,
     )
     scores = found.scores
     assert scores["mean_low"] < 0.25 < scores["mean_high"] and scores["accuracy_low"] < 0.25 < scores["accuracy_high"]
-    assert abs(scores["mean_of_subjects"] - 0.25) < 0.08 and "not told apart from the 25 %" in found.notes[0]
+    assert (
+        abs(scores["mean_of_subjects"] - 0.25) < 0.08 and "not significantly different from the 25 %" in found.notes[0]
+    )
 
 
 def test_a_model_that_always_says_a_scores_the_share_of_as(small, tmp_path):
@@ -367,7 +382,7 @@ def test_subjects_categories_and_all_are_means_of_what_was_right(small, tmp_path
 def test_prompts_are_those_of_the_benchmarks():
     example = choices.Question("一加一是？", ["1", "2", "3", "4"], "B")
     asked = choices.Question("2+2?", ["1", "2", "3", "4"], "D")
-    of = lambda kind, name, examples: choices.prompt(choices.EXAMS[kind], name, examples, asked)  # noqa: E731
+    of = lambda kind, name, examples: choices.write_prompt(choices.EXAMS[kind], name, examples, asked)  # noqa: E731
     assert of("ceval", "法学", [example]) == (
         "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
         "一加一是？\nA. 1\nB. 2\nC. 3\nD. 4\n答案：B\n\n2+2?\nA. 1\nB. 2\nC. 3\nD. 4\n答案："
@@ -389,13 +404,13 @@ def test_examples_are_dropped_from_the_front_and_what_does_not_fit_at_all_is_not
     right, shown = exam_zip(tmp_path / "exam.zip", "cmmlu", 5, change=lengthen), []
     asked = choices.read(choices.EXAMS["cmmlu"], tmp_path / "exam.zip")[1]["agronomy"][0]
     examples = choices.read(choices.EXAMS["cmmlu"], tmp_path / "exam.zip")[0]["agronomy"]
-    two = choices.prompt(choices.EXAMS["cmmlu"], "农学", examples[3:], asked)
+    two = choices.write_prompt(choices.EXAMS["cmmlu"], "农学", examples[3:], asked)
     room = len(small.encode(two, bos=True))  # the letter is only predicted
-    assert choices.fitting(choices.EXAMS["cmmlu"], rigged(small, None, room - 1), "农学", examples, asked)[0] == 1
-    speaker = rigged(small, lambda q: shown.append(q) or right.get(q), positions=room)
-    shots, requests = choices.fitting(choices.EXAMS["cmmlu"], speaker, "农学", examples, asked)
+    assert choices.fit_shots(choices.EXAMS["cmmlu"], rigged(small, None, room - 1), "农学", examples, asked)[0] == 1
+    generator = rigged(small, lambda q: shown.append(q) or right.get(q), positions=room)
+    shots, requests = choices.fit_shots(choices.EXAMS["cmmlu"], generator, "农学", examples, asked)
     assert shots == 2 and requests[0].context == small.encode(two + "A", bos=True)[:-1]
-    found = choices.run("cmmlu", speaker, config(tmp_path / "exam.zip"), SamplingConfig(), quiet())
+    found = choices.run("cmmlu", generator, config(tmp_path / "exam.zip"), SamplingConfig(), quiet())
     assert found.scores["questions"] == 12 and found.scores["not_asked"] == 3 and found.scores["right"] == 12
     assert any("Shots dropped in 12 of 12 questions" in note for note in found.notes)
     assert any("3 of 15 questions were not asked" in note for note in found.notes)
@@ -409,8 +424,8 @@ def test_a_letter_that_the_vocabulary_joins_with_what_is_in_front_is_compared_wi
         text, ids = text.replace(merged, "*"), [1] * bos
         return ids + [9 if c == "*" else 10 + ord(c) % 50 for c in text]
 
-    speaker = SimpleNamespace(chat_format=None, text=SimpleNamespace(encode=encode))
-    found = choices.requests(speaker, "答案：", "")
+    generator = SimpleNamespace(chat_format=None, tokenizer=SimpleNamespace(encode=encode))
+    found = choices.make_requests(generator, "答案：", "")
     for letter, request in zip("ABCD", found):
         assert [*request.context, *request.continuation] == encode(f"答案：{letter}", True)
         assert list(request.context) == encode("答案", True)
@@ -419,15 +434,15 @@ def test_a_letter_that_the_vocabulary_joins_with_what_is_in_front_is_compared_wi
 
 def test_letters_of_several_ids_are_compared_where_they_differ():
     encode = lambda text, bos: [1, *(x for c in text for x in (7, ord(c)))]  # noqa: E731 -- as byte fallback does
-    found = choices.requests(SimpleNamespace(chat_format=None, text=SimpleNamespace(encode=encode)), "问", "")
+    found = choices.make_requests(SimpleNamespace(chat_format=None, tokenizer=SimpleNamespace(encode=encode)), "问", "")
     assert found == [Request([1, 7, ord("问"), 7], [ord(letter)]) for letter in "ABCD"]
 
 
 @pytest.mark.parametrize("chat_format", ["bos", "human-assistant", "llama2", "user-assistant"])
 def test_a_chat_model_is_asked_in_its_format_and_answers_with_the_letter(small, chat_format):
-    speaker = SimpleNamespace(chat_format=chat_format, text=small)
+    generator = SimpleNamespace(chat_format=chat_format, tokenizer=small)
     asked, _ = chat.render([{"role": "user", "content": "问：\n答案："}], small, chat_format, generation=True)
-    for letter, request in zip("ABCD", choices.requests(speaker, "问：\n答案：", "")):
+    for letter, request in zip("ABCD", choices.make_requests(generator, "问：\n答案：", "")):
         ids = [*request.context, *request.continuation]
         assert ids[: len(asked)] == asked and small.decode(ids[len(asked) :]).strip() == letter
         assert len(request.continuation) == 1 and small.eos_id not in request.continuation
@@ -518,15 +533,15 @@ def test_an_evaluation_that_was_cut_short_goes_on_and_ends_with_the_same_report(
     exam_zip(tmp_path / "exam.zip", "mmlu", 4)
     words = ("mmlu", "--model", folder, "--data", tmp_path / "exam.zip", "--device", "cpu", "--shots", "1")
     assert command(*words, "--output", tmp_path / "whole.json") == 0
-    of_subject, asked = choices.of_subject, []
+    ask_subject, asked = choices.ask_subject, []
 
-    def cut_short(exam, speaker, subject, *rest):
+    def cut_short(exam, generator, subject, *rest):
         asked.append(subject)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return of_subject(exam, speaker, subject, *rest)
+        return ask_subject(exam, generator, subject, *rest)
 
-    monkeypatch.setattr(choices, "of_subject", cut_short)
+    monkeypatch.setattr(choices, "ask_subject", cut_short)
     assert command(*words, "--output", tmp_path / "cut.json") == 130
     assert (tmp_path / "cut.json.part").exists() and not (tmp_path / "cut.json").exists()
     assert command(*words, "--output", tmp_path / "cut.json") == 0
@@ -544,9 +559,11 @@ def test_a_journal_of_another_evaluation_is_not_used(folder, tmp_path, change):
         (model / path.name).write_bytes(path.read_bytes())
     exam_zip(zipped, "mmlu", 2)
     section = lambda shots, **more: SimpleNamespace(  # noqa: E731
-        evaluate=config(zipped, shots=shots, **more), speaker=SpeakerConfig(model=str(model)), sampling=SamplingConfig()
+        evaluate=config(zipped, shots=shots, **more),
+        inference=InferenceConfig(model=str(model)),
+        sampling=SamplingConfig(),
     )
-    named = lambda shots, **more: evaluate.identity("mmlu", [section(shots).speaker], section(shots, **more))  # noqa: E731
+    named = lambda shots, **more: evaluate.identify("mmlu", [section(shots).inference], section(shots, **more))  # noqa: E731
     before = named(1)
     assert before == named(1, batch=3)  # how many rows at once changes no result
     if change == "data":
@@ -566,6 +583,16 @@ def test_without_output_the_report_is_printed_and_progress_goes_to_stderr(folder
     out, err = capsys.readouterr()
     assert out.startswith("# Bits per byte of a.txt\n") and "| bits_per_byte |" in out and "part 1" in err
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_only_the_evaluation_that_is_asked_for_is_imported(folder, root, tmp_path):
+    (tmp_path / "a.txt").write_text("曹操字孟德。", "utf-8")
+    script = "import sys, evaluate; evaluate.main(); print(*sys.modules, file=sys.stderr)"
+    words = ["bpb", "--model", folder, "--data", tmp_path / "a.txt", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=root, capture_output=True, text=True)
+    found = {name for name in done.stderr.split() if name.startswith("extras.") and name.count(".") == 2}
+    assert done.returncode == 0, done.stderr
+    assert found == {f"extras.evaluation.{name}" for name in ("bits", "likelihood", "report")}
 
 
 def test_compare_takes_folders_in_front_and_writes_a_page(folder, tmp_path):
@@ -592,11 +619,11 @@ def test_compare_takes_folders_in_front_and_writes_a_page(folder, tmp_path):
 def test_a_folder_with_an_adapter_is_its_base_with_it(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/adapter_config.json").write_text("{}")
-    cfg = SpeakerConfig(dtype="bf16", adapter="x")
-    assert evaluate.of_folder(cfg, str(tmp_path / "lora")) == SpeakerConfig(
+    cfg = InferenceConfig(dtype="bf16", adapter="x")
+    assert evaluate.choose_folder(cfg, str(tmp_path / "lora")) == InferenceConfig(
         dtype="bf16", adapter=str(tmp_path / "lora")
     )
-    assert evaluate.of_folder(cfg, str(tmp_path)) == SpeakerConfig(dtype="bf16", model=str(tmp_path))
+    assert evaluate.choose_folder(cfg, str(tmp_path)) == InferenceConfig(dtype="bf16", model=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -728,14 +755,14 @@ print(json.dumps({"likelihoods": [[x for (x, _), in s["resps"]] for s in samples
 
 
 @pytest.mark.heavy
-def test_likelihoods_are_lm_evals_on_a_local_task(speaker, folder, tmp_path):
+def test_likelihoods_are_lm_evals_on_a_local_task(generator, folder, tmp_path):
     pytest.importorskip("lm_eval")
     exam, asked, lines = choices.EXAMS["ceval"], [], []
     exam_zip(tmp_path / "exam.zip", "ceval", 7)
     for questions in choices.read(exam, tmp_path / "exam.zip")[1].values():
         for question in questions:
-            prompt = choices.prompt(exam, "法学", [], question)
-            asked.append(choices.requests(speaker, prompt, ""))
+            prompt = choices.write_prompt(exam, "法学", [], question)
+            asked.append(choices.make_requests(generator, prompt, ""))
             lines.append(json.dumps({"prompt": prompt, "right": "ABCD".index(question.right)}) + "\n")
     (tmp_path / "questions.jsonl").write_text("".join(lines))
     (tmp_path / "text.txt").write_text("\n".join(BOOK[:30]), "utf-8")
@@ -749,9 +776,9 @@ def test_likelihoods_are_lm_evals_on_a_local_task(speaker, folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(done.stdout.splitlines()[-1])
-    ours = [likelihood.log_likelihoods(speaker.model, requests, 8) for requests in asked]
+    ours = [likelihood.log_likelihoods(generator.model, requests, 8) for requests in asked]
     gap = max(abs(a - b) for row, other in zip(ours, theirs["likelihoods"]) for a, b in zip(row, other))
     assert len(theirs["likelihoods"]) == len(ours) == 21 and gap <= 1e-4
-    ids = speaker.text.encode("\n".join(BOOK[:30]), bos=True)
-    rolling = -likelihood.nats(speaker.model, likelihood.windows(ids, speaker.context), 4)
+    ids = generator.tokenizer.encode("\n".join(BOOK[:30]), bos=True)
+    rolling = -likelihood.sum_nats(generator.model, likelihood.cut_windows(ids, generator.context), 4)
     assert abs(rolling - theirs["rolling"]) <= 1e-6 * abs(rolling)

@@ -11,17 +11,14 @@ from safetensors.torch import load_file, save_file
 
 import pretrain
 import sft
-from assembly.inference import Speaker, SpeakerConfig
+from assembly.inference import InferenceConfig, attach, open_generator
+from assembly.models import load_model, open_model
 from core import hf_folder
 from core.bins import BinWriter
 from core.errors import UserError
-from core.generate import SamplingConfig, complete
-from extras.families import others as families
-from extras.finetune import lora
-from model import Cache
+from core.generate import Cache, SamplingConfig, generate
 
 transformers = pytest.importorskip("transformers")
-families.register()
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -124,7 +121,7 @@ def close(ours, expected):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(tmp_path, kind):
     model, ids = theirs(kind, tmp_path), ids_of(2, 40)
-    ours = hf_folder.load_model(tmp_path).eval()
+    ours = load_model(tmp_path).eval()
     with torch.no_grad():
         close(ours(ids), model(ids).logits)
 
@@ -132,7 +129,7 @@ def test_logits_are_those_of_transformers(tmp_path, kind):
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "llama, dynamic"])  # whose keys turn anew as a text grows
 def test_step_by_step_and_packed_logits_are_those_of_the_whole(tmp_path, kind):
     theirs(kind, tmp_path)
-    model = hf_folder.load_model(tmp_path).eval()
+    model = load_model(tmp_path).eval()
     ids = ids_of(2, 20)
     with torch.no_grad():
         cache, whole = Cache(model.config, 2, 20), model(ids)
@@ -156,7 +153,7 @@ def test_step_by_step_and_packed_logits_are_those_of_the_whole(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_we_save_transformers_reads_with_the_same_logits(tmp_path, kind):
     theirs(kind, tmp_path / "theirs")
-    ours = hf_folder.load_model(tmp_path / "theirs").eval()
+    ours = load_model(tmp_path / "theirs").eval()
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(0.01 * torch.randn_like(p))
@@ -166,7 +163,7 @@ def test_what_we_save_transformers_reads_with_the_same_logits(tmp_path, kind):
     assert type(back).__name__ == f"{KINDS[kind][0]}ForCausalLM"
     with torch.no_grad():
         close(back.eval()(ids_of(2, 40)).logits, ours(ids_of(2, 40)))
-        close(hf_folder.load_model(tmp_path / "ours")(ids_of(2, 40)), ours(ids_of(2, 40)))
+        close(load_model(tmp_path / "ours")(ids_of(2, 40)), ours(ids_of(2, 40)))
 
 
 # ---------------------------------------------------------------- families that transformers does not have
@@ -219,7 +216,7 @@ def chatglm2_folder(folder):
 
 def test_chatglm2_is_glm_under_other_names_with_joined_products(tmp_path):
     (model, renamed, config), ids = chatglm2_folder(tmp_path), ids_of(2, 40)
-    ours = hf_folder.load_model(tmp_path).eval()
+    ours = load_model(tmp_path).eval()
     with torch.no_grad():
         close(ours(ids), model(ids).logits)
     hf_folder.save_model(tmp_path / "back", ours, None, {})
@@ -249,7 +246,7 @@ KINDS["llama, as many keys"] = ("Llama", SIZES)
 def test_baichuan_7b_is_llama_with_its_products_joined(tmp_path):
     model, ids = baichuan_folder(tmp_path, "llama, as many keys"), ids_of(2, 40)
     with torch.no_grad():
-        close(hf_folder.load_model(tmp_path)(ids), model(ids).logits)
+        close(load_model(tmp_path)(ids), model(ids).logits)
 
 
 def test_baichuan_13b_is_that_with_the_biases_of_alibi_instead_of_rotations(tmp_path):
@@ -276,7 +273,7 @@ def test_baichuan_13b_is_that_with_the_biases_of_alibi_instead_of_rotations(tmp_
             h = norm(x, p + "post_attention_layernorm.weight")
             gate, up = (h @ w[f"{p}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
             x = x + (torch.nn.functional.silu(gate) * up) @ w[p + "mlp.down_proj.weight"].T
-        close(hf_folder.load_model(tmp_path)(ids)[0], norm(x, "model.norm.weight") @ w["lm_head.weight"].T)
+        close(load_model(tmp_path)(ids)[0], norm(x, "model.norm.weight") @ w["lm_head.weight"].T)
 
 
 # ---------------------------------------------------------------- what folders say
@@ -301,7 +298,7 @@ def test_names_of_old_exports_are_read(tmp_path):
         save_file(state, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
         with torch.no_grad():
-            close(hf_folder.load_model(folder)(ids), model(ids).logits)
+            close(load_model(folder)(ids), model(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -331,10 +328,10 @@ def test_what_a_config_asks_for_and_is_not_here_is_refused_by_name(tmp_path, kin
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     if not says:
-        hf_folder.load_model(tmp_path)
+        load_model(tmp_path)
         return
     with pytest.raises(UserError, match=says) as e:
-        hf_folder.load_model(tmp_path)
+        load_model(tmp_path)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
@@ -380,7 +377,7 @@ def test_no_value_in_a_config_is_more_than_a_refusal(tmp_path, kind):
         for value in odd:
             path.write_text(json.dumps(config | {key: value}))
             try:
-                hf_folder.open_model(tmp_path)
+                open_model(tmp_path)
             except UserError as e:
                 assert "\n" not in str(e) and len(str(e)) < 3000, (key, value)
 
@@ -472,14 +469,13 @@ def test_every_family_is_trained_on_chats_and_read_by_transformers_afterwards(pl
         back = transformers.AutoModelForCausalLM.from_pretrained("out/new").eval()
         ids = ids_of(2, 20)
         with torch.no_grad():
-            close(hf_folder.load_model("out/new")(ids), back(ids).logits)
+            close(load_model("out/new")(ids), back(ids).logits)
             assert not torch.allclose(back(ids).logits, model(ids).logits, atol=1e-3)
             # and it says what transformers has it say, the most likely token each time
-            speaker = Speaker(SpeakerConfig(model="out/new", device="cpu"))
-            asked = speaker.ids("天是什么？")
-            said = complete(speaker.model, [asked], SamplingConfig(max_new_tokens=8, temperature=0), speaker.stop_ids)[
-                0
-            ]
+            generator = open_generator(InferenceConfig(model="out/new", device="cpu"))
+            asked = generator.encode("天是什么？")
+            greedy = SamplingConfig(max_new_tokens=8, temperature=0)
+            said = list(generate(generator.model, asked, greedy, generator.stop_ids))
             expected = back.generate(torch.tensor([asked]), max_new_tokens=8, do_sample=False, pad_token_id=0)[
                 0, len(asked) :
             ].tolist()
@@ -519,14 +515,13 @@ def test_adapters_of_every_family_go_to_peft_and_come_back(place, monkeypatch, k
     ids = ids_of(2, 20)
     with torch.no_grad():
         before = model(ids).logits
-        ours, fill, _ = lora.attach(*hf_folder.open_model("base"), "out/new", Path("base"))
-        ours = hf_folder.build(ours, fill).eval()
+        ours = hf_folder.build(*attach(open_model("base"), Path("out/new"))).eval()
         theirs_model = peft.PeftModel.from_pretrained(model, "out/new").eval()
         close(ours(ids), theirs_model(ids).logits)
         assert not torch.allclose(ours(ids), before, atol=1e-3)
         theirs_model.save_pretrained("peft")
-        again, fill, _ = lora.attach(*hf_folder.open_model("base"), "peft", Path("base"))
-        close(hf_folder.build(again, fill).eval()(ids), ours(ids))
+        again = hf_folder.build(*attach(open_model("base"), Path("peft")))
+        close(again.eval()(ids), ours(ids))
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)

@@ -1,4 +1,4 @@
-"""Promises of `core/generate.py`: it draws what it says, each row as if it were alone."""
+"""Promises of `core/generate.py` and `extras/decoding`: it draws what it says, each row as if it were alone."""
 
 import dataclasses
 import math
@@ -10,20 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.generate import (
-    Batch,
-    SamplingConfig,
-    beam_search,
-    complete,
-    continued,
-    generate,
-    next_probabilities,
-    penalised,
-)
+from core.generate import SamplingConfig, generate, next_probabilities, penalise
+from extras.decoding.batching import Batch, continued, generate_all
+from extras.decoding.batching import complete as complete_together
+from extras.decoding.beams import beam_search
 from model import ModelConfig
 
 V = 97
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0)
+
+
+def complete_each(model, prompts, cfg, stop_ids):
+    """What is added to each prompt, one after another."""
+    return [list(generate(model, prompt, cfg, stop_ids)) for prompt in prompts]
+
+
+both_ways = pytest.mark.parametrize("complete", [complete_together, complete_each], ids=["together", "each"])
 
 
 def prompts_of(*lengths, seed=5):
@@ -84,7 +86,7 @@ def test_probabilities_equal_naive_top_k_top_p_min_p_and_penalties(cfg, seed, wi
     logits = torch.randn(3, width, generator=generator) * 3
     seen = torch.rand(3, width, generator=generator) < 0.3
     made = torch.randint(0, 4, (3, width), generator=generator, dtype=torch.int32)
-    got = next_probabilities(penalised(logits, seen, made, cfg), cfg)
+    got = next_probabilities(penalise(logits, seen, made, cfg), cfg)
     for row in range(3):
         expected = naive(logits[row].tolist(), seen[row].tolist(), cfg, made[row].tolist())
         if expected is not None:
@@ -105,7 +107,7 @@ ANY_LOGIT = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-30, 50.0, -50.0, 1e4, -1e4
 def test_extreme_numbers_never_give_nan_and_always_leave_an_id(logits, temperature, top_k, top_p, min_p, penalty):
     cfg = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
     seen = torch.tensor([[i % 2 == 0 for i in range(len(logits))]])
-    p = next_probabilities(penalised(torch.tensor([logits]), seen, seen.int(), cfg), cfg)
+    p = next_probabilities(penalise(torch.tensor([logits]), seen, seen.int(), cfg), cfg)
     assert p.isfinite().all() and (p >= 0).all() and p.max() > 0
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
 
@@ -154,18 +156,21 @@ def argmax_loop(model, prompt, count):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_greedy_equals_an_argmax_loop_without_a_cache(tiny_config, make_model, kv_heads):
+@both_ways
+def test_greedy_equals_an_argmax_loop_without_a_cache(tiny_config, make_model, kv_heads, complete):
     model = make_model(dataclasses.replace(tiny_config, num_key_value_heads=kv_heads))
     for prompt in prompts_of(1, 6, 20):
         assert complete(model, [prompt], GREEDY, set()) == [argmax_loop(model, prompt, 12)]
 
 
-def test_prompts_in_one_batch_go_on_as_each_alone(tiny_model):
+@both_ways
+def test_prompts_in_one_batch_go_on_as_each_alone(tiny_model, complete):
     prompts = prompts_of(9, 1, 4, 17, 4)
     assert complete(tiny_model, prompts, GREEDY, set()) == [argmax_loop(tiny_model, p, 12) for p in prompts]
 
 
-def test_a_row_draws_the_same_whatever_else_is_in_the_batch(tiny_model):
+@both_ways
+def test_a_row_draws_the_same_whatever_else_is_in_the_batch(tiny_model, complete):
     cfg = SamplingConfig(max_new_tokens=12, temperature=1.5, top_p=0.95, seed=7)
     prompts = prompts_of(9, 1, 4, 17)
     alone = [complete(tiny_model, [p], cfg, set())[0] for p in prompts]
@@ -173,7 +178,8 @@ def test_a_row_draws_the_same_whatever_else_is_in_the_batch(tiny_model):
     assert complete(tiny_model, prompts[::-1], cfg, set()) == alone[::-1]
 
 
-def test_the_seed_alone_decides_what_is_drawn(tiny_model):
+@both_ways
+def test_the_seed_alone_decides_what_is_drawn(tiny_model, complete):
     cfg = SamplingConfig(max_new_tokens=20, temperature=1.5, top_p=1.0, seed=7)
     prompts = prompts_of(5, 8)
     torch.manual_seed(1)
@@ -183,7 +189,8 @@ def test_the_seed_alone_decides_what_is_drawn(tiny_model):
     assert complete(tiny_model, prompts, dataclasses.replace(cfg, seed=8), set()) != first
 
 
-def test_ids_are_drawn_as_often_as_their_probabilities_say(tiny_model):
+@both_ways
+def test_ids_are_drawn_as_often_as_their_probabilities_say(tiny_model, complete):
     # Small weights: a spread-out distribution, of which the 8 likeliest ids are left.
     with torch.no_grad():
         tiny_model.model.norm.weight.mul_(0.1)
@@ -199,7 +206,8 @@ def test_ids_are_drawn_as_often_as_their_probabilities_say(tiny_model):
     assert chi_square < 24.3  # 7 degrees of freedom: 1 in 1,000
 
 
-def test_the_repetition_penalty_covers_the_prompt_and_what_was_made(tiny_model):
+@both_ways
+def test_the_repetition_penalty_covers_the_prompt_and_what_was_made(tiny_model, complete):
     cfg = dataclasses.replace(GREEDY, max_new_tokens=30, repetition_penalty=100.0)
     prompt = prompts_of(20)[0]
     ids = list(prompt)
@@ -213,7 +221,8 @@ def test_the_repetition_penalty_covers_the_prompt_and_what_was_made(tiny_model):
 # Endings --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_id_ends_its_row_only_and_is_not_given_out(tiny_model):
+@both_ways
+def test_a_stop_id_ends_its_row_only_and_is_not_given_out(tiny_model, complete):
     prompts = prompts_of(9, 4)
     free = [argmax_loop(tiny_model, p, 12) for p in prompts]
     stop = next(token for token in free[0][3:] if token not in free[1] and token not in free[0][:3])
@@ -221,7 +230,8 @@ def test_a_stop_id_ends_its_row_only_and_is_not_given_out(tiny_model):
     assert made == [free[0][: free[0].index(stop)], free[1]]
 
 
-def test_no_step_is_computed_once_every_row_has_stopped(tiny_model):
+@both_ways
+def test_no_step_is_computed_once_every_row_has_stopped(tiny_model, complete):
     prompt = prompts_of(9)[0]
     calls = []
     tiny_model.lm_head.register_forward_hook(lambda *_: calls.append(1))
@@ -231,19 +241,21 @@ def test_no_step_is_computed_once_every_row_has_stopped(tiny_model):
 
 def test_ids_come_one_step_at_a_time(tiny_model):
     prompts = prompts_of(9, 4)
-    steps = generate(tiny_model, prompts, GREEDY, set())
+    steps = generate_all(tiny_model, prompts, GREEDY, set())
     first = next(steps)
     assert [row for row, _ in first] == [0, 1]
     assert [token for _, token in first] == [argmax_loop(tiny_model, p, 1)[0] for p in prompts]
     assert len(list(steps)) == 11
 
 
-def test_no_new_tokens_wanted_gives_none(tiny_model):
+@both_ways
+def test_no_new_tokens_wanted_gives_none(tiny_model, complete):
     assert complete(tiny_model, prompts_of(3, 2), dataclasses.replace(GREEDY, max_new_tokens=0), set()) == [[], []]
 
 
 @pytest.mark.parametrize("length, made", [(64, 1), (63, 2), (60, 5)])
-def test_a_row_ends_where_the_context_is_full(tiny_model, length, made):
+@both_ways
+def test_a_row_ends_where_the_context_is_full(tiny_model, length, made, complete):
     # The 64th position still predicts one id more.
     assert len(complete(tiny_model, prompts_of(length), GREEDY, set())[0]) == made
 
@@ -260,13 +272,15 @@ def test_a_row_ends_where_the_context_is_full(tiny_model, length, made):
         ([1, -3, 2], "id -3"),
     ],
 )
-def test_an_impossible_prompt_is_refused(tiny_model, prompt, said):
+@both_ways
+def test_an_impossible_prompt_is_refused(tiny_model, prompt, said, complete):
     with pytest.raises(UserError, match=said):
         complete(tiny_model, [[1, 2], prompt], GREEDY, set())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_numbers_are_refused(tiny_model, value):
+@both_ways
+def test_logits_that_are_not_numbers_are_refused(tiny_model, value, complete):
     with torch.no_grad():
         tiny_model.lm_head.weight[5, 3] = value
     with pytest.raises(UserError, match="not finite"):
@@ -276,7 +290,7 @@ def test_logits_that_are_not_numbers_are_refused(tiny_model, value):
 # Texts that come and go -------------------------------------------------------------------------------------------------
 
 
-def alone(model, prompt, cfg, stop_ids=frozenset()):
+def alone(model, prompt, cfg, stop_ids=frozenset(), complete=complete_together):
     return complete(model, [prompt], cfg, stop_ids)[0]
 
 
@@ -321,6 +335,26 @@ def test_several_texts_of_a_prompt_read_it_once_and_have_seeds_of_their_own(tiny
     assert one.added != two.added != three.added
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_text_by_itself_is_the_one_that_a_batch_of_one_says(tiny_model, seed):
+    chance = random.Random(seed)
+    cfg = SamplingConfig(
+        max_new_tokens=chance.randint(1, 150),
+        temperature=chance.choice([0, 0.8, 1.5]),
+        top_k=chance.choice([0, 5]),
+        min_p=chance.choice([0.0, 0.05]),
+        seed=chance.randint(0, 99),
+        repetition_penalty=chance.choice([1.0, 1.2]),
+        presence_penalty=chance.choice([0.0, 0.5]),
+        frequency_penalty=chance.choice([0.0, 0.3]),
+        truncate=chance.choice(["none", "left"]),
+    )
+    prompt = prompts_of(chance.randint(1, 64), seed=seed)[0]
+    stop_ids = {chance.randrange(V)}
+    ((text,),) = continued(tiny_model, [prompt], cfg, stop_ids, rows=1)
+    assert list(generate(tiny_model, prompt, cfg, stop_ids)) == text.added
+
+
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_prompts_of_a_file_are_continued_in_their_order_whatever_fits_at_once(tiny_model, rows):
     prompts, cfg = prompts_of(9, 1, 30, 4, 17, 4, 2), SamplingConfig(max_new_tokens=6, temperature=1.2, seed=3)
@@ -345,7 +379,8 @@ def test_log_probabilities_are_the_models_own_whatever_is_drawn(tiny_model):
         assert [p for _, p in token.top] == pytest.approx(logp[at, best].tolist(), abs=1e-4)
 
 
-def test_truncate_goes_on_from_the_newer_half_each_time_the_context_is_full(tiny_model):
+@both_ways
+def test_truncate_goes_on_from_the_newer_half_each_time_the_context_is_full(tiny_model, complete):
     cfg = dataclasses.replace(GREEDY, max_new_tokens=100, truncate="left")
     prompt = prompts_of(50)[0]
     ids, kept = list(prompt), list(prompt)
@@ -354,18 +389,18 @@ def test_truncate_goes_on_from_the_newer_half_each_time_the_context_is_full(tiny
             kept = kept[-33:]
         ids += argmax_loop(tiny_model, kept, 1)
         kept = kept + ids[-1:]
-    assert alone(tiny_model, prompt, cfg) == ids[50:]
+    assert alone(tiny_model, prompt, cfg, complete=complete) == ids[50:]
     longer = prompts_of(200)[0]
-    assert alone(tiny_model, longer, cfg) == alone(tiny_model, longer[-32:], cfg)
+    assert alone(tiny_model, longer, cfg, complete=complete) == alone(tiny_model, longer[-32:], cfg)
     few = dataclasses.replace(cfg, max_new_tokens=10)
-    assert alone(tiny_model, longer, few) == alone(tiny_model, longer[-54:], few)
+    assert alone(tiny_model, longer, few, complete=complete) == alone(tiny_model, longer[-54:], few)
 
 
 @pytest.mark.heavy
 def test_a_compiled_step_says_the_same(tiny_model):
     prompts, cfg = prompts_of(9, 1, 4), SamplingConfig(max_new_tokens=8, temperature=1.0)
     got = [t.added for (t,) in continued(tiny_model, prompts, cfg, set(), rows=3, compiled=True)]
-    assert got == complete(tiny_model, prompts, cfg, set())
+    assert got == complete_together(tiny_model, prompts, cfg, set())
 
 
 # Against transformers ---------------------------------------------------------------------------------------------------
@@ -416,7 +451,8 @@ def their_way(theirs, prompt, **options):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=["greedy", "penalty"])
-def test_greedy_texts_are_those_of_transformers_on_200_prompts(pair, options):
+@both_ways
+def test_greedy_texts_are_those_of_transformers_on_200_prompts(pair, options, complete):
     ours, theirs = pair
     prompts = [prompts_of(1 + k % 30, seed=k)[0] for k in range(200)]
     got = complete(ours, prompts, SamplingConfig(max_new_tokens=20, temperature=0, **options), {3})

@@ -5,21 +5,32 @@ pytest tests/test_gpu.py
 
 import gc
 import shutil
+from dataclasses import replace
 
 import pytest
 import small_run
 import torch
 from safetensors.torch import load_file
-from test_engine import metrics
+from test_trainer import metrics
 
-import trainer
+from assembly import training
 from core import distributed, errors
-from core.generate import SamplingConfig, continued
-from core.optim import OptimConfig
+from core import memory as core_memory
+from core.data import Batch
+from core.device import choose_dtype
+from core.generate import SamplingConfig
+from core.hf_config import identify
+from core.memory import save_memory
+from core.optim import OptimConfig, make_optimizers
+from core.parallel import DDP
+from extras.decoding.batching import continued
 from extras.estimate import memory
 from extras.finetune import lora, nf4
 from extras.formats import quantize
-from model import Llama, ModelConfig
+from extras.parallel.fsdp import FSDP
+from extras.parallel.zero1 import ZeRO1
+from model import ModelConfig
+from trainer import next_token_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
 WIDE = ModelConfig(
@@ -40,16 +51,14 @@ def train(folder, **options):
 
 
 def wide_model(seed=0, **changes):
-    model = Llama(ModelConfig(**{**WIDE.__dict__, **changes}))
-    model.init_weights(seed)
-    return model.cuda()
+    return small_run.newborn(replace(WIDE, **changes), seed).cuda()
 
 
 def test_auto_takes_the_gpu_and_bf16_where_the_card_has_it():
     device = distributed.start("auto").device
     assert device.type == "cuda"
     fast = torch.cuda.get_device_capability() >= (8, 0)
-    assert trainer.choose_dtype("auto", device) == (torch.bfloat16 if fast else torch.float16)
+    assert choose_dtype("auto", device) == (torch.bfloat16 if fast else torch.float16)
 
 
 @pytest.mark.parametrize("rows", ["bin", "chats"])
@@ -104,14 +113,15 @@ def test_deterministic_gives_the_same_bits_each_time(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_and_gradients_of_an_odd_vocabulary_are_those_of_the_cpu(dtype):
+def test_losses_and_gradients_of_an_odd_vocabulary_are_those_of_the_cpu(dtype, monkeypatch):
     ids = torch.randint(0, 997, (2, 40), generator=torch.Generator().manual_seed(0))
     targets = torch.where(ids % 5 == 0, -100, ids)
 
+    monkeypatch.setattr(core_memory, "LOGITS_AT_ONCE", 997 * 5)
+
     def results(device, dtype=torch.float32):
-        model = Llama(ModelConfig(**{**WIDE.__dict__, "vocab_size": 997, "num_hidden_layers": 1}))
-        model.init_weights(0)
-        model.to(device).loss_chunk_numel = 997 * 5
+        model = small_run.newborn(replace(WIDE, vocab_size=997, num_hidden_layers=1))
+        save_memory(model).to(device)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             losses = model(ids.to(device), targets.to(device))
         losses.sum().backward()
@@ -136,38 +146,29 @@ def test_compiled_losses_are_those_of_the_plain_model(tmp_path):
 
 @pytest.mark.parametrize("parallel", ["ddp", "zero1", "fsdp"])
 def test_one_rank_of_nccl_gives_the_losses_of_no_rank(tmp_path, monkeypatch, parallel):
-    """All that one card can tell of the ways to spread: the collectives run on the device."""
+    """All that one card can tell of the strategies: the collectives run on the device."""
     import torch.distributed as dist
 
-    from core import parallel as ways
-
     plain, _ = train(tmp_path / "a/run", dtype="bf16")
-    kind = {"ddp": ways.Copies, "zero1": ways.SharedMoments, "fsdp": ways.Shards}[parallel]
-    monkeypatch.setattr(
-        ways.Copies, "_wrapped", lambda s: torch.nn.parallel.DistributedDataParallel(s.model, device_ids=[0])
-    )
-    monkeypatch.setattr(ways, "spread", kind)
+    kind = {"ddp": DDP, "zero1": ZeRO1, "fsdp": FSDP}[parallel]
+    monkeypatch.setattr(training, "choose_strategy", lambda options, ranks: kind)  # one rank has nothing to share
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        spread, _ = train(tmp_path / "b/run", dtype="bf16", parallel=parallel)
+        shared, _ = train(tmp_path / "b/run", dtype="bf16", parallel=parallel)
     finally:
         dist.destroy_process_group()
-    assert spread == pytest.approx(plain, rel=2e-3 if parallel == "fsdp" else 1e-6)
+    assert shared == pytest.approx(plain, rel=2e-3 if parallel == "fsdp" else 1e-6)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("docs", [True, False])
 def test_the_expected_memory_is_within_15_percent_of_what_a_step_takes(checkpointing, docs):
-    from core.data import Batch
-    from core.loss import next_token_loss
-    from core.optim import make_optimizers
-
-    expected = memory.peak_bytes(wide_model(), 16, 512, torch.bfloat16, checkpointing, docs, OptimConfig(), "cuda")
+    step = memory.Step(16, 512, torch.bfloat16, checkpointing, docs, "cuda")
+    expected = memory.peak_bytes(wide_model(), step, OptimConfig())
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    model = wide_model()
-    model.gradient_checkpointing = checkpointing
+    model = save_memory(wide_model(), checkpointing)
     optimizers = make_optimizers(model, OptimConfig())
     torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, 8000, (16, 512), device="cuda")
@@ -198,14 +199,12 @@ def test_too_large_a_step_is_one_line_and_exit_code_2(tmp_path, capsys):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_greedy_texts_are_those_of_transformers(tmp_path, compiled):
     transformers = pytest.importorskip("transformers")
-    from core.hf_config import sizes
-
     torch.manual_seed(0)
     model = wide_model().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)
-    config = transformers.LlamaConfig(**sizes(model.config))
+    config = transformers.LlamaConfig(**identify(model.config))
     peer = transformers.LlamaForCausalLM(config).cuda().eval()
     peer.load_state_dict(model.state_dict())
     prompts = [torch.randint(3, 8000, (n,)).tolist() for n in (1, 7, 30, 100)]

@@ -12,12 +12,14 @@ import pytest
 import torch
 from conftest import lively
 from safetensors.torch import load_file
-from test_engine import metrics
+from test_trainer import metrics
 
 import grpo
-from core import data, hf_folder
+from assembly import models
+from core import hf_folder
 from core.errors import UserError
-from core.generate import SamplingConfig, Text, Token
+from core.generate import SamplingConfig
+from extras.decoding.batching import Text, Token, continued
 from extras.preferences import questions, scalar
 from model import ModelConfig
 
@@ -111,8 +113,8 @@ def naive_log_probabilities(model, question: list[int], answer: list[int]) -> li
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.7])
-def test_loss_and_gradient_are_those_of_the_formula(place, small, monkeypatch, kl):
-    model, reference = hf_folder.load_model(place / "base"), hf_folder.load_model(place / "base")
+def test_loss_and_gradient_are_those_of_the_formula(place, small, kl):
+    model, reference = models.load_model(place / "base"), models.load_model(place / "base")
     with torch.no_grad():
         for p in reference.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
@@ -125,14 +127,13 @@ def test_loss_and_gradient_are_those_of_the_formula(place, small, monkeypatch, k
         ]
         for q, group in zip(asked, said)
     ]
-    monkeypatch.setattr(questions, "answered", lambda *_: groups)
     cfg = questions.RewardConfig(group=3, kl=kl)
     batch = questions.QuestionBatch(
         torch.zeros(2, 64, dtype=torch.long), torch.full((2, 64), -100), None, [0, 1], asked, ["", ""]
     )
-    loss = questions.grpo_loss(cfg, {2}, lambda *_: [1.0, 0.0, 0.5, 0.25, 0.25, 0.25], reference if kl else None)(
-        model, batch
-    )
+    loss = questions.grpo_loss(
+        cfg, lambda *_: groups, lambda *_: [1.0, 0.0, 0.5, 0.25, 0.25, 0.25], reference if kl else None
+    )(model, batch)
     loss.backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -154,7 +155,7 @@ def test_loss_and_gradient_are_those_of_the_formula(place, small, monkeypatch, k
 
 def test_rules_judge_the_whole_answer(small):
     def judge(**options):
-        rule = questions.judge(questions.RewardConfig(**options), small)
+        rule = questions.make_judge(questions.RewardConfig(**options), small)
         return lambda said, wanted: rule([Text([1], SamplingConfig(), set(), added=small.encode(said))], [wanted])[0]
 
     exact = judge()
@@ -186,11 +187,13 @@ def test_what_is_rewarded_becomes_what_is_said(place, tmp_path, more):
 
 def test_an_untrained_model_earns_little(place, small):
     """What the test above begins with."""
-    rows = questions.QuestionRows(questions.read_questions([str(place / "chats.jsonl")], small, "bos", 64, []), 64)
+    rows, _ = questions.question_rows([str(place / "chats.jsonl")], small, "bos", 64)
     cfg = questions.RewardConfig(reward="format", pattern="[^\\ufffd]+", max_new_tokens=6)
-    loss = questions.grpo_loss(cfg, {small.eos_id}, questions.judge(cfg, small), None)
+    loss = questions.grpo_loss(
+        cfg, questions.Respond(continued, {small.eos_id}), questions.make_judge(cfg, small), None
+    )
     with torch.no_grad():
-        missed = loss(hf_folder.load_model(place / "base"), data.batch(rows, range(len(rows))))
+        missed = loss(models.load_model(place / "base"), rows.batch(range(len(rows))))
     assert missed.item() >= 0.5 * len(rows)
 
 
@@ -243,20 +246,17 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, small):
     path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     with pytest.raises(UserError, match=r"bad.jsonl:1: no messages with an answer"):
         train(place, tmp_path / "out", "--questions.train", str(path))
-    intro = []
     chats = [
         {"messages": [{"role": "user", "content": "长" * n}, {"role": "assistant", "content": "好"}]} for n in (3, 90)
     ]
     path.write_text("".join(json.dumps(c) + "\n" for c in chats))
-    assert (
-        len(questions.read_questions([str(path)], small, "bos", 64, intro)) == 1
-        and "1 questions as long as the context of 64" in intro[0]
-    )
+    rows, intro = questions.question_rows([str(path)], small, "bos", 64)
+    assert len(rows) == 1 and "1 questions as long as the context of 64" in intro[0]
 
 
 def test_a_reward_model_judges_question_and_answer(place, tmp_path, small, capsys):
-    base, fill = hf_folder.open_model(place / "base")
-    model = hf_folder.build(*scalar.begin(base, fill, place / "base")).eval()
+    base = hf_folder.open_model(place / "base")
+    model = hf_folder.build(*scalar.begin(base.model, base.weights, place / "base")).eval()
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
     scalar.RewardFolder().save(
         tmp_path / "reward", model, small, {"chat_format": "bos"}, dict(model.named_parameters())
@@ -270,7 +270,7 @@ def test_a_reward_model_judges_question_and_answer(place, tmp_path, small, capsy
         wanted = [
             model(torch.tensor([t.prompt + t.added]), torch.tensor([len(t.prompt + t.added) - 1])).item() for t in texts
         ]
-    assert questions.judge(cfg, small, model)(texts, ["", ""]) == pytest.approx(wanted, abs=1e-4)
+    assert questions.make_judge(cfg, small, model)(texts, ["", ""]) == pytest.approx(wanted, abs=1e-4)
     train(
         place,
         tmp_path / "out",
@@ -291,13 +291,13 @@ def test_a_reward_model_judges_question_and_answer(place, tmp_path, small, capsy
         "--batch_tokens",
         "512",
     )
-    rows = questions.QuestionRows(questions.read_questions([str(place / "chats.jsonl")], small, "bos", 64, []), 64)
+    rows, _ = questions.question_rows([str(place / "chats.jsonl")], small, "bos", 64)
     loss = questions.grpo_loss(
         questions.RewardConfig(reward="model", reward_model="x", max_new_tokens=6),
-        {small.eos_id},
-        questions.judge(cfg, small, model),
+        questions.Respond(continued, {small.eos_id}),
+        questions.make_judge(cfg, small, model),
         None,
     )
     with torch.no_grad():
-        before = loss(hf_folder.load_model(place / "base"), data.batch(rows, range(len(rows)))).item() / len(rows)
+        before = loss(models.load_model(place / "base"), rows.batch(range(len(rows)))).item() / len(rows)
     assert metrics(tmp_path / "out", "val_loss")[-1] < before - 0.5

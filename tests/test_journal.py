@@ -17,7 +17,8 @@ from test_corpus import load_config
 import data_process
 from core import files
 from core.errors import UserError
-from extras.corpus import pipeline, readers, stages, windows
+from extras.corpus import pipeline, readers, windows
+from extras.corpus import run as corpus_run
 from extras.corpus.journal import Journal, Records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +85,8 @@ def corpus(tmp_path, monkeypatch):
 
 
 def run(folder, words, corpus, *flags):
-    data_process.own_text(load_config([f"--out_dir={folder}", f"--input={corpus}", "--vocab_size=320", *flags]), words)
+    cfg = load_config([f"--out_dir={folder}", f"--input={corpus}", "--vocab_size=320", *flags])
+    corpus_run.own_text(cfg, words, data_process.make_tokenizer, data_process.load_model)
 
 
 def contents(folder):
@@ -155,7 +157,7 @@ def test_the_same_command_does_only_what_is_left(tmp_path, corpus, monkeypatch, 
 
 def test_a_trained_vocabulary_is_not_trained_again(tmp_path, corpus, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(data_process, "write_bins", lambda *_: (_ for _ in ()).throw(Stopped))
+        m.setattr(corpus_run, "write_bins", lambda *_: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             run(tmp_path / "out", ["tokenize"], corpus)
     monkeypatch.setattr(data_process, "train_tokenizer", None)  # nobody calls it
@@ -180,7 +182,10 @@ def test_work_for_other_options_or_files_is_not_used_and_removed_with_a_word(
     else:
         os.utime(corpus, ns=(1, 1))
     run(tmp_path / "out", words, corpus, *flags)
-    assert f"{left}: left by another command" in capsys.readouterr().out and not left.exists()
+    assert (
+        f"{left}: removed; another command, or this one on other files, had left it" in capsys.readouterr().out
+        and not left.exists()
+    )
     run(tmp_path / "fresh", words, corpus, *flags)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
@@ -196,7 +201,7 @@ def test_a_stage_that_works_here_is_not_repeated_either(tmp_path, corpus, monkey
             account.seen, account.kept, account.out = account.seen + 1, account.kept + 1, account.out + 1
             yield doc
 
-    monkeypatch.setitem(stages.STAGES, "window", pipeline.Stage("window", slow, windows.WindowConfig(), "here"))
+    monkeypatch.setitem(corpus_run.STAGES, "window", pipeline.Stage("window", slow, windows.WindowConfig(), "here"))
     with pytest.raises(Stopped):
         run(tmp_path / "out", ["clean", "window"], corpus)
     run(tmp_path / "out", ["clean", "window"], corpus)

@@ -22,7 +22,6 @@ CONFIG = ModelConfig(
 )
 with torch.device("meta"):
     MODEL = Llama(CONFIG)
-REAL = "import json, sys, torch, bench; torch.set_num_threads(1); bench.train_steps(**json.loads(sys.argv[1]))"
 # With pages of its own for each tensor the system's figure is that of the tensors.
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
@@ -48,19 +47,17 @@ def test_the_estimate_is_what_a_step_takes(options):
         "optimizer": optimizer,
         "micro_batches": 1 + several,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", REAL, json.dumps(settings)], cwd=ROOT, capture_output=True, text=True, env=OWN_PAGES
-    )
+    command = [sys.executable, "-m", "bench.step_memory", json.dumps(settings)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=OWN_PAGES)
     assert done.returncode == 0, done.stderr
-    expected = memory.peak_bytes(
-        MODEL, rows, 256, torch.float32, kind, True, OptimConfig(optimizer=optimizer), "cpu", several
-    )
+    step = memory.Step(rows, 256, checkpointing=kind, several=several)
+    expected = memory.peak_bytes(MODEL, step, OptimConfig(optimizer=optimizer))
     assert expected == pytest.approx(json.loads(done.stdout)["bytes"], rel=0.1)
 
 
 def test_checkpointing_and_half_precision_take_less():
     need = {
-        (k, d): memory.peak_bytes(MODEL, 16, 256, d, k)
+        (k, d): memory.peak_bytes(MODEL, memory.Step(16, 256, d, k))
         for k in ("none", "selective", "full")
         for d in (torch.float32, torch.bfloat16)
     }
@@ -83,7 +80,7 @@ def test_a_run_that_would_not_fit_is_refused_with_the_smallest_change_that_does(
         small_run.run(tmp_path / "c", **options | {"micro_batch": 2 * fits}, max_memory_gb=0.002)
     with pytest.raises(UserError, match="one row with full checkpointing"):
         small_run.run(tmp_path / "d", **options, max_memory_gb=0.0001)
-    with pytest.raises(ValueError, match="max_memory_gb"):
+    with pytest.raises(UserError, match="max_memory_gb"):
         small_run.run(tmp_path / "e", max_memory_gb=1.0, parallel="fsdp")
 
 
@@ -91,11 +88,11 @@ def test_a_run_that_would_not_fit_is_refused_with_the_smallest_change_that_does(
 def test_freed_memory_stays_with_the_process_for_the_next_step():
     code = """
 import sys, torch
-from core import memory
+from core import device
 def resident():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) >> 10
 if sys.argv[1] == "keep":
-    memory.keep_freed_memory()
+    device.keep_freed_memory()
 before = resident()
 tensors = [torch.ones(8 << 20) for _ in range(8)]
 del tensors

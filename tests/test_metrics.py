@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import ANY_TEXT
 
-from assembly.inference import Speaker, SpeakerConfig
+from assembly.inference import Generator, InferenceConfig, open_generator
 from core import hf_folder
 from core.errors import UserError
-from core.generate import SamplingConfig, continued
+from core.generate import SamplingConfig
+from extras.decoding.batching import continued
 from extras.evaluation import generation, metrics, promptcblue
 from extras.evaluation.generation import Answer
 from extras.evaluation.report import Progress
@@ -198,7 +199,7 @@ def test_exact_match_forgives_spaces_around_and_nothing_else():
 
 
 @pytest.fixture(scope="module")
-def speaker(small, tmp_path_factory) -> Speaker:
+def generator(small, tmp_path_factory) -> Generator:
     """A random chat model."""
     from conftest import lively
 
@@ -213,7 +214,7 @@ def speaker(small, tmp_path_factory) -> Speaker:
         max_position_embeddings=64,
     )
     hf_folder.save_model(folder, lively(config), small, {"chat_format": "bos"})
-    return Speaker(SpeakerConfig(model=str(folder), device="cpu"))
+    return open_generator(InferenceConfig(model=str(folder), device="cpu"))
 
 
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=8)
@@ -228,18 +229,18 @@ def lines(path, items):
     return path
 
 
-def test_the_last_turn_is_held_back_and_compared_by_kind(speaker, tmp_path):
+def test_the_last_turn_is_held_back_and_compared_by_kind(generator, tmp_path):
     questions = ["是非成败", "青山", "几度夕阳红", "白发", "渔樵江渚"]
     said = []
     for question in questions:
-        ids = speaker.ids([{"role": "user", "content": question}])
-        ((text,),) = continued(speaker.model, [ids], GREEDY, speaker.stop_ids, rows=1)
-        said.append(speaker.told(ids, text.added))
+        ids = generator.encode([{"role": "user", "content": question}])
+        ((text,),) = continued(generator.model, [ids], GREEDY, generator.stop_ids, rows=1)
+        said.append(generator.decode(ids, text.added))
     turns = [{"role": "user", "content": questions[0]}, {"role": "assistant", "content": said[0]}]
     items = [{"messages": turns, "kind": "right"}]
     items += [{"prompt": q, "target": a, "kind": "right"} for q, a in zip(questions[1:3], said[1:3])]
     items += [{"prompt": q, "target": "不对", "kind": "wrong"} for q in questions[3:]]
-    report = generation.run(speaker, asked(lines(tmp_path / "q.jsonl", items)), GREEDY, Progress(None, {}))
+    report = generation.run(generator, asked(lines(tmp_path / "q.jsonl", items)), GREEDY, Progress(None, {}))
     kinds = {row[0]: dict(zip(report.tables[0].columns[1:], row[1:])) for row in report.tables[0].rows}
     assert {kind: (row["n"], row["exact_match"]) for kind, row in kinds.items()} == {
         "right": (3, 1.0),
@@ -252,29 +253,29 @@ def test_the_last_turn_is_held_back_and_compared_by_kind(speaker, tmp_path):
     assert any("5 of 5 answers were cut off" in note for note in report.notes), "eight tokens of a random model"
 
 
-def test_an_answer_in_the_journal_is_not_asked_for_again(speaker, tmp_path):
+def test_an_answer_in_the_journal_is_not_asked_for_again(generator, tmp_path):
     items = [{"prompt": q, "target": "红"} for q in ("青山", "夕阳", "长江", "浪花")]
     cfg, path = asked(lines(tmp_path / "q.jsonl", items), batch=1), tmp_path / "report.json"
-    whole = generation.run(speaker, cfg, GREEDY, Progress(path, {"a": 1}, tell=str))
+    whole = generation.run(generator, cfg, GREEDY, Progress(path, {"a": 1}, tell=str))
     journal = path.with_name("report.json.part")
     kept = journal.read_text(encoding="utf-8").split("\n")[:3]
     assert len(kept) == 3
     kept[1] = json.dumps(["0", ["红", "stop", 2, 0.1]], ensure_ascii=False)
     journal.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    again = generation.run(speaker, cfg, GREEDY, Progress(path, {"a": 1}, tell=str))
+    again = generation.run(generator, cfg, GREEDY, Progress(path, {"a": 1}, tell=str))
     assert again.tables[1].rows[0][1] == "红" and again.tables[1].rows[1:] == whole.tables[1].rows[1:]
 
 
-def test_a_prompt_without_room_is_counted_and_its_answer_empty(speaker, tmp_path):
+def test_a_prompt_without_room_is_counted_and_its_answer_empty(generator, tmp_path):
     items = [{"prompt": "青山" * 200, "target": "红"}, {"prompt": "青山", "target": "红"}]
     cfg = asked(lines(tmp_path / "q.jsonl", items))
-    report = generation.run(speaker, cfg, GREEDY, Progress(None, {}))
+    report = generation.run(generator, cfg, GREEDY, Progress(None, {}))
     assert report.tables[1].rows[0][1:] == ["", "红", "no room"]
     assert any(note.startswith("1 of 2 prompts are longer than the model's context") for note in report.notes)
     left = SamplingConfig(temperature=0, max_new_tokens=8, truncate="left")
-    report = generation.run(speaker, cfg, left, Progress(None, {}))
+    report = generation.run(generator, cfg, left, Progress(None, {}))
     assert report.tables[1].rows[0][3] == "length"
-    lost = len(speaker.ids("青山" * 200)) - (64 - 8)
+    lost = len(generator.encode("青山" * 200)) - (64 - 8)
     said = f"1 of 2 prompts were asked without their first tokens, {lost} altogether"
     assert any(note.startswith(said) for note in report.notes)
 
@@ -497,8 +498,8 @@ def test_a_wrong_line_of_the_benchmark_is_refused_with_its_place(change, said, t
         promptcblue.read(str(lines(tmp_path / "b.jsonl", [LINE, LINE | change])))
 
 
-def test_the_limit_is_for_each_task_and_unparsed_answers_are_told(speaker, tmp_path):
+def test_the_limit_is_for_each_task_and_unparsed_answers_are_told(generator, tmp_path):
     items = [LINE | {"task_dataset": task} for task in ("X", "X", "X", "Y", "Y")]
-    report = promptcblue.run(speaker, asked(lines(tmp_path / "b.jsonl", items), limit=2), GREEDY, Progress(None, {}))
+    report = promptcblue.run(generator, asked(lines(tmp_path / "b.jsonl", items), limit=2), GREEDY, Progress(None, {}))
     assert [row[:3] for row in report.tables[0].rows] == [["X", "cls", 2], ["Y", "cls", 2]]
     assert "4 of 4 answers had nothing in the form" in report.notes[1]

@@ -1,6 +1,7 @@
 """Promises of `model.py`: it is Llama, and each faster or leaner path equals the plain one."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -11,7 +12,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from model import IGNORE, Cache, Llama, ModelConfig
+import pretrain
+from core import errors, hf_folder, memory
+from core.device import flops_per_token, num_parameters
+from core.errors import UserError
+from core.generate import Cache
+from core.hf_config import CheckedConfig
+from core.memory import save_memory
+from extras.families.llama_kin import Kin, KinConfig
+from model import IGNORE, Llama, cross_entropy
 
 V = 97
 
@@ -44,13 +53,10 @@ def gradients(model, *args):
 def test_logits_equal_those_of_transformers(tiny_config, make_model, kv_heads, tied, bias):
     transformers = pytest.importorskip("transformers")
     config = dataclasses.replace(
-        tiny_config,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=tied,
-        attention_bias=bias,
-        rope_theta=500.0,
-        rms_norm_eps=1e-3,
+        tiny_config, num_key_value_heads=kv_heads, tie_word_embeddings=tied, rope_theta=500.0, rms_norm_eps=1e-3
     )
+    if bias:
+        config = KinConfig(**dataclasses.asdict(config), attention_bias=True)
     ours = make_model(config)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**dataclasses.asdict(config))).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -116,7 +122,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weigh", ["sum", "by row", "by position"])
-def test_losses_in_chunks_equal_those_at_once_and_never_hold_all_logits(tiny_model, weigh, dtype):
+def test_losses_in_chunks_equal_those_at_once_and_never_hold_all_logits(tiny_model, weigh, dtype, monkeypatch):
     ids = ids_of(2, 17)  # 34 positions: the last chunk is a short one
     targets = some_targets(ids)
     weights = {"sum": torch.tensor(0.7), "by row": torch.tensor([[1.0], [-2]]), "by position": torch.randn(2, 17)}[
@@ -131,10 +137,10 @@ def test_losses_in_chunks_equal_those_at_once_and_never_hold_all_logits(tiny_mod
         logits = [shape[0] for shape in products.shapes if shape[1] == V]
         return logits, losses.detach(), {name: p.grad for name, p in tiny_model.named_parameters()}
 
-    tiny_model.loss_chunk_numel = 3 * V + 1
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 3 * V + 1)
     logits, losses, grads = run()
     assert max(logits) == 3 and sum(logits) == 34 * (1 if weigh == "sum" else 2)  # once, or again in the backward pass
-    tiny_model._losses = lambda x, y: F.cross_entropy(tiny_model.lm_head(x).float().mT, y, reduction="none")
+    tiny_model.loss = cross_entropy
     logits, expected, expected_grads = run()
     assert logits == [34]
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
@@ -148,17 +154,17 @@ def test_gradients_of_the_head_are_made_only_where_they_are_wanted(tiny_model):
     for wanted in ("nothing", "the rest", "all"):
         tiny_model.lm_head.weight.requires_grad_(wanted == "all")
         with Products() as products, torch.set_grad_enabled(wanted != "nothing"):
-            tiny_model._losses(torch.randn(2, 16, c, requires_grad=True), ids)
+            tiny_model.loss(torch.randn(2, 16, c, requires_grad=True), tiny_model.lm_head, ids)
         shapes[wanted] = products.shapes
     assert shapes["nothing"] == [(32, V)]
     assert shapes["the rest"] == [(32, V), (32, c)]
     assert shapes["all"] == [(32, V), (32, c), (V, c)]
 
 
-def test_a_head_that_something_wraps_gets_its_gradients_from_autograd(tiny_model):
+def test_a_head_that_something_wraps_gets_its_gradients_from_autograd(tiny_model, monkeypatch):
     ids = ids_of(2, 17)
     expected, grads = gradients(tiny_model, ids, ids)
-    tiny_model.loss_chunk_numel = 3 * V
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 3 * V)
     tiny_model.lm_head = nn.Sequential(tiny_model.lm_head)
     got, wrapped = gradients(tiny_model, ids, ids)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
@@ -167,10 +173,10 @@ def test_a_head_that_something_wraps_gets_its_gradients_from_autograd(tiny_model
         torch.testing.assert_close(found, grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_vocabulary_larger_than_the_chunk_still_gives_losses(tiny_model):
+def test_a_vocabulary_larger_than_the_chunk_still_gives_losses(tiny_model, monkeypatch):
     ids = ids_of(1, 5)
     expected = tiny_model(ids, ids)
-    tiny_model.loss_chunk_numel = 1
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 1)
     torch.testing.assert_close(tiny_model(ids, ids), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -221,7 +227,7 @@ def test_positions_restart_at_each_document_and_go_on_where_each_row_is(tiny_mod
     monkeypatch.setattr(
         model_file,
         "rope_table",
-        lambda positions, config, length: seen.append(positions.tolist()) or real(positions, config),
+        lambda positions, config: seen.append(positions.tolist()) or real(positions, config),
     )
     ids, docs = packed(3, 1, 4)
     tiny_model(ids, docs=docs)
@@ -273,17 +279,17 @@ def test_prompts_of_different_lengths_go_on_as_each_alone(tiny_model):
 @pytest.mark.parametrize("with_docs", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("kind", ["selective", "full"])
-def test_gradient_checkpointing_changes_no_bit(tiny_model, with_docs, chunked, kind):
+def test_gradient_checkpointing_changes_no_bit(tiny_model, with_docs, chunked, kind, monkeypatch):
     ids, docs = packed(9, 4, 20)
     args = (ids, some_targets(ids), docs if with_docs else None)
     tiny_model.train()
     if chunked:
-        tiny_model.loss_chunk_numel = 5 * V
+        monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 5 * V)
     calls = []
     tiny_model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     plain, plain_grads = gradients(tiny_model, *args)
     assert len(calls) == 1
-    tiny_model.gradient_checkpointing = kind
+    save_memory(tiny_model, kind)
     again, again_grads = gradients(tiny_model, *args)
     assert len(calls) == 3  # once more in the forward, once again in the backward pass
     assert torch.equal(plain, again)
@@ -294,18 +300,18 @@ def test_gradient_checkpointing_changes_no_bit(tiny_model, with_docs, chunked, k
 
 
 def test_what_writes_into_the_residual_stream_starts_smaller_by_the_root_of_twice_the_layers():
-    model = Llama(
-        ModelConfig(
-            vocab_size=300,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=8,
-            attention_bias=True,
-            tie_word_embeddings=False,
-        )
+    config = KinConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=8,
+        attention_bias=True,
+        tie_word_embeddings=False,
     )
-    model.init_weights(3)
-    for name, p in model.named_parameters():
+    model = Kin(config)
+    weights = dict(model.weights_at_birth(3))
+    assert {name: p.shape for name, p in weights.items()} == {name: p.shape for name, p in model.named_parameters()}
+    for name, p in weights.items():
         if p.ndim == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
             continue
@@ -316,16 +322,14 @@ def test_what_writes_into_the_residual_stream_starts_smaller_by_the_root_of_twic
 
 def test_the_seed_alone_decides_the_first_weights(tiny_config):
     def weights(seed):
-        model = Llama(tiny_config)
-        model.init_weights(seed)
-        return model.state_dict()
+        return dict(Llama(tiny_config).weights_at_birth(seed))
 
     torch.manual_seed(123)
     one = weights(1)
     torch.manual_seed(456)
     again, other = weights(1), weights(2)
     assert all(torch.equal(one[n], again[n]) for n in one)
-    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+    assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 
 def test_tied_weights_are_one_tensor_and_untied_ones_two(tiny_config):
@@ -341,7 +345,7 @@ def test_parameters_are_counted_as_on_paper(tiny_config, tied):
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 52 + 2 * 32
     embedding = 97 * 32 * (1 if tied else 2)
     model = Llama(dataclasses.replace(tiny_config, tie_word_embeddings=tied))
-    assert model.num_parameters() == (3 * layer + 32 + embedding, embedding)
+    assert num_parameters(model) == (3 * layer + 32 + embedding, embedding)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -351,7 +355,7 @@ def test_flops_per_token_are_counted_as_on_paper(tiny_config, tied):
     weights = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 52) + 97 * 32
     attention = 3 * (4 * 8 * 32) * 2 * 2 * 3
     model = Llama(dataclasses.replace(tiny_config, tie_word_embeddings=tied))
-    assert model.flops_per_token(64) == 6 * weights + attention
+    assert flops_per_token(model, 64) == 6 * weights + attention
 
 
 BAD = [
@@ -383,30 +387,36 @@ BAD = [
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_an_impossible_size_is_refused_and_named(tiny_config, bad):
     with pytest.raises(ValueError) as e:
-        dataclasses.replace(tiny_config, **({"num_key_value_heads": 0, "head_dim": 0} | bad))
+        CheckedConfig(**dataclasses.asdict(tiny_config) | {"num_key_value_heads": 0, "head_dim": 0} | bad)
     assert next(iter(bad)) in str(e.value) and "\n" not in str(e.value)
 
 
-def test_a_model_without_a_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="vocab_size"):
-        Llama(ModelConfig())
+def test_a_model_without_a_vocabulary_is_refused(tiny_model, tmp_path):
+    hf_folder.save_model(tmp_path, tiny_model, None, {})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 0}))
+    with pytest.raises(UserError, match="vocab_size"):
+        hf_folder.open_model(tmp_path)
 
 
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def test_python_model_py_prints_what_it_counts(tmp_path, root, tiny_config):
+DRY_RUN = ("--dry_run", "--tokens", "1e6")
+
+
+def test_a_dry_run_prints_what_it_counts(tmp_path, root, tiny_config):
     path = tmp_path / "小 模型.toml"
     path.write_text(
         "[model]\nvocab_size = 97\nhidden_size = 32\nintermediate_size = 52\nnum_hidden_layers = 3\n"
         "num_key_value_heads = 2\nmax_position_embeddings = 64\n",
         encoding="utf-8",
     )
-    done = subprocess.run([sys.executable, "model.py", path], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "pretrain.py", path, *DRY_RUN], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     model = Llama(tiny_config)
-    total, embedding = model.num_parameters()
-    numbers = (total, embedding, total - embedding, model.flops_per_token(64), 4 * total, 8 * total)
+    total, embedding = num_parameters(model)
+    numbers = (total, embedding, total - embedding, flops_per_token(model, 64), 4 * total, 8 * total)
     assert all(f" {n:,} " in done.stdout.replace("\n", " ") for n in numbers)
 
 
@@ -414,14 +424,13 @@ def test_python_model_py_prints_what_it_counts(tmp_path, root, tiny_config):
     "text",
     [
         None,
-        "[data]\n",
         "hidden_size",
         "\xff",
         "[model]\nhidden_size = 3\n",
         "[model]\nhiden_size = 3\n",
         "model = 3\n",
         "[model]\nvocab_size = 9\nhidden_size = 'x'\n",
-        "[model]\nvocab_size = 9\nhidden_size = 256.0\n",
+        "[model]\nvocab_size = 9\nhidden_size = 256.5\n",
         "[model]\nvocab_size = 9\nhidden_size = 16777216\nnum_attention_heads = 16777216\nhead_dim = 16777216\n",
     ],
 )
@@ -429,13 +438,8 @@ def test_a_config_that_cannot_be_described_ends_in_one_line_and_exit_code_2(tmp_
     path = tmp_path / "x.toml"
     if text is not None:
         path.write_bytes(text.encode("latin-1"))
-    monkeypatch.setattr(sys, "argv", ["model.py", str(path)])
-    assert model_file.main() == 2
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", str(path), *DRY_RUN])
+    with pytest.raises(SystemExit) as e:
+        errors.run(pretrain.main)
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"error: {path}: ") and err.count("\n") == 1
-
-
-def test_no_config_prints_the_usage(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["model.py"])
-    assert model_file.main() == 2
-    assert capsys.readouterr().err.startswith("usage: ")
+    assert e.value.code == 2 and out == "" and err.startswith("error: ") and str(path) in err and err.count("\n") == 1

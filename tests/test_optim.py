@@ -9,6 +9,7 @@ import torch
 
 from core.errors import UserError
 from core.optim import Muon, OptimConfig, learning_rate, make_optimizers, orthogonal
+from extras.families.llama_kin import KinConfig
 
 
 def randn(*shape, seed=1):
@@ -94,7 +95,7 @@ def names_of(model, group):
 
 
 def test_adamw_decays_every_matrix_and_no_norm_or_bias(tiny_config, make_model):
-    model = make_model(dataclasses.replace(tiny_config, attention_bias=True))
+    model = make_model(KinConfig(**dataclasses.asdict(tiny_config), attention_bias=True))
     [adamw] = make_optimizers(model, OptimConfig(weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6))
     decayed, plain = adamw.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
@@ -105,7 +106,9 @@ def test_adamw_decays_every_matrix_and_no_norm_or_bias(tiny_config, make_model):
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tiny_config, make_model):
-    model = make_model(dataclasses.replace(tiny_config, tie_word_embeddings=False, attention_bias=True))
+    model = make_model(
+        KinConfig(**dataclasses.asdict(tiny_config) | {"tie_word_embeddings": False}, attention_bias=True)
+    )
     muon, adamw = make_optimizers(model, OptimConfig(optimizer="muon"))
     of_muon = names_of(model, muon.param_groups[0])
     assert of_muon == {n for n, p in model.named_parameters() if "layers" in n and p.ndim == 2}

@@ -1,19 +1,17 @@
 """Promises of the ways to spread training over ranks: the losses of one process, and its files."""
 
-import contextlib
-
 import pytest
 import small_run
 import torch
 from safetensors.torch import load_file
 from small_run import SEQ_LEN
-from test_engine import launch, metrics
+from test_trainer import launch, metrics
 
-from core import data, parallel
+from assembly.training import choose_strategy
 from core.distributed import Ranks
 from core.errors import UserError
-from core.loss import next_token_loss
-from trainer import TrainConfig
+from extras.parallel.fixed_order import FixedOrder
+from trainer import TrainConfig, next_token_loss
 
 STEPS = {"max_steps": 12, "save_every": 6, "eval_every": 6, "micro_batch": 2}
 UNTIED = {"model": {"tie_word_embeddings": False}}
@@ -99,9 +97,9 @@ def test_sums_are_a_tree_over_the_micro_batches(tmp_path):
     cfg, ranks = TrainConfig(deterministic=True), Ranks(0, 1, torch.device("cpu"))
     for number in (1, 2, 3, 6, 7):
         model = small_run.small_model()
-        spread = parallel.spread(model, cfg, ranks, torch.float32)
+        strategy = FixedOrder(model, (), cfg, ranks, torch.float32)
         rows = small_run.bin_rows(tmp_path)
-        batches = [data.batch(rows, [2 * m, 2 * m + 1]) for m in range(number)]
+        batches = [rows.batch([2 * m, 2 * m + 1]) for m in range(number)]
         leaves = []
         for b in batches:
             next_token_loss(model, b).backward()
@@ -114,7 +112,9 @@ def test_sums_are_a_tree_over_the_micro_batches(tmp_path):
             half = 1 << (len(leaves) - 1).bit_length() - 1  # the largest power of two below
             return [a + b for a, b in zip(tree(leaves[:half]), tree(leaves[half:]))]
 
-        spread.accumulate(iter(batches), number, next_token_loss, 1.0, contextlib.nullcontext())
+        for m, b in enumerate(batches):
+            with strategy.sync(last=m == number - 1):
+                next_token_loss(strategy.module, b).backward()
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), tree(leaves)))
 
 
@@ -129,19 +129,19 @@ def test_sums_are_a_tree_over_the_micro_batches(tmp_path):
 )
 def test_what_does_not_go_together_is_refused(options, ranks, says):
     with pytest.raises(UserError, match=says):
-        parallel.spread(
-            small_run.small_model(), TrainConfig(**options), Ranks(0, ranks, torch.device("cpu")), torch.float32
-        )
+        cfg, among = TrainConfig(**options), Ranks(0, ranks, torch.device("cpu"))
+        choose_strategy(cfg, among)(small_run.small_model(), (), cfg, among, torch.float32)
     with pytest.raises(ValueError, match="ddp, zero1, fsdp, pipeline"):
         TrainConfig(parallel="ddpp")
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_shards_train_in_half_precision_to_the_loss_of_fp32(tmp_path, dtype):
-    options = STEPS | {"max_steps": 30, "eval_every": 30}
+@pytest.mark.parametrize("way", ["fsdp", "pipeline"])
+def test_parts_of_a_model_train_in_half_precision_to_the_loss_of_fp32(tmp_path, way, dtype):
+    options = STEPS | {"max_steps": 30, "eval_every": 30} | (UNTIED if way == "pipeline" else {})
     launch(1, tmp_path / "one", **options)
-    launch(2, tmp_path / "two", **options, parallel="fsdp", dtype=dtype)
+    launch(2, tmp_path / "two", **options, parallel=way, dtype=dtype)
     assert metrics(tmp_path / "two", "val_loss") == pytest.approx(metrics(tmp_path / "one", "val_loss"), rel=0.01)
     assert {t.dtype for t in tensors(tmp_path / "two", 30).values()} == {torch.float32}
 

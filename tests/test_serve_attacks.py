@@ -16,10 +16,13 @@ from types import SimpleNamespace
 import pytest
 from serving import Served, files_open, memory_mb, until
 
-from extras.serve import app, fields, wire
+from extras.serve import app, wire
+from extras.serve.answers import Refused
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
+pytest.importorskip("pydantic")
+schema = pytest.importorskip("extras.serve.schema")
 if not Path("/proc/self/fd").is_dir():
     pytest.skip("counts open files as Linux does", allow_module_level=True)
 
@@ -164,8 +167,8 @@ def test_a_bomb_is_refused_with_the_fields_name_in_a_moment(chat, path, bomb):
         took = []
         for _ in range(3):
             began = time.thread_time()  # the machine may be busy with something else
-            with pytest.raises(fields.Refused):
-                fields.read(data, path == CHAT, "chat", 600, 16, 64, 128)
+            with pytest.raises(Refused):
+                schema.read(data, path == CHAT, schema.Limits("chat", 600, 16, 64, 128))
             took.append(time.thread_time() - began)
         assert min(took) < 0.05, took
 
@@ -205,7 +208,7 @@ def mutated(rng: random.Random) -> bytes:
         "auto",
         "none",
     ]
-    names = [*fields.CHAT, *fields.COMPLETION, "n", "frob", ""]
+    names = [*schema.Chat.model_fields, *schema.Completion.model_fields, "n", "frob", ""]
     body = {"messages": [{"role": "user", "content": "曹操"}]} if rng.random() < 0.5 else {"prompt": "曹操"}
     for _ in range(rng.randrange(4)):
         body[rng.choice(names)] = rng.choice(values)
@@ -232,9 +235,9 @@ def test_no_body_does_more_than_be_understood_or_refused(pytestconfig):
         body, chat = mutated(rng), rng.random() < 0.5
         began = time.perf_counter()
         try:
-            fields.read(body, chat, "m", 600, 16, 64, 128)
+            schema.read(body, chat, schema.Limits("m", 600, 16, 64, 128))
             understood += 1
-        except fields.Refused as refused:
+        except Refused as refused:
             assert refused.status in (400, 404) and refused.message.isprintable() and len(refused.message) < 300
         worst = max(worst, time.perf_counter() - began)
     assert count / 100 < understood < count and worst < 0.5  # one that the machine was busy for
@@ -405,7 +408,7 @@ def test_of_a_hundred_thousand_paths_only_the_literal_ones_lead_anywhere(chat, t
         try:
             chat.app._route(path, asked)
             assert path in known, path
-        except fields.Refused as refused:
+        except Refused as refused:
             assert refused.status == (405 if path in known else 404), path
     for path in (
         "/../serve.py",

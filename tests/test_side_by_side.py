@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import lively
 
-from assembly.inference import Speaker, SpeakerConfig
+from assembly.inference import Generator, InferenceConfig, open_generator
 from core import hf_folder
 from core.errors import UserError
-from core.generate import SamplingConfig, complete
+from core.generate import SamplingConfig
+from extras.decoding.batching import complete
 from extras.evaluation import bits, side_by_side
 from extras.evaluation.report import Progress, Report, Table
 from extras.formats import quantize
@@ -25,12 +26,12 @@ PROMPTS = ["滚滚长江", "青山依旧在，", "The quick"]
 
 
 @pytest.fixture(scope="module")
-def speakers(small, small_with_prefix, tmp_path_factory) -> list[Speaker]:
+def generators(small, small_with_prefix, tmp_path_factory) -> list[Generator]:
     """A base and a chat model of the same name, of other sizes and with other tokenizers, both random."""
     made, home = [], tmp_path_factory.mktemp("models")
-    for width, text, about in ((32, small, {}), (48, small_with_prefix, {"chat_format": "bos"})):
+    for width, tokenizer, about in ((32, small, {}), (48, small_with_prefix, {"chat_format": "bos"})):
         config = ModelConfig(
-            vocab_size=text.vocab_size,
+            vocab_size=tokenizer.vocab_size,
             hidden_size=width,
             intermediate_size=40,
             num_hidden_layers=2,
@@ -39,8 +40,8 @@ def speakers(small, small_with_prefix, tmp_path_factory) -> list[Speaker]:
             max_position_embeddings=64,
         )
         folder = home / str(width) / "pretrain"
-        hf_folder.save_model(folder, lively(config), text, about)
-        made.append(Speaker(SpeakerConfig(model=str(folder), device="cpu")))
+        hf_folder.save_model(folder, lively(config), tokenizer, about)
+        made.append(open_generator(InferenceConfig(model=str(folder), device="cpu")))
     return made
 
 
@@ -55,65 +56,67 @@ def cfg(tmp_path):
     )
 
 
-def test_each_model_answers_each_prompt_with_its_own_tokenizer_and_format(speakers, cfg):
-    report = side_by_side.run(iter(speakers), cfg, GREEDY, Progress(None, {}))
+def test_each_model_answers_each_prompt_with_its_own_tokenizer_and_format(generators, cfg):
+    report = side_by_side.run(iter(generators), cfg, GREEDY, Progress(None, {}))
     models, answers = report.tables
     assert answers.columns == ["prompt", "pretrain", "pretrain (2)"]
     assert [row[0] for row in answers.rows] == PROMPTS
-    for speaker, row, column in zip(speakers, models.rows, zip(*(row[1:] for row in answers.rows))):
-        ids = [speaker.ids(prompt) for prompt in PROMPTS]
-        alone = [complete(speaker.model, [i], GREEDY, speaker.stop_ids)[0] for i in ids]
-        assert list(column) == [speaker.told(i, new) for i, new in zip(ids, alone)]
+    for generator, row, column in zip(generators, models.rows, zip(*(row[1:] for row in answers.rows))):
+        ids = [generator.encode(prompt) for prompt in PROMPTS]
+        alone = [complete(generator.model, [i], GREEDY, generator.stop_ids)[0] for i in ids]
+        assert list(column) == [generator.decode(i, new) for i, new in zip(ids, alone)]
         told = dict(zip(models.columns, row))
-        assert told["parameters"] == sum(p.numel() for p in speaker.model.parameters())
-        assert told["bits per byte"] == bits.run(speaker, cfg, GREEDY, Progress(None, {})).scores["bits_per_byte"]
-        assert told["tokens per second"] > 0 and told["speaks as"] == (speaker.chat_format or "base")
+        assert told["parameters"] == sum(p.numel() for p in generator.model.parameters())
+        assert told["bits per byte"] == bits.run(generator, cfg, GREEDY, Progress(None, {})).scores["bits_per_byte"]
+        assert told["tokens per second"] > 0 and told["speaks as"] == (generator.chat_format or "base")
 
 
-def test_one_model_at_a_time_is_in_memory(speakers, cfg):
+def test_one_model_at_a_time_is_in_memory(generators, cfg):
     alive = []
 
-    def loaded(speaker):
+    def loaded(generator):
         gc.collect()
         assert not any(ref() for ref in alive)
-        one = copy(speaker)
+        one = copy(generator)
         alive.append(weakref.ref(one))
         return one
 
-    side_by_side.run(map(loaded, speakers), cfg, GREEDY, Progress(None, {}))
+    side_by_side.run(map(loaded, generators), cfg, GREEDY, Progress(None, {}))
     assert len(alive) == 2
 
 
-def test_a_killed_comparison_goes_on_behind_what_is_in_the_journal(speakers, cfg, tmp_path):
+def test_a_killed_comparison_goes_on_behind_what_is_in_the_journal(generators, cfg, tmp_path):
     path = tmp_path / "report.json"
-    whole = side_by_side.run(speakers, cfg, GREEDY, Progress(path, {}, tell=str))
+    whole = side_by_side.run(generators, cfg, GREEDY, Progress(path, {}, tell=str))
     journal = tmp_path / "report.json.part"
     kept = journal.read_text(encoding="utf-8").splitlines()
     at = next(k for k, line in enumerate(kept) if line.startswith('["1 0"'))  # the second model's first answer
     kept[at] = json.dumps(["1 0", ["marked", "stop", 1, 1.0]])
     journal.write_text("\n".join(kept[: at + 1]) + "\n", encoding="utf-8")
-    again = side_by_side.run(speakers, cfg, GREEDY, Progress(path, {}, tell=str))
+    again = side_by_side.run(generators, cfg, GREEDY, Progress(path, {}, tell=str))
     assert again.tables[1].rows[0] == [*whole.tables[1].rows[0][:2], "marked"]
     assert again.tables[1].rows[1:] == whole.tables[1].rows[1:]
 
 
-def test_a_comparison_may_leave_out_the_text_or_the_prompts_but_not_both(speakers, cfg):
+def test_a_comparison_may_leave_out_the_text_or_the_prompts_but_not_both(generators, cfg):
     cfg.data, text = "", cfg.data
-    assert [row[5] for row in side_by_side.run(speakers, cfg, GREEDY, Progress(None, {})).tables[0].rows] == ["", ""]
+    assert [row[5] for row in side_by_side.run(generators, cfg, GREEDY, Progress(None, {})).tables[0].rows] == ["", ""]
     cfg.limit = 2
-    assert [row[0] for row in side_by_side.run(speakers, cfg, GREEDY, Progress(None, {})).tables[1].rows] == PROMPTS[:2]
+    assert [row[0] for row in side_by_side.run(generators, cfg, GREEDY, Progress(None, {})).tables[1].rows] == PROMPTS[
+        :2
+    ]
     cfg.data, cfg.prompts, cfg.limit = text, (), 0
-    (models,) = side_by_side.run(speakers, cfg, GREEDY, Progress(None, {})).tables
+    (models,) = side_by_side.run(generators, cfg, GREEDY, Progress(None, {})).tables
     assert [row[6] for row in models.rows] == ["", ""]
     cfg.data = ""
     with pytest.raises(UserError, match="nothing to compare"):
-        side_by_side.run(speakers, cfg, GREEDY, Progress(None, {}))
+        side_by_side.run(generators, cfg, GREEDY, Progress(None, {}))
 
 
-def test_bits_of_a_text_that_a_vocabulary_cannot_write_are_no_score(speakers, cfg, monkeypatch):
-    decode = speakers[0].text.decode
-    monkeypatch.setattr(speakers[0].text, "decode", lambda ids: decode(ids).replace("红", "�"))
-    report = side_by_side.run(speakers, cfg, GREEDY, Progress(None, {}))
+def test_bits_of_a_text_that_a_vocabulary_cannot_write_are_no_score(generators, cfg, monkeypatch):
+    decode = generators[0].tokenizer.decode
+    monkeypatch.setattr(generators[0].tokenizer, "decode", lambda ids: decode(ids).replace("红", "�"))
+    report = side_by_side.run(generators, cfg, GREEDY, Progress(None, {}))
     lossy, whole = (row[5] for row in report.tables[0].rows)
     assert lossy.startswith("too low: ") and report.scores == {"pretrain (2) bits_per_byte": whole}
     notes = [note for note in report.notes if note.startswith("pretrain: ")]
@@ -124,7 +127,7 @@ def test_a_quantised_model_has_the_parameters_of_its_architecture(tiny_config):
     model = lively(replace(tiny_config, tie_word_embeddings=False))
     whole = sum(p.numel() for p in model.parameters())
     quantised = quantize.quantize(model, "int8")
-    assert sum(p.numel() for p in quantised.parameters()) < side_by_side.parameters(quantised) == whole
+    assert sum(p.numel() for p in quantised.parameters()) < side_by_side.count_parameters(quantised) == whole
 
 
 @pytest.mark.parametrize(
@@ -191,7 +194,7 @@ def evil_report() -> Report:
 
 
 def test_texts_stay_texts_on_the_page_whatever_is_in_them():
-    html = side_by_side.page(evil_report())
+    html = side_by_side.write_page(evil_report())
     page = Page(html)
     assert not page.open, "every tag is closed"
     allowed = {
@@ -233,7 +236,7 @@ def test_texts_stay_texts_on_the_page_whatever_is_in_them():
 
 
 def test_the_page_is_one_file_for_phones_and_nights():
-    html = side_by_side.page(evil_report())
+    html = side_by_side.write_page(evil_report())
     assert html.startswith("<!doctype html>") and '<meta charset="utf-8">' in html[:200]
     assert "width=device-width" in html and "prefers-color-scheme: dark" in html and "default-src 'none'" in html
     assert not any(word in side_by_side.STYLE for word in ("url(", "@import", "http")), "it asks for nothing else"
@@ -245,4 +248,4 @@ def test_an_answer_without_words_is_shown_as_such():
         "compare",
         tables=[Table("Models", ["model"], [["a"]]), Table(side_by_side.ANSWERS, ["prompt", "a"], [["问", " \n"]])],
     )
-    assert '<p class="empty">(nothing)</p>' in side_by_side.page(report)
+    assert '<p class="empty">(nothing)</p>' in side_by_side.write_page(report)

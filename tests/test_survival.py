@@ -21,13 +21,16 @@ from faulty_disk import FaultyDisk
 from kill_runs import assert_equal, last_step, state_of, whole_steps
 from safetensors.torch import load_file
 from small_run import SEQ_LEN
-from test_engine import launch, metrics
+from test_trainer import launch, metrics
 
-import trainer
+from assembly.models import load_model
 from core import checkpoint, distributed, hf_folder
 from core.data import step_rows
+from core.device import choose_dtype
 from core.errors import Diverged, UserError
-from core.loss import next_token_loss
+from core.guards import StopSignals
+from core.optim import LossScale
+from trainer import next_token_loss
 
 HERE = Path(__file__).resolve().parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -161,7 +164,7 @@ def test_a_signal_to_torchrun_saves_once_on_all_ranks(tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_and_leaves_either_as_a_second_to_the_system(number):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with trainer.StopSignals() as stop:
+    with StopSignals() as stop:
         assert not stop.asked
         os.kill(os.getpid(), number)
         assert stop.asked
@@ -281,12 +284,13 @@ def test_a_disk_that_refuses_any_one_operation_leaves_a_model_that_loads(tmp_pat
     small_run.run(tmp_path / "begun", max_steps=2, **options)
     publish, whole = checkpoint.Run.publish, load_file(tmp_path / "unbroken/checkpoint-4/model.safetensors")
 
-    def watched(run, spread, facts, warn, must=False):
+    def watched(run, strategy, facts, warn, must=False):
         disk.on = True
-        publish(run, spread, facts, warn, must=False)
+        saved = publish(run, strategy, facts, warn, must=False)
         disk.on = False
         assert not list(run.folder.glob(".t*"))
-        hf_folder.load_model(run.folder)
+        load_model(run.folder)
+        return saved
 
     monkeypatch.setattr(checkpoint.Run, "publish", watched)
     for at in range(1, 1000):
@@ -311,7 +315,7 @@ def test_a_real_limit_on_file_sizes_is_survived(tmp_path):
         return next_token_loss(model, batch)
 
     try:
-        small_run.run(tmp_path / "run", max_steps=6, keep=9, val=False, loss_fn=limiting, **BRIEF | {"eval_every": 99})
+        small_run.run(tmp_path / "run", max_steps=6, keep=9, val=False, loss=limiting, **BRIEF | {"eval_every": 99})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert whole_steps(tmp_path / "run") == [1, 2, 5, 6] and not list((tmp_path / "run").glob(".t*"))
@@ -414,7 +418,7 @@ def test_other_batches_go_on_at_the_next_row_and_each_row_comes_once_an_epoch(tm
             batch_tokens=rows * SEQ_LEN,
             micro_batch=micro,
             val=False,
-            loss_fn=watching,
+            loss=watching,
         )
     n = len(small_run.bin_rows(tmp_path))
     assert seen == step_rows(0, len(seen), n, seed=1)
@@ -429,7 +433,7 @@ def injector(rng: random.Random, model, where: str, at: int, value: float):
     calls = 0
     parameters = list(model.parameters())
 
-    def loss_fn(model, batch):
+    def injected(model, batch):
         nonlocal calls
         calls += torch.is_grad_enabled()
         loss = next_token_loss(model, batch)
@@ -448,7 +452,7 @@ def injector(rng: random.Random, model, where: str, at: int, value: float):
         hook = p.register_hook(poke)
         return loss
 
-    return loss_fn
+    return injected
 
 
 VALUES = (math.nan, math.inf, -math.inf)
@@ -467,7 +471,7 @@ def test_250_bad_numbers_are_never_applied_and_told_with_all_there_is_to_know(tm
 
         bad = injector(rng, model, where, 2 * steps - rng.randint(0, 1), rng.choice(VALUES))
 
-        def loss_fn(model, batch, bad=bad, before=before):
+        def loss(model, batch, bad=bad, before=before):
             if len(before.setdefault("rows", [])) % 2 == 0:
                 before["weights"] = [t.detach().clone() for t in model.parameters()]
             before["rows"] += batch.rows
@@ -475,7 +479,7 @@ def test_250_bad_numbers_are_never_applied_and_told_with_all_there_is_to_know(tm
 
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         with pytest.raises(Diverged) as caught:
-            small_run.run(tmp_path / "run", model=model, dtype=dtype, loss_fn=loss_fn, max_steps=9, **options)
+            small_run.run(tmp_path / "run", model=model, dtype=dtype, loss=loss, max_steps=9, **options)
         assert caught.value.exit_code == 3
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before["weights"])), (k, where)
         assert steps == 1 or not torch.equal(model.lm_head.weight, start.lm_head.weight)
@@ -493,10 +497,10 @@ def test_250_bad_numbers_are_never_applied_and_told_with_all_there_is_to_know(tm
 def test_500_overflows_of_fp16_are_counted_and_never_applied(tmp_path, monkeypatch):
     """One step in two is bad, at random; the scale stays up."""
     rng, model = random.Random(0), small_run.small_model()
-    monkeypatch.setattr(trainer.LossScale, "update", lambda self, finite: outcomes.append(finite))
+    monkeypatch.setattr(LossScale, "update", lambda self, finite: outcomes.append(finite))
     outcomes, weights, bad_steps, checked = [], [], [], 0
 
-    def loss_fn(model, batch):
+    def loss(model, batch):
         nonlocal checked
         now = [p.detach().clone() for p in model.parameters()]
         if outcomes:
@@ -513,7 +517,7 @@ def test_500_overflows_of_fp16_are_counted_and_never_applied(tmp_path, monkeypat
         tmp_path / "run",
         model=model,
         dtype="fp16",
-        loss_fn=loss_fn,
+        loss=loss,
         max_steps=1001,
         val=False,
         save_every=9999,
@@ -527,11 +531,11 @@ def test_500_overflows_of_fp16_are_counted_and_never_applied(tmp_path, monkeypat
 def test_overflows_without_end_stop_with_the_scale_and_twenty_in_a_row_are_too_many(tmp_path, monkeypatch):
     bad = lambda m, b: next_token_loss(m, b) * math.inf  # noqa: E731
     with pytest.raises(Diverged, match=r"step 17: loss inf.*, scale 0.5; rows") as caught:
-        small_run.run(tmp_path / "a/run", dtype="fp16", max_steps=99, val=False, loss_fn=bad)
+        small_run.run(tmp_path / "a/run", dtype="fp16", max_steps=99, val=False, loss=bad)
     assert caught.value.exit_code == 3 and metrics(tmp_path / "a/run", "scale")[-1] == 1
-    monkeypatch.setattr(trainer.LossScale, "update", lambda self, finite: None)
+    monkeypatch.setattr(LossScale, "update", lambda self, finite: None)
     with pytest.raises(Diverged, match=r"step 21: .* scale 65536"):
-        small_run.run(tmp_path / "b/run", dtype="fp16", max_steps=99, val=False, loss_fn=bad)
+        small_run.run(tmp_path / "b/run", dtype="fp16", max_steps=99, val=False, loss=bad)
 
 
 @pytest.mark.heavy
@@ -550,12 +554,12 @@ def test_a_spike_is_told_and_stops_on_request(tmp_path):
     def spike_at(number, factor=3.0):
         calls = 0
 
-        def loss_fn(model, batch):
+        def loss(model, batch):
             nonlocal calls
             calls += 1
             return next_token_loss(model, batch) * (factor if calls == number else 1)
 
-        return loss_fn
+        return loss
 
     options = {
         "val": False,
@@ -566,20 +570,18 @@ def test_a_spike_is_told_and_stops_on_request(tmp_path):
         "max_steps": 150,
     }
     for name, at in (("early", 100), ("late", 140)):  # before the 129th there is too little to compare it with
-        small_run.run(tmp_path / name / "run", loss_fn=spike_at(at), **options)
+        small_run.run(tmp_path / name / "run", loss=spike_at(at), **options)
         told = [line for line in (tmp_path / name / "run/log.txt").read_text().splitlines() if "sigma" in line]
         assert [line.split(": loss")[0] for line in told] == (["warning: step 140"] if name == "late" else [])
     usual = torch.tensor(metrics(tmp_path / "late/run")[11:140], dtype=torch.float64)
     mean, sigma = usual[:-1].mean(), usual[:-1].std(correction=0)
     plain = float(usual[-1]) / 3
     for sigmas in (5.9, 6.1):
-        small_run.run(
-            tmp_path / f"{sigmas}/run", loss_fn=spike_at(140, float(mean + sigmas * sigma) / plain), **options
-        )
+        small_run.run(tmp_path / f"{sigmas}/run", loss=spike_at(140, float(mean + sigmas * sigma) / plain), **options)
         assert ("sigma" in (tmp_path / f"{sigmas}/run/log.txt").read_text()) == (sigmas > 6)
     model = small_run.small_model()
     with pytest.raises(Diverged, match=r"step 140: loss 1\d\.\d+ is above"):
-        small_run.run(tmp_path / "stop/run", model=model, loss_fn=spike_at(140), stop_at_spike=True, **options)
+        small_run.run(tmp_path / "stop/run", model=model, loss=spike_at(140), stop_at_spike=True, **options)
     saved = load_file(tmp_path / "stop/run/checkpoint-139/model.safetensors")
     assert all(torch.equal(t, dict(model.named_parameters())[name]) for name, t in saved.items())
 
@@ -618,7 +620,7 @@ def test_a_full_disk_under_the_log_does_not_stop_training(tmp_path):
         return next_token_loss(model, batch)
 
     small_run.run(tmp_path / "a/run", max_steps=5)
-    small_run.run(tmp_path / "b/run", max_steps=5, loss_fn=filling)
+    small_run.run(tmp_path / "b/run", max_steps=5, loss=filling)
     os.close(full)
     assert_equal(state_of(tmp_path / "b/run", 5), state_of(tmp_path / "a/run", 5))
     assert metrics(tmp_path / "b/run") == metrics(tmp_path / "a/run")[:1]
@@ -667,7 +669,7 @@ def test_output_that_goes_nowhere_does_not_stop_training(tmp_path, where):
             "cpu",
             "rank 0 of 2 does not meet the others at 127",
         ),
-        ({}, "cuda", "no device cuda:0, 0 CUDA devices are there -- --device cpu"),
+        ({}, "cuda", "no device cuda:0, this machine has 0 CUDA devices -- --device cpu"),
         ({}, "cuda:7", "no device cuda:7"),
         ({}, "mps", "'mps' is not a device of this machine"),
         ({}, "gpu", "'gpu' is not a device of this machine"),
@@ -691,16 +693,16 @@ def test_cards_without_bf16_get_fp16_and_older_ones_fp32(monkeypatch):
     cuda = torch.device("cuda")
     for capability, expected in (((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
-        assert trainer.choose_dtype("auto", cuda) == expected
-        assert trainer.choose_dtype("bf16", cuda) == torch.bfloat16, "what was asked for is what is used"
+        assert choose_dtype("auto", cuda) == expected
+        assert choose_dtype("bf16", cuda) == torch.bfloat16, "what was asked for is what is used"
 
 
 @pytest.mark.parametrize("has", [(), ("amx_tile",), ("avx512_bf16",), ("amx_tile", "avx512_bf16")])
 def test_a_cpu_gets_bf16_where_it_has_instructions_for_it(monkeypatch, has):
     for name in ("amx_tile", "avx512_bf16"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda found=name in has: found, raising=False)
-    assert trainer.choose_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if has else torch.float32)
-    assert trainer.choose_dtype("fp32", torch.device("cpu")) == torch.float32
+    assert choose_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if has else torch.float32)
+    assert choose_dtype("fp32", torch.device("cpu")) == torch.float32
 
 
 @pytest.mark.heavy
@@ -708,12 +710,12 @@ def test_a_cpu_gets_bf16_where_it_has_instructions_for_it(monkeypatch, has):
 def test_ranks_that_were_started_unlike_are_refused(tmp_path, what):
     port, program, other = free_port(), HERE, {}
     if what == "program":
-        for name in ("core", "tokenizer", "model.py", "tests/small_run.py"):
+        for name in ("core", "tokenizer", "assembly", "model.py", "trainer.py", "tests/small_run.py"):
             copy = shutil.copytree if (HERE.parent / name).is_dir() else shutil.copyfile
             (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
             copy(HERE.parent / name, tmp_path / "copy" / name)
         program = tmp_path / "copy/tests"
-        with open(tmp_path / "copy/core/loss.py", "a") as f:
+        with open(tmp_path / "copy/core/guards.py", "a") as f:
             f.write("# another version\n")
     else:
         other = {"lr": 1e-3} if what == "configuration" else {"rows": "chats"}

@@ -279,7 +279,7 @@ def test_packages_work_outside_the_main_thread_and_so_cannot_take_over_its_signa
 def test_a_program_ends_although_its_tracker_hangs(tmp_path):
     program = """
 import sys, threading, types
-from extras import trackers
+from extras.tracking import trackers
 trackers.PATIENCE_S = 0.1
 sys.modules["trackio"] = types.SimpleNamespace(init=lambda **_: threading.Event().wait())
 sink = trackers.open_tracker(trackers.TrackConfig("trackio"), ".", {}, print)

@@ -81,6 +81,7 @@ def names_in(path: Path) -> set[str]:
 def test_every_function_of_where_is_it_exists(language, title, number):
     path = chapters.chapter(number, language)
     lines = path.read_text(encoding="utf-8").split(title)[1].strip().splitlines()
+    assert "".join(lines).count("`") <= 2 * 3, "at most three functions, or nobody looks them up"
     for line in lines:
         (link,), names = LINK.findall(line), set(re.findall(r"`([^`]+)`", line))
         assert names and names <= names_in(path.parent / link), f"{path.name}: {names - names_in(path.parent / link)}"

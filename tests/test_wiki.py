@@ -587,7 +587,7 @@ def test_the_chinese_page(shared_data, parser):
 
 PEAK = """
 import bz2, re, sys
-from extras.corpus import Account
+from extras.corpus.account import Account
 from extras.corpus.wiki import WikiConfig, page_doc, pages, wiki
 account = Account("wiki")
 with bz2.open(sys.argv[1]) as stream:

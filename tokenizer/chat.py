@@ -277,7 +277,7 @@ def _check(messages: list[dict], generation: bool) -> tuple[str | None, list[str
     if not turns:
         raise TokenizerError(f"message {last}: there is no user message after system")
     if generation and len(turns) % 2 == 0:
-        raise TokenizerError(f"message {last}: role assistant, but to be answered a chat must end with user")
+        raise TokenizerError(f"message {last}: role assistant, but a chat that wants an answer must end with user")
     if not generation and len(turns) % 2:
         raise TokenizerError(f"message {last}: role user has no answer -- a chat to train on ends with assistant")
     return system, turns

@@ -1,8 +1,8 @@
 """The sentencepiece `.model` file, read and checked field by field.
 
 In:  the bytes of a `.model` (a protobuf ModelProto). Out: a `Model`.
-Does not know how to encode text, nor how to write a file (sentencepiece_writer.py does). It is the door: sentencepiece
-ends the whole process on some malformed files, so what has not passed `parse_model` is never handed to it.
+Does not know how to encode text, nor how to write a file (sentencepiece_writer.py does). sentencepiece ends the
+whole process on some malformed files, so what has not passed `parse_model` is never handed to it.
 
 The schema is sentencepiece_model.proto of https://github.com/google/sentencepiece. Fields we have no name for are kept
 as they are. A protobuf message is a row of fields, each `key value` with key = number * 8 + wire type:

@@ -15,7 +15,7 @@ import torch
 
 from core import errors
 from core.optim import OptimConfig, learning_rate
-from model import Llama, ModelConfig, rope_table
+from model import ModelConfig, positions_and_mask, rope_table
 
 DPI = 100  # with a palette of one hue, a picture this size stays far below 60 KB
 
@@ -35,10 +35,7 @@ def pyplot():
 def mask(plt):
     """Which positions of a row see which: documents of 6, 3, 8, 5 and 2 tokens packed into 24 positions (chapter 3)."""
     docs = torch.repeat_interleave(torch.arange(5), torch.tensor([6, 3, 8, 5, 2]))[None]  # (1, T)
-    model = Llama(
-        ModelConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1)
-    )
-    positions, seen = model._positions_and_mask(docs, docs, None)  # (1, T), (1, 1, T, T)
+    positions, seen = positions_and_mask(docs, docs)  # (1, T), (1, 1, T, T)
     fig, ax = plt.subplots(figsize=(4.6, 4.4))
     ax.pcolormesh(seen[0, 0].flip(0).numpy(), cmap="Blues", vmax=1.3, edgecolors="lightgrey", linewidth=0.4)
     size = docs.shape[1]
@@ -69,7 +66,7 @@ def attention(plt, trained: dict):
     model, (ids, _, _) = trained["trained"], trained["rows"].row(0)
     ids = torch.from_numpy(ids)[None]  # (1, T)
     with torch.no_grad():
-        turned, _ = model.context(ids, None, None)
+        turned, _ = model.context(ids, None)
         x = model.model.embed_tokens(ids)
         *before, last = model.model.layers
         for block in before:
@@ -99,10 +96,9 @@ def schedule(plt):
 
 
 def loss(plt, trained: dict):
-    """Losses of chapter 7's plain loop and of engine.train, one on the other."""
+    """Losses of chapter 7's run."""
     fig, ax = plt.subplots(figsize=(5.6, 2.8))
-    ax.plot(trained["losses"], linewidth=4, alpha=0.4, label="the loop of chapter 7")
-    ax.plot(trained["theirs"], linewidth=1, color="black", label="engine.train")
+    ax.plot(trained["losses"], label="trainer.train")
     size = trained["tok"].vocab_size
     ax.axhline(torch.tensor(size).log().item(), linestyle=":", color="grey", label=f"ln {size}")
     ax.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))

@@ -1,26 +1,14 @@
-"""Raw corpora to clean documents: stages that account for every document.
+"""What stages take, give and write down: documents, rejects, accounts.
 
-In:  files of any usual format. Out: a stream of `Doc`.
-Each stage is a function `stage(docs, account, options) -> docs` from a stream to a stream, in a file of its own:
-
-    readers.py      files -> documents
-    wiki.py         MediaWiki pages -> text
-    clean.py        rules on characters and lines, thresholds
-    dedup.py        exact and near duplicates
-    windows.py      long texts into overlapping windows, short ones joined
-    perplexity.py   what a trained model finds too surprising or too dull
-    chats.py        question-answer files of many formats -> one chat format
-    pipeline.py     stages one after another, in several processes
-    journal.py      what is done so far, so that a killed run goes on
-    stages.py       their names on the command line
-    bins.py         documents -> token bins; a look into files
-
-A stage that is called with a document either yields it (once, several times, changed or not) or rejects it by name.
-`Account` counts both, and a run whose totals do not add up is a bug, said and ended with code 1.
+In:  documents, one after another. Out: documents, and an account of every one of them.
+A stage is a function `stage(docs, account, options) -> docs` from a stream to a stream, in a file of its own. It yields
+a document (once, several times, changed or not) or rejects it by name. `Account` counts both, and a run whose totals do
+not add up is a bug, said and ended with code 1.
+Does not know what a stage does, nor where documents come from.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -128,3 +116,24 @@ def each(docs: Iterable[Doc], account: Account, work) -> Iterator[Doc]:
             account.out += 1
             yield result
         account.kept += some
+
+
+class Stage(NamedTuple):
+    """A step of the chain, as the file of a stage declares it.
+
+    Args:
+        name: for the account.
+        run: (docs, account, options) -> docs.
+        options: its section of the options, here with the defaults.
+        where: "workers"; "here": chunk after chunk in this process; "in order": all documents as one stream in it.
+        prepare: (options, docs of a chunk) -> what the stage needs to know of them, made by workers. A stage in order
+            that has it gets chunks (docs, what was made of them) instead of docs.
+        items: it knows the fields of items: as the first stage it gets an item's JSON, not the text in it.
+    """
+
+    name: str
+    run: Callable[[Iterable[Doc], Account, object], Iterator[Doc]]
+    options: object
+    where: str = "workers"
+    prepare: Callable[[object, list[Doc]], object] | None = None
+    items: bool = False

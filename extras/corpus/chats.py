@@ -19,30 +19,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from extras.corpus.account import Account, Doc, each
-
-
-@dataclass(frozen=True)
-class ChatsConfig:
-    sft_format: str = "auto"  # a name in FORMATS of extras/corpus/chats.py; auto: told by the fields of each item
-    max_prompt_chars: int = 0  # leave out chats with a question longer than this; 0: no limit
-    max_answer_chars: int = 0  # the same for answers
-    allow_empty_prompt: bool = False  # keep chats in which the user says nothing
-    system: str = ""  # a system message for chats that have none; "": none
-    augment: float = 0.0  # share of the characters of questions to delete or repeat at random, 0 to 1
-    augment_seed: int = 0  # another seed, other characters
-
-    def __post_init__(self):
-        if self.sft_format != "auto" and self.sft_format not in FORMATS:
-            raise ValueError(f"sft_format = {self.sft_format!r}, must be one of auto, {', '.join(FORMATS)}")
-        if self.max_prompt_chars < 0 or self.max_answer_chars < 0:
-            raise ValueError("max_prompt_chars and max_answer_chars must not be negative")
-        if not 0 <= self.augment <= 1:  # this way round NaN fails, too
-            raise ValueError(f"augment = {self.augment}, must be between 0 and 1")
-        if self.system and not self.system.strip():
-            raise ValueError("system is white space only")
+from core.config import Range, Section
+from extras.corpus.account import Account, Doc, Stage, each
 
 
 class BadChat(Exception):
@@ -213,6 +193,25 @@ FORMATS = {
 }
 
 
+@dataclass(frozen=True)
+class ChatsConfig(Section):
+    # A name in FORMATS of extras/corpus/chats.py; auto: the fields of each item say it.
+    sft_format: Literal["auto", *FORMATS] = "auto"
+    # Leave out chats with a longer question or a longer answer; 0: no limit.
+    max_prompt_chars: Annotated[int, Range(least=0)] = 0
+    max_answer_chars: Annotated[int, Range(least=0)] = 0
+    allow_empty_prompt: bool = False  # keep chats in which the user says nothing
+    system: str = ""  # a system message for chats that have none; "": none
+    # Share of the characters of questions to delete or repeat at random.
+    augment: Annotated[float, Range(least=0, most=1)] = 0.0
+    augment_seed: int = 0  # another seed, other characters
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.system and not self.system.strip():
+            raise ValueError("system is white space only")
+
+
 def detect(item: dict) -> str:
     """Which format an item is in, told by its fields.
 
@@ -327,7 +326,7 @@ def as_line(chat: dict) -> str:
         line = json.dumps(chat, ensure_ascii=False, allow_nan=False)
         line.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadChat("half a character, no UTF-8 for it") from None
+        raise BadChat("half a character, which UTF-8 does not have") from None
     except (ValueError, TypeError, RecursionError) as e:
         raise BadChat("a field that JSON cannot hold", str(e)[:120]) from None
     return line
@@ -429,3 +428,6 @@ def _augment_questions(messages: list[dict], where: str, options: ChatsConfig) -
             before, message["content"] = message["content"], augment(message["content"], rng, options.augment)
             changed |= message["content"] != before
     return changed
+
+
+STAGE = Stage("sft", chats, ChatsConfig(), items=True)

@@ -10,9 +10,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
+from core.config import Range, Section
 from core.errors import UserError
-from extras.corpus.account import Account, Doc, each
+from extras.corpus.account import Account, Doc, Stage, each
 
 # What each rule takes out. Digits are bounded, so that a part of a longer number (an ISBN, a price) is no phone number.
 RULES = {
@@ -38,25 +40,25 @@ REPETITION_GRAM = 10  # characters: novels repeat 1 to 3 % of such runs, spam mo
 
 
 @dataclass(frozen=True)
-class CleanConfig:
-    normalize: str = "NFC"  # Unicode form: NFC, NFKC (also changes Chinese punctuation to ASCII), or none
+class CleanConfig(Section):
+    # Unicode form: NFKC also changes Chinese punctuation to ASCII.
+    normalize: Literal["NFC", "NFKC", "none"] = "NFC"
     half_width: bool = True  # full-width letters and digits become ASCII
     remove: tuple[str, ...] = tuple(RULES)  # rules to apply; each is counted, --keep_rejected says what it took
     repeated: bool = True  # a mark repeated four times or more becomes three
     simplify: bool = False  # traditional to simplified characters (pip install opencc)
     min_chars: int = 10  # after all rules
     min_words: int = 0  # counted by jieba (pip install jieba); the 0.5B TinyLM project drops below 10
-    min_han: float = 0.0  # share of Han characters, white space not counted
-    max_symbols: float = 0.5  # share of what is neither letter, digit nor common punctuation, likewise
-    max_repetition: float = 0.5  # share of 10-character runs that the document had before
+    min_han: Annotated[float, Range(least=0, most=1)] = 0.0  # share of Han characters, white space not counted
+    # Share of what is neither letter, digit nor common punctuation, likewise.
+    max_symbols: Annotated[float, Range(least=0, most=1)] = 0.5
+    # Share of 10-character runs that the document had before.
+    max_repetition: Annotated[float, Range(least=0, most=1)] = 0.5
 
     def __post_init__(self):
-        if self.normalize not in ("NFC", "NFKC", "none"):
-            raise ValueError(f"normalize = {self.normalize!r}, must be NFC, NFKC or none")
+        super().__post_init__()
         if unknown := set(self.remove) - set(RULES):
             raise ValueError(f"remove {', '.join(sorted(unknown))}: rules are {', '.join(RULES)}")
-        if not all(0 <= share <= 1 for share in (self.min_han, self.max_symbols, self.max_repetition)):
-            raise ValueError("min_han, max_symbols and max_repetition are shares from 0 to 1")
 
 
 def clean(docs: Iterable[Doc], account: Account, cfg: CleanConfig) -> Iterator[Doc]:
@@ -151,3 +153,6 @@ def _word_counter() -> Callable[[str], int]:
         raise UserError("min_words needs the package jieba", "pip install jieba") from None
     jieba.setLogLevel(60)
     return lambda text: sum(bool(re.search(r"\w", word)) for word in jieba.cut(text))
+
+
+STAGE = Stage("clean", clean, CleanConfig())

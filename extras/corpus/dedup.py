@@ -30,11 +30,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from extras.corpus.account import Account, Doc
+from core.config import Range, Section
+from extras.corpus.account import Account, Doc, Stage
 
 EXACT, NEAR = "exact duplicate", "near duplicate"
 REASONS = ("", NEAR, EXACT)  # the verdict on a document is the largest of those on its pairs
@@ -51,19 +52,17 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio: odd, bits wit
 
 
 @dataclass(frozen=True)
-class DedupConfig:
-    threshold: float = 0.8  # Jaccard similarity of character 5-grams from which on a document is a near duplicate
-    permutations: int = 128  # entries of a signature; the estimate's standard error is at most 0.5 / sqrt(this)
-    memory_mb: int = 256  # MiB for what was kept, 600 to 1,200 bytes each; beyond, to files: up to 4 times slower
+class DedupConfig(Section):
+    # A document is a near duplicate if its character 5-grams have at least this Jaccard similarity with another's.
+    threshold: Annotated[float, Range(above=0, most=1)] = 0.8
+    # Entries of a signature; the estimate's standard error is at most 0.5 / sqrt(this).
+    permutations: Annotated[int, Range(least=1, most=4096)] = 128
+    # MiB for the index, 600 to 1,200 bytes a document; what does not fit goes to files, up to 4 times slower.
+    memory_mb: Annotated[int, Range(least=0)] = 256
     temp_dir: str = ""  # where those go, a folder on a disk; "" for the system's
 
     def __post_init__(self):
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold is {self.threshold}, not above 0 and at most 1")
-        if not 1 <= self.permutations <= 4096:
-            raise ValueError(f"permutations is {self.permutations}, not 1 to 4096")
-        if self.memory_mb < 0:
-            raise ValueError(f"memory_mb is {self.memory_mb}, below 0")
+        super().__post_init__()
         if self.temp_dir and not os.path.isdir(self.temp_dir):
             raise ValueError(f"temp_dir {self.temp_dir} is not a folder")
 
@@ -399,3 +398,6 @@ def drop(chunks: Iterable[tuple[list[Doc], Signed]], account: Account, options: 
             account.kept += 1
             account.out += 1
             yield doc
+
+
+STAGE = Stage("dedup", drop, DedupConfig(), "in order", sign_docs)

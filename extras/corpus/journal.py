@@ -20,7 +20,7 @@ from core import files
 
 HEAD, JSON = struct.Struct("<QI"), struct.Struct("<Q")  # bytes of the body and its CRC-32; bytes of the JSON in it
 SOURCES = Path(__file__).resolve().parents[2]
-CODE = ("data_process.py", "core/data.py", "extras/corpus/*.py", "tokenizer/*.py")  # what results depend on
+CODE = ("data_process.py", "core/bins.py", "extras/corpus/*.py", "tokenizer/*.py")  # what results depend on
 
 
 class Journal:
@@ -44,7 +44,7 @@ class Journal:
         self.folder = folder / f".journal-{digest[:16]}"
         for other in folder.glob(".journal-*"):
             if other != self.folder:
-                print(f"{other}: left by another command, or by this one on other files; removed")
+                print(f"{other}: removed; another command, or this one on other files, had left it")
                 shutil.rmtree(other)
         self.folder.mkdir(exist_ok=True)
 

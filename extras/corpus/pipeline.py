@@ -1,8 +1,9 @@
 """Stages one after another, in several processes, in the order of the input.
 
-In:  blocks of the readers, stages. Out: what `finish` makes of the documents, chunk by chunk, and the accounts.
-Does not know what the stages do. Per-document stages run in worker processes, next to each other in one; a stage that
-must see all documents in order runs in this process between them.
+In:  blocks of the readers, stages. Out: what `finish` makes of the documents, chunk by chunk, and the run's report.
+Stages that look at one document at a time run in worker processes, neighbours among them in the same process. A stage
+that must see all documents in order runs in the main process, between them.
+Does not know what the stages do.
 """
 
 import json
@@ -10,36 +11,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from pathlib import Path
 
 from core import files
 from core.errors import UserError
-from extras.corpus.account import Account, Doc, Reject
+from extras.corpus.account import Account, Doc, Reject, Stage
 from extras.corpus.journal import Records
 from extras.corpus.readers import ReadConfig, parse
 from tokenizer.parallel import map_in_order
 
 CHUNK_CHARS = 1 << 19  # of documents that travel to a worker together
 NO_TEXT_LIMIT = 1000  # so many records without one document: the options are wrong, not the records
-
-
-class Stage(NamedTuple):
-    """A step of the chain.
-
-    Args:
-        name: for the account.
-        run: (docs, account, options) -> docs.
-        options: its section of the options.
-        where: "workers"; "here": chunk after chunk in this process; "in order": all documents as one stream in it.
-        prepare: (options, docs of a chunk) -> what the stage needs to know of them, made by workers. A stage in order
-            that has it gets chunks (docs, what was made of them) instead of docs.
-    """
-
-    name: str
-    run: Callable[[Iterable[Doc], Account, object], Iterator[Doc]]
-    options: object = None
-    where: str = "workers"
-    prepare: Callable[[object, list[Doc]], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,10 +40,9 @@ def run(
     blocks: Iterable,
     read: ReadConfig,
     stages: list[Stage],
-    books: "Books",
+    report: "Report",
     finish: Callable[[Iterable[Doc]], object] = list,
     processes: int = 1,
-    items: bool = False,
     records: Callable[[int], Records] | None = None,
 ) -> Iterator:
     """Run the chain.
@@ -70,10 +51,9 @@ def run(
         blocks: of `readers.blocks`.
         read: how to parse them.
         stages: in order.
-        books: filled as results are consumed.
+        report: filled as results are consumed.
         finish: docs of one chunk -> result, in a worker; it must read all of them.
         processes: workers for each run of per-document stages.
-        items: as in `readers.parse`.
         records: number of a run of per-document stages -> where its results are kept; those there are not made again.
 
     Returns:
@@ -84,18 +64,21 @@ def run(
     """
     chunks: Iterable = blocks
     groups = _groups(stages)
+    items = any(stage.items for stage in stages[:1])
     for number, (where, group) in enumerate(groups):
         if where == "in order":
             docs = chunks if group[0].prepare else map(Doc._make, chain.from_iterable(chunks))
             for stage in group:
-                docs = stage.run(docs, books.accounts[stage.name], stage.options)
+                docs = stage.run(docs, report.accounts[stage.name], stage.options)
             chunks = _chunked(docs)
         else:
+            # The last run of workers also does what comes behind all stages, and one in front of a stage in order
+            # prepares the documents for it.
             last = number + 1 == len(groups)
             behind = None if last else next((stage for stage in groups[number + 1][1] if stage.prepare), None)
-            work = _Work(None if number else read, items, group, behind, finish if last else None, books.keep_texts)
+            work = _Work(None if number else read, items, group, behind, finish if last else None, report.keep_texts)
             workers = processes if where == "workers" else 1
-            chunks = _merged(_results(work, chunks, workers, records and records(number)), books)
+            chunks = _merged(_results(work, chunks, workers, records and records(number)), report)
     yield from chunks
 
 
@@ -138,14 +121,15 @@ def _results(work: _Work, chunks: Iterable, processes: int, records: Records | N
         yield result
 
 
-def _merged(results: Iterator, books: "Books") -> Iterator:
+def _merged(results: Iterator, report: "Report") -> Iterator:
+    """The results; their accounts go into the report."""
     for result, found in results:
         for stage, entries in found:
-            books.accounts[stage].add(*entries)
-        books.write_rejects()
-        read = books.accounts["read"]
+            report.accounts[stage].add(*entries)
+        report.write_rejects()
+        read = report.accounts["read"]
         if not read.kept and read.seen >= NO_TEXT_LIMIT:
-            raise UserError(f"none of the first {read.seen:,} records gives a document: {books.main_reason('read')}")
+            raise UserError(f"none of the first {read.seen:,} records gives a document: {report.main_reason('read')}")
         yield result
 
 
@@ -161,8 +145,28 @@ def _chunked(docs: Iterable[Doc]) -> Iterator[list[Doc]]:
         yield chunk
 
 
-class Books:
-    """The accounts of a run, and its rejects.jsonl, written as it goes on.
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder: `.tmp-PID-...` of processes that are gone."""
+    for path in Path(folder).glob(".tmp-*-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdigit() and not _alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # there a signal would end the process that is asked after
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+class Report:
+    """The accounts of a run, one for each stage, and its rejects.jsonl, written as it goes on.
 
     Args:
         folder: for accounting.json and rejects.jsonl.
@@ -173,21 +177,21 @@ class Books:
     def __init__(self, folder, stages: Iterable[str], keep_texts: bool = False):
         self.folder, self.keep_texts = folder, keep_texts
         self.accounts = {name: Account(name, keep_texts) for name in stages}
-        self.first: dict[tuple[str, str], str] = {}  # (stage, reason) -> where it stands first
+        self.first: dict[tuple[str, str], str] = {}  # (stage, reason) -> where it was met first
         folder.mkdir(parents=True, exist_ok=True)
-        files.clear_leftovers(folder)
+        clear_leftovers(folder)
         self._temporary = folder / f".tmp-{os.getpid()}-rejects.jsonl"
         self._file = open(self._temporary, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 -- closed by __exit__
 
     def write_rejects(self) -> None:
-        """Write the rejects down that came since the last call: they are not kept in memory."""
+        """Write down the rejects that came since the last call: they are not kept in memory."""
         for account in self.accounts.values():
             for reject in account.take_rejects():
                 self.first.setdefault((reject.stage, reject.reason), reject.where)
                 self._file.write(_line(reject))
 
     def main_reason(self, stage: str) -> str:
-        """The most frequent reason for a stage's rejects, and where it stands first."""
+        """The most frequent reason for a stage's rejects, and where it was met first."""
         rejected = self.accounts[stage].rejected
         if not rejected:
             return "nothing came in"
@@ -212,7 +216,7 @@ class Books:
             stage = next(a.stage for a in self.accounts.values() if not a.kept)
             raise UserError(f"{source}: no documents: {stage}: {self.main_reason(stage)}")
 
-    def __enter__(self) -> "Books":
+    def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, kind, error, trace) -> None:

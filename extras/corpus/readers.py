@@ -25,9 +25,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 from core import files
+from core.config import Range, Section
 from core.errors import UserError
 from extras.corpus import wiki
 from extras.corpus.account import Account, Doc
@@ -72,33 +73,31 @@ ADAPTERS = {
 
 
 @dataclass(frozen=True)
-class ReadConfig:
+class ReadConfig(Section):
     input: tuple[str, ...] = ()  # files; none: the demo
-    format: str = "auto"  # text, jsonl, json, csv, parquet, wiki; auto: by the file's name
-    encoding: str = "auto"  # a name that Python knows; auto: by byte order mark, else UTF-8 or GB18030 by what fits
-    split: str = "file"  # text files: a document is the whole file, a line, or what stands between blank lines
+    # auto: the file's name says it.
+    format: Literal["auto", "text", "jsonl", "json", "csv", "parquet", "wiki", "wikitext"] = "auto"
+    encoding: str = "auto"  # a name that Python knows; auto: the byte order mark, else UTF-8 or GB18030, whichever fits
+    # Text files: a document is the whole file, one line, or the lines between two blank lines.
+    split: Literal["file", "line", "blank"] = "file"
     text_field: tuple[str, ...] = ("text",)  # of JSON, CSV and Parquet; several are joined by a line break
-    adapter: str = ""  # the fields of a well-known corpus instead: see ADAPTERS in extras/corpus/readers.py
-    max_doc_bytes: int = 16 << 20  # longer documents are rejected: one endless line must not take all memory
-    errors: str = "reject"  # documents with bytes that are no text: reject them, or replace the bytes by U+FFFD
+    # The fields of a well-known corpus instead: see ADAPTERS in extras/corpus/readers.py.
+    adapter: Literal["", *ADAPTERS] = ""
+    # Longer documents are rejected: one endless line must not take all memory.
+    max_doc_bytes: Annotated[int, Range(least=1)] = 16 << 20
+    # Documents with bytes that are not text: reject them, or replace the bytes by U+FFFD.
+    errors: Literal["reject", "replace"] = "reject"
     keep_going: bool = False  # a file that is missing or damaged is reported and the others go on
 
     def __post_init__(self):
-        for name, known in (
-            ("split", ("file", "line", "blank")),
-            ("errors", ("reject", "replace")),
-            ("format", ("auto", "text", *dict.fromkeys(FORMATS.values()))),
-            ("adapter", ("", *ADAPTERS)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} = {getattr(self, name)!r}, must be one of {', '.join(filter(None, known))}")
+        super().__post_init__()
         if self.encoding != "auto":
             try:
                 "".encode(self.encoding)  # refuses what is no encoding of texts, too: rot13, base64
             except (LookupError, UnicodeError):
                 raise ValueError(f"encoding = {self.encoding!r} is not known") from None
-        if self.max_doc_bytes < 1 or not self.text_field:
-            raise ValueError("max_doc_bytes must be positive, text_field not empty")
+        if not self.text_field:
+            raise ValueError("text_field must not be empty")
 
 
 class Block(NamedTuple):
@@ -274,7 +273,7 @@ def _blocks_of(path: str, suffixes: list[str], stream: BinaryIO, cfg: ReadConfig
     if kind == "auto":
         suffix = suffixes[-1] if suffixes else ""
         if suffix in ARCHIVES:  # their headers would be read as texts
-            raise UserError(f"{path}: archives of this kind are not read", "unpack it, or make a .zip of it")
+            raise UserError(f"{path}: archives of this kind are not read", "unpack it, or make a .zip")
         kind = FORMATS.get(suffix, "text")
     if kind == "text" and cfg.format == "auto":  # dumps in parts have names like .xml-p1p1000.bz2
         start = _read_fully(stream, 512)
@@ -604,7 +603,7 @@ def _csv(
         if names is None:
             names = [name.strip() for name in row]
             if len(set(names)) < len(names):
-                raise UserError(f"{path}:1: a column name stands twice: {', '.join(names)}")
+                raise UserError(f"{path}:1: a column name occurs twice: {', '.join(names)}")
         elif row and len(row) != len(names):
             account.seen += 1
             account.reject(Doc("", f"{path}:{here}"), f"{len(row)} columns where the first line has {len(names)}")
@@ -689,7 +688,7 @@ def _text_of(record: bytes | dict, kind: str, cfg: ReadConfig, items: bool) -> s
         try:
             text = record.decode("utf-8", "strict" if cfg.errors == "reject" else "replace")
         except UnicodeDecodeError:
-            raise _Bad("bytes that are no text in this encoding") from None
+            raise _Bad("bytes that are not text in this encoding") from None
         if kind in ("lines", "texts"):
             return _line_ends(text.removeprefix("\ufeff")).strip("\n")
         try:
@@ -701,7 +700,7 @@ def _text_of(record: bytes | dict, kind: str, cfg: ReadConfig, items: bool) -> s
         text.encode()
     except UnicodeEncodeError:
         if cfg.errors == "reject":
-            raise _Bad("a lone surrogate, or bytes that are no text in this encoding") from None
+            raise _Bad("a lone surrogate, or bytes that are not text in this encoding") from None
         text = SURROGATE.sub("\ufffd", text)
     return _line_ends(text)
 

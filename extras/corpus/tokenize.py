@@ -18,7 +18,7 @@ from tqdm import tqdm
 from core import bins, files
 from core.errors import UserError
 from extras.corpus.account import Doc
-from extras.corpus.pipeline import Books
+from extras.corpus.pipeline import Report
 from tokenizer import Tokenizer
 
 
@@ -76,7 +76,9 @@ def share_of(text: str) -> float:
     return zlib.crc32(text.encode()) / (1 << 32)  # a seventh of sha256's time, and nobody gains by forging it
 
 
-def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, books: Books, source: str) -> list[str]:
+def write(
+    folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, report: Report, source: str
+) -> list[str]:
     """Write train.bin and val.bin, both or none.
 
     Args:
@@ -84,7 +86,7 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
         tokenizer: that made the results.
         split: of `Tokenize`.
         results: of `Tokenize`, in order.
-        books: with an account "tokenize".
+        report: with an account "tokenize".
         source: what the documents are, for people.
 
     Returns:
@@ -94,7 +96,8 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
         NothingHeldOut: one of them would be empty; nothing was written.
         UserError: no documents.
     """
-    least, account = 1.0, books.accounts["tokenize"]
+    # Each document goes to one of the two. Both files appear together, when the `with` block ends without an error.
+    least, account = 1.0, report.accounts["tokenize"]
     with ExitStack() as stack:
         pair = [
             stack.enter_context(
@@ -107,13 +110,14 @@ def write(folder: Path, tokenizer: Tokenizer, split: Split, results: Iterator, b
                 for held_out, file, ids, text_bytes, documents in rows:
                     pair[held_out].add(ids, text_bytes, documents, file)
                 least = min(least, smallest)
-                for name in ("seen", "kept", "out"):
-                    setattr(account, name, getattr(account, name) + number)
+                account.add(number, number, number, {}, {}, [])  # all that come in are kept
                 bar.update(number)
-        books.check("tokenize", source)
+
+        # Before anything appears: all documents are accounted for, and neither bin is empty.
+        report.check("tokenize", source)
         if not (pair[0].tokens and pair[1].tokens):
             if split.cut:
-                raise UserError(f"{source}: too little text to hold any of it out")
+                raise UserError(f"{source}: too little text: none can be held out for validation")
             # At least one document is held out, however few there are; a lone one is cut.
             alone = account.kept == 1 or not pair[0].tokens
             raise NothingHeldOut(Split(least * (1 + 1e-9), alone))
@@ -148,6 +152,8 @@ def _inspect_bin(path: Path, tokenizer: Tokenizer | None, show: int) -> list[str
     size = about.get("vocab_size") or (tokenizer.vocab_size if tokenizer else 1 << 16)
     bin = bins.TokenBin(path, size, tokenizer.sha256 if tokenizer else "")
     eos_id = about.get("eos_id", tokenizer.eos_id if tokenizer else 2)
+
+    # A bin may be larger than memory: it is read block by block.
     ends, counts, highest = [], 0, 0
     for start in range(0, bin.tokens, bins.BLOCK_BYTES):
         ids = bin.read(start, min(bins.BLOCK_BYTES, bin.tokens - start))
@@ -156,7 +162,7 @@ def _inspect_bin(path: Path, tokenizer: Tokenizer | None, show: int) -> list[str
         counts = counts + np.bincount(ids, minlength=size)
     ends = np.concatenate([np.zeros(0, np.int64), *ends])
     lengths = np.diff(ends, prepend=-1)
-    text = tokenizer.decode if tokenizer else lambda ids: " ".join(map(str, ids))
+    decode = tokenizer.decode if tokenizer else lambda ids: " ".join(map(str, ids))
     lines = [
         f"{path}: {bin.tokens:,} tokens, {bin.dtype.name}, {len(ends):,} documents",
         *(
@@ -165,8 +171,8 @@ def _inspect_bin(path: Path, tokenizer: Tokenizer | None, show: int) -> list[str
             if key in about
         ),
         f"  {np.count_nonzero(counts):,} of {size:,} ids occur, the highest is {highest:,}",
-        f"  first: {text(bin.read(0, min(show, bin.tokens)).tolist())!r}",
-        f"  last:  {text(bin.read(max(0, bin.tokens - show), min(show, bin.tokens)).tolist())!r}",
+        f"  first: {decode(bin.read(0, min(show, bin.tokens)).tolist())!r}",
+        f"  last:  {decode(bin.read(max(0, bin.tokens - show), min(show, bin.tokens)).tolist())!r}",
         *_histogram(lengths, "tokens"),
     ]
     return lines + _shares(about.get("sources", {}), "tokens")

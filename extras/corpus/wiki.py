@@ -29,12 +29,13 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 from xml.parsers import expat
 
+from core.config import Section
 from core.errors import UserError
-from extras.corpus.account import Account, Doc, each
+from extras.corpus.account import Account, Doc, Stage, each
 
 
 @dataclass(frozen=True)
-class WikiConfig:
+class WikiConfig(Section):
     """What a page is made of."""
 
     keep_title: bool = True  # as the first line: many articles never name their subject otherwise
@@ -559,3 +560,6 @@ def wiki(docs: Iterable[Doc], account: Account, options: WikiConfig) -> Iterator
             account.reject(doc, "empty")
 
     return each(docs, account, work)
+
+
+STAGE = Stage("wiki", wiki, WikiConfig(), items=True)

@@ -6,16 +6,19 @@ Does not know tokens: lengths are in characters, so that the same text gives the
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
-from extras.corpus.account import Account, Doc, each
+from core.config import Range, Section
+from extras.corpus.account import Account, Doc, Stage, each
 
 
 @dataclass(frozen=True)
-class WindowConfig:
-    window_chars: int = 1100  # longer documents are cut into windows of so many characters: 1,024 tokens
-    window_step: int = 950  # a window begins so many after the one before: what is cut is whole in one of them
+class WindowConfig(Section):
+    window_chars: int = 1100  # longer documents are cut into windows of so many characters, about 1,024 tokens
+    window_step: int = 950  # characters from one window's begin to the next: what one window cuts is whole in another
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.window_step <= self.window_chars:
             raise ValueError("window_step must be positive and at most window_chars, or characters would be lost")
 
@@ -36,13 +39,10 @@ def windows(text: str, size: int, step: int) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class ConcatConfig:
-    concat_chars: int = 1024  # documents are joined while they stay at or below so many characters together
-    concat_by: str = "\n"  # what stands between them
-
-    def __post_init__(self):
-        if self.concat_chars < 1:
-            raise ValueError("concat_chars must be positive")
+class ConcatConfig(Section):
+    # Short documents are joined into texts of at most so many characters.
+    concat_chars: Annotated[int, Range(least=1)] = 1024
+    concat_by: str = "\n"  # what is put between them
 
 
 def concat(docs: Iterable[Doc], account: Account, cfg: ConcatConfig) -> Iterator[Doc]:
@@ -60,3 +60,7 @@ def concat(docs: Iterable[Doc], account: Account, cfg: ConcatConfig) -> Iterator
     if joined:
         account.out += 1
         yield joined
+
+
+WINDOW = Stage("window", window, WindowConfig())
+CONCAT = Stage("concat", concat, ConcatConfig(), "in order")

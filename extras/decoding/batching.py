@@ -6,6 +6,7 @@ Knows ids, not text.
 Shapes:  B texts, T positions of the longest prompt, V vocabulary
 """
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -207,7 +208,9 @@ class Batch:
                 self._place(row, *self._read([recent]))
                 used[row] = len(recent)
         count = len(self.texts)
-        cache = self.cache.first(count)
+        # The first rows of the cache, in the same memory.
+        cache = copy.copy(self.cache)
+        cache.k, cache.v, cache.used = cache.k[:, :count], cache.v[:, :count], cache.used[:count]
         if not self.compiled:  # a compiled step is the same for all lengths
             cache.span = max(used[:count]) + 1
         ids = torch.tensor([[text.added[-1]] for text in self.texts], device=self.device)  # (B, 1)
@@ -260,16 +263,17 @@ def continued(
     stop_ids: set[int],
     *,
     rows: int,
-    n: int = 1,
-    logprobs: int = 0,
     compiled: bool = False,
+    **each: int,
 ) -> list[list[Text]]:
     """The n texts of each prompt, in the prompts' order. A text that ends makes room for the next.
 
     Args:
         rows: texts at once, at least n of them.
-        The rest and the errors as in `generate`; logprobs as in `Batch.add`.
+        each: n and logprobs, as in `Batch.add`.
+        The rest and the errors as in `generate`.
     """
+    n = each.get("n", 1)
     prompts = [fit_prompt(prompt, model, cfg) for prompt in prompts]
     length = min(max(map(len, prompts)) + cfg.max_new_tokens, model.config.max_position_embeddings)
     batch, groups = Batch(model, min(max(rows, n), n * len(prompts)), length, compiled), [[]] * len(prompts)
@@ -277,7 +281,7 @@ def continued(
     waiting = sorted(range(len(prompts)), key=lambda k: len(prompts[k]), reverse=True)
     while waiting or batch.texts:
         if now := [waiting.pop() for _ in range(min(batch.free // n, len(waiting)))]:
-            for k, group in zip(now, batch.add_all([prompts[k] for k in now], cfg, stop_ids, n, logprobs)):
+            for k, group in zip(now, batch.add_all([prompts[k] for k in now], cfg, stop_ids, **each)):
                 groups[k] = group
         batch.step()
     return groups

@@ -7,20 +7,50 @@ Knows nothing of how a model is opened.
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from core.config import Range, Section
 from core.errors import UserError
 from core.files import read_jsonl, write_text
-from core.generate import SamplingConfig
-from extras.decoding.batching import continued
 from extras.decoding.beams import beam_search
 from tokenizer import TokenizerError
 
 
+@dataclass(frozen=True)
+class ManyConfig(Section):
+    prompts: str = ""  # a file of prompts, .jsonl or one a line
+    output: str = ""  # where the answers go as JSONL; "": printed
+    n: Annotated[int, Range(least=1, most=1024)] = 1  # texts for each prompt, drawn with seed, seed + 1 ...
+    # Beam search of this width instead of drawing: the n likeliest texts.
+    beams: Annotated[int, Range(least=0, most=1024)] = 0
+    # Beams: scores are divided by the length to this power; above 0 longer texts gain.
+    length_penalty: Annotated[float, Range(least=-100, most=100)] = 1.0
+    # With each token its log-probability, and those of so many likeliest ones.
+    logprobs: Annotated[int, Range(least=0, most=100)] = 0
+    batch: Annotated[int, Range(least=1)] = 16  # texts that are continued at once
+
+    @property
+    def wanted(self) -> bool:
+        """Whether lines of JSON are asked for, not one text on the terminal."""
+        return bool(self.prompts or self.output or self.n > 1 or self.beams or self.logprobs)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.beams and self.n > self.beams:
+            raise ValueError(f"n = {self.n}, beams = {self.beams}: n must be at most beams")
+        if self.logprobs and self.beams:
+            raise ValueError(f"logprobs = {self.logprobs} does not go with beams")
+
+
 def answer_all(generator, cfg, shelf) -> None:
     """All prompts of a file, or the one that is given; answers in the order of the prompts, as lines of JSON."""
-    asked, sampling = cfg.sample, cfg.sampling
-    items = list(read_prompts(asked.prompts)) if asked.prompts else [("prompt", asked.prompt, None, "")]
+    if cfg.many.beams and generator.compile:
+        raise UserError("beams do not go with compile")
+    asked, sampling = cfg.many, cfg.sampling
+    items = list(read_prompts(asked.prompts)) if asked.prompts else [("prompt", cfg.sample.prompt, None, "")]
     if not items:
         raise UserError(f"{asked.prompts}: no prompts in it")
     ids, passages, left_out = [], [], 0
@@ -44,7 +74,7 @@ def answer_all(generator, cfg, shelf) -> None:
     if note := generator.describe_room(ids, sampling):
         print(f"note: {note}", file=sys.stderr)
     lines, right = [], defaultdict(list)
-    for n, texts in enumerate(answers(generator, ids, asked, sampling)):
+    for n, texts in enumerate(answers(generator, ids, cfg)):
         _, prompt, reference, kind = items[n]
         for text in texts:
             line = {"prompt": prompt} | ({"passages": passages[n]} if shelf else {}) | text
@@ -63,32 +93,23 @@ def answer_all(generator, cfg, shelf) -> None:
             print(f"exact match {kind:10} {sum(results) / len(results):6.1%}  ({sum(results)} of {len(results)})")
 
 
-def answers(generator, prompts: list[list[int]], asked, sampling: SamplingConfig):
+def answers(generator, prompts: list[list[int]], cfg) -> Iterator[list[dict]]:
     """For each prompt its texts: {"answer": ..., "end": ...}, with what else was asked for."""
+    asked, sampling, stop = cfg.many, cfg.sampling, cfg.sample.stop
     if asked.beams:
         for ids in prompts:
             best = beam_search(generator.model, ids, sampling, generator.stop_ids, asked.beams, asked.length_penalty)
-            yield [{"answer": generator.decode(ids, new, asked.stop), "score": score} for new, score in best[: asked.n]]
+            yield [{"answer": generator.decode(ids, new, stop), "score": score} for new, score in best[: asked.n]]
         return
-    groups = continued(
-        generator.model,
-        prompts,
-        sampling,
-        generator.stop_ids,
-        rows=asked.batch,
-        n=asked.n,
-        logprobs=asked.logprobs,
-        compiled=generator.compile,
-    )
-    for ids, texts in zip(prompts, groups):
-        told = [{"answer": generator.decode(ids, text.added, asked.stop), "end": text.end} for text in texts]
-        for line, text in zip(told, texts):
+    for ids, texts in zip(prompts, generator.continue_all(prompts, sampling, asked.batch, asked.n, asked.logprobs)):
+        lines = [{"answer": generator.decode(ids, text.added, stop), "end": text.end} for text in texts]
+        for line, text in zip(lines, texts):
             if asked.logprobs:
                 line["logprobs"] = [
                     {"id": t.id, "token": generator.tokenizer.decode([t.id]), "logprob": t.logprob, "top": t.top}
                     for t in text.tokens
                 ]
-        yield told
+        yield lines
 
 
 def read_prompts(path: str):

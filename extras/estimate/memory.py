@@ -17,6 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from core.data import Rows, plan_step
+from core.device import choose_dtype
+from core.distributed import Ranks
 from core.errors import UserError
 from core.memory import save_memory
 from core.optim import OptimConfig, make_optimizers
@@ -160,3 +163,19 @@ def check(model: Llama, optim: OptimConfig, step: Step, limit: float) -> str:
         f"{needed}, and one row with full checkpointing needs {least:.2f}",
         "a smaller model, a shorter seq_len, or fsdp on several cards",
     )
+
+
+def expect(model: Llama, rows: Rows, cfg, ranks: Ranks) -> str:
+    """`check` for a run: a line on the memory of its steps.
+
+    Args:
+        cfg: with sections train and optim.
+    """
+    options = cfg.train
+    if options.parallel != "ddp":
+        raise UserError(f'max_memory_gb = {options.max_memory_gb}, must be 0 or parallel "ddp"', "--max_memory_gb 0")
+    _, micro, number = plan_step(options.batch_tokens, options.micro_batch, rows.seq_len, ranks.world)
+    dtype, docs = choose_dtype(options.dtype, ranks.device), rows.batch([0]).docs is not None
+    checkpointing = options.gradient_checkpointing
+    step = Step(micro, rows.seq_len, dtype, checkpointing, docs, ranks.device.type, number > 1)
+    return check(model, cfg.optim, step, options.max_memory_gb)

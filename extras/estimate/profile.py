@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 
 
 @contextmanager
@@ -22,8 +23,6 @@ def profiled(steps: int, folder: Path, log: Callable[[str], None]) -> Iterator[C
     Yields:
         what to call after each step.
     """
-    from torch.profiler import ProfilerActivity, profile, schedule
-
     by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
 
     def written(found) -> None:

@@ -16,10 +16,9 @@ import torch
 
 from core.config import Range, Section
 from core.data import Rows, plan_step
-from core.device import choose_dtype, matmul_peak
+from core.device import choose_dtype, describe, flops_per_token, matmul_peak
 from core.distributed import Ranks
 from core.errors import UserError
-from core.size import describe, flops_per_token
 from extras.estimate import memory
 from model import Llama
 

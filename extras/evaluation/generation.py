@@ -1,9 +1,10 @@
 """Chats with known answers: what the model says, beside what it should say.
 
-In:  JSONL lines {"messages": [...]} that end with the assistant's turn, or {"prompt": ..., "target": ...}. That turn,
-     or the target, is held back; the lines are grouped by their "kind".
+In:  a generator (a model with its tokenizer and chat format: assembly/inference.py); JSONL lines {"messages": [...]}
+     that end with the assistant's turn, or {"prompt": ..., "target": ...}. That turn, or the target, is held back; the
+     lines are grouped by their "kind".
 Out: a report: BLEU, ROUGE, exact match and F1 over characters, by kind and of all.
-Knows nothing of what an answer means: a score says how alike two texts are, not whether the answer is right.
+Knows nothing of what an answer means: a score says how similar two texts are, not whether the answer is right.
 
     python evaluate.py generation --model out/sft --data data/sft_val.jsonl --output out/report.json
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from core import files
 from core.errors import UserError
-from core.generate import SamplingConfig, continued
+from core.generate import SamplingConfig
 from extras.evaluation import metrics
 from extras.evaluation.report import Progress, Report, Table
 from tokenizer import TokenizerError
@@ -55,12 +56,15 @@ class Answer(NamedTuple):
     lost: int = 0
 
 
-def run(speaker, cfg, sampling: SamplingConfig, progress: Progress) -> Report:
+def run(generator, cfg, sampling: SamplingConfig, progress: Progress) -> Report:
     """Ask every question of cfg.data, at most cfg.limit, and compare the answers with the references."""
+    # The model's answers.
     questions = read(cfg.data)
     questions = questions[: cfg.limit] if cfg.limit else questions
     prompts = [(q.where, q.prompt) for q in questions]
-    answers = ask(speaker, prompts, cfg.batch, sampling, progress)
+    answers = ask(generator, prompts, cfg.batch, sampling, progress)
+
+    # A row of scores for each kind of question, where there are several, and one for all.
     kinds = sorted({q.kind for q in questions})
     columns = ["kind", "n", "bleu", "rouge_1", "rouge_2", "rouge_l", "exact_match", "char_f1"]
     table = Table("By kind", columns, [])
@@ -68,9 +72,9 @@ def run(speaker, cfg, sampling: SamplingConfig, progress: Progress) -> Report:
         picked = [(a.text, q.reference) for q, a in zip(questions, answers) if kind in (None, q.kind)]
         scores = compare(*zip(*picked))
         table.rows.append(["all" if kind is None else kind or "(none)", len(picked), *scores.values()])
-    # The last ones are those of all.
-    report = Report(f"Answers to {Path(cfg.data).name}", scores=scores)
-    report.notes = [
+
+    # The scores of the report are the last ones, those of all.
+    notes = [
         f"{len(answers):,} answers: bleu {scores['bleu']:.1f}, rouge_l {scores['rouge_l']:.3f}, "
         f"exact match {scores['exact_match']:.1%}.",
         "bleu is sacrebleu's corpus score with its tokenizer zh, from 0 to 100; all else is from 0 to 1.",
@@ -78,9 +82,9 @@ def run(speaker, cfg, sampling: SamplingConfig, progress: Progress) -> Report:
         "char_f1 is the F1 of the bags of characters; exact match allows spaces around the text.",
         *notes_on(answers),
     ]
-    shown = [[told(q.prompt), a.text, q.reference, a.end] for q, a in zip(questions, answers)][:SHOWN]
-    report.tables = [table, Table("The first answers", ["prompt", "answer", "reference", "end"], shown)]
-    return report
+    first = [[join_messages(q.prompt), a.text, q.reference, a.end] for q, a in zip(questions, answers)][:SHOWN]
+    tables = [table, Table("The first answers", ["prompt", "answer", "reference", "end"], first)]
+    return Report(f"Answers to {Path(cfg.data).name}", scores=scores, tables=tables, notes=notes)
 
 
 def compare(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -119,42 +123,47 @@ def read(path: str) -> list[Question]:
 
 
 def ask(
-    speaker, prompts: Sequence[tuple[str, str | list[dict]]], batch: int, sampling: SamplingConfig, progress: Progress
+    generator,
+    prompts: Sequence[tuple[str, str | list[dict]]],
+    batch: int,
+    sampling: SamplingConfig,
+    progress: Progress,
 ) -> list[Answer]:
     """The model's answers, in the prompts' order; those that `progress` has are not asked again.
 
     Args:
-        speaker: a `Speaker`: a loaded model with its tokenizer and chat format.
+        generator: its model, tokenizer and chat format answer.
         prompts: (where it stands, text or messages). A base model goes on from the text.
         batch: texts at once.
     Raises:
         UserError: a prompt that the chat format does not know, named by where it stands.
     """
+    # All prompts are encoded first: what is wrong with one of them shows before the model works.
     ids, left = [], []
     for k, (where, prompt) in enumerate(prompts):
         try:
-            ids.append(speaker.ids(prompt))
+            ids.append(generator.encode(prompt))
         except (UserError, TokenizerError) as e:
             raise UserError(f"{where}: {e}") from None
         if str(k) in progress.done:
             continue
-        if len(ids[k]) > speaker.context and sampling.truncate == "none":
+        if len(ids[k]) > generator.context and sampling.truncate == "none":
             progress.add(str(k), Answer("", "no room", 0, 0.0))
         else:
             left.append(k)
-    with tqdm(desc=speaker.name, total=len(ids), initial=len(ids) - len(left), unit="answer", disable=None) as bar:
-        # So many between two entries of the journal, that rows whose text has ended early find another one.
+
+    # Then they are answered, so many between two entries of the journal that a row whose text has ended early finds
+    # another one.
+    with tqdm(desc=generator.name, total=len(ids), initial=len(ids) - len(left), unit="answer", disable=None) as bar:
         for at in range(0, len(left), 4 * batch):
             some = left[at : at + 4 * batch]
             begun = time.perf_counter()
-            groups = continued(
-                speaker.model, [ids[k] for k in some], sampling, speaker.stop_ids, rows=batch, compiled=speaker.compile
-            )
+            groups = generator.continue_all([ids[k] for k in some], sampling, rows=batch)
             seconds = (time.perf_counter() - begun) / len(some)
             for k, (text,) in zip(some, groups):
-                said, made = speaker.told(ids[k], text.added), len(text.added) + (text.end == "stop")
+                answer, made = generator.decode(ids[k], text.added), len(text.added) + (text.end == "stop")
                 lost = len(ids[k]) - len(text.prompt)
-                progress.add(str(k), Answer(said, text.end, made, seconds, lost))
+                progress.add(str(k), Answer(answer, text.end, made, seconds, lost))
             bar.update(len(some))
     return [Answer(*progress.done[str(k)]) for k in range(len(prompts))]
 
@@ -175,7 +184,7 @@ def notes_on(answers: Sequence[Answer]) -> list[str]:
     ] * bool(out)
 
 
-def told(prompt: str | list[dict]) -> str:
+def join_messages(prompt: str | list[dict]) -> str:
     """A prompt as one text: of several messages each behind its role."""
     if isinstance(prompt, str):
         return prompt

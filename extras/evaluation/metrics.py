@@ -1,6 +1,6 @@
 """How near an answer is to its reference: BLEU, ROUGE, exact match and F1 over characters.
 
-In:  texts. Out: numbers, BLEU from 0 to 100 as it is usually told, all others from 0 to 1.
+In:  texts. Out: numbers, BLEU from 0 to 100 as is usual, all others from 0 to 1.
 Knows no model and no file. A text is cut in one of three ways, and each score says which:
 
     bleu_tokens   sacrebleu's tokenizer `zh`: every Chinese character apart, all else as in WMT's mteval-v13a

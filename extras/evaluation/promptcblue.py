@@ -1,6 +1,7 @@
 """PromptCBLUE: the tasks of a Chinese medical benchmark, asked and answered in words.
 
-In:  JSONL lines {"input", "target", "answer_choices", "task_type", "task_dataset"}, as the benchmark has them.
+In:  a generator (a model with its tokenizer and chat format: assembly/inference.py);
+     JSONL lines {"input", "target", "answer_choices", "task_type", "task_dataset"}, as the benchmark has them.
 Out: a report: for each task how well the answers agree with the targets, and how many had no form that can be read.
 Knows the form in which each type of task wants its answer, and nothing of medicine.
 
@@ -61,9 +62,9 @@ class Question(NamedTuple):
 # What an answer says: None where nothing in it has the wanted form ----------------------------------------------------
 
 
-def entities(text: str, choices: Sequence[str]) -> set[tuple] | None:
+def parse_entities(text: str, choices: Sequence[str]) -> set[tuple] | None:
     """`疾病实体：肺外结核病，喉结核`, a line for each type -> {("疾病", "肺外结核病"), ...}."""
-    found, formed = set(), empty_set(text)
+    found, formed = set(), is_empty_set(text)
     for line in text.split("\n"):
         kind, mark, names = line.strip().partition("实体：")
         if mark and kind in choices:
@@ -72,9 +73,9 @@ def entities(text: str, choices: Sequence[str]) -> set[tuple] | None:
     return found if formed else None
 
 
-def relations(text: str, choices: Sequence[str]) -> set[tuple] | None:
+def parse_relations(text: str, choices: Sequence[str]) -> set[tuple] | None:
     """`具有同义词关系的头尾实体对如下：头实体为A，尾实体为B。头实体为...` -> {("同义词", "A", "B"), ...}."""
-    found, formed = set(), empty_set(text)
+    found, formed = set(), is_empty_set(text)
     for line in text.split("\n"):
         head = re.match(r"具有(.+?)关系的头尾实体对如下：", line.strip())
         if head:
@@ -84,14 +85,14 @@ def relations(text: str, choices: Sequence[str]) -> set[tuple] | None:
     return found if formed else None
 
 
-def states(text: str, choices: Sequence[str]) -> set[tuple] | None:
+def parse_states(text: str, choices: Sequence[str]) -> set[tuple] | None:
     """`咳嗽：患有该症状`, a line for each finding -> {("咳嗽", "患有该症状"), ...}."""
     lines = (line.split("：") for line in text.split("\n"))
     found = {(line[0].strip(), line[1].strip()) for line in lines if len(line) == 2 and line[1].strip()}
-    return found if empty_set(text) or any(state in choices for _, state in found) else None
+    return found if is_empty_set(text) or any(state in choices for _, state in found) else None
 
 
-def events(text: str, choices: Sequence[str]) -> set[tuple] | None:
+def parse_events(text: str, choices: Sequence[str]) -> set[tuple] | None:
     """`主体词：腹胀；发生状态：否定；描述词：a，b；解剖部位：腹`, a line each ->
     {("腹胀", "否定", ("a", "b"), ("腹",)), ...}."""
     found = set()
@@ -100,18 +101,19 @@ def events(text: str, choices: Sequence[str]) -> set[tuple] | None:
         if EVENT[0] in fields:
             name, state, *lists = (fields.get(key, "").strip() for key in EVENT)
             found.add((name, state, *(tuple(v.strip() for v in value.split("，") if v.strip()) for value in lists)))
-    return found if found or empty_set(text) else None
+    return found if found or is_empty_set(text) else None
 
 
-def terms(text: str, choices: Sequence[str]) -> set[tuple] | None:
+def parse_terms(text: str, choices: Sequence[str]) -> set[tuple] | None:
     """`双子宫，双阴道` in the last line -> {("双子宫",), ("双阴道",)}; what is none of the choices is passed over."""
     found = {(term.strip(),) for term in text.strip().split("\n")[-1].split("，") if term.strip() in choices}
-    return found if found or empty_set(text) else None
+    return found if found or is_empty_set(text) else None
 
 
-def label(text: str, choices: Sequence[str]) -> str | None:
+def parse_label(text: str, choices: Sequence[str]) -> str | None:
     """The one label that the answer names."""
     alike = [other for other, name in ALIKE.items() if name in choices]
+    # The longest first, so that 不相关 is not read as 相关.
     known = sorted({*choices, *NONE_OF_THEM, *alike}, key=len, reverse=True)
     said = text.strip()
     found = [said] if said in known else re.findall("|".join(map(re.escape, known)), said)
@@ -119,32 +121,32 @@ def label(text: str, choices: Sequence[str]) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
-def sections(text: str, choices: Sequence[str]) -> dict[str, str] | None:
+def parse_sections(text: str, choices: Sequence[str]) -> dict[str, str] | None:
     """`主诉：咳嗽。`, a line for each section -> {"主诉": "咳嗽。", ...}."""
     lines = (line.strip().partition("：") for line in text.split("\n"))
     return {name: said.strip() for name, mark, said in lines if mark and name in SECTIONS} or None
 
 
-def reply(text: str, choices: Sequence[str]) -> str | None:
+def parse_reply(text: str, choices: Sequence[str]) -> str | None:
     """The answer itself."""
     return text.strip() or None
 
 
-def empty_set(text: str) -> bool:
+def is_empty_set(text: str) -> bool:
     """Whether the answer says that there is nothing of what was asked for."""
     return any(words in text for words in NOTHING)
 
 
 PARSERS: dict[str, Callable] = {
-    "ner": entities,
-    "spo_generation": relations,
-    "attr_cls": states,
-    "event_extraction": events,
-    "normalization": terms,
-    "cls": label,
-    "matching": label,
-    "report_generation": sections,
-    "response_generation": reply,
+    "ner": parse_entities,
+    "spo_generation": parse_relations,
+    "attr_cls": parse_states,
+    "event_extraction": parse_events,
+    "normalization": parse_terms,
+    "cls": parse_label,
+    "matching": parse_label,
+    "report_generation": parse_sections,
+    "response_generation": parse_reply,
 }
 
 
@@ -188,12 +190,13 @@ def score_texts(said: Sequence[str | None], wanted: Sequence[str]) -> dict[str, 
 
 def score(task: str, kind: str, said: Sequence, wanted: Sequence) -> tuple[str, dict[str, float]]:
     """(name of the benchmark's own score, all scores) of a task's answers."""
-    if PARSERS[kind] is label:
+    if PARSERS[kind] is parse_label:
         return "macro_f1" if task in PLAIN_MEAN else "weighted_f1", score_labels(said, wanted)
-    if PARSERS[kind] is sections:
+    if PARSERS[kind] is parse_sections:
+        # Each section that is wanted is a text of its own.
         said = [(a or {}).get(name, "") for a, b in zip(said, wanted) for name in b]
         wanted = [text for b in wanted for text in b.values()]
-    if PARSERS[kind] in (sections, reply):
+    if PARSERS[kind] in (parse_sections, parse_reply):
         return "rouge_l", score_texts(said, wanted)
     return "f1", score_items(said, wanted)
 
@@ -201,16 +204,17 @@ def score(task: str, kind: str, said: Sequence, wanted: Sequence) -> tuple[str, 
 # The evaluation -------------------------------------------------------------------------------------------------------
 
 
-def run(speaker, cfg, sampling: SamplingConfig, progress: Progress) -> Report:
+def run(generator, cfg, sampling: SamplingConfig, progress: Progress) -> Report:
     """Ask the questions of cfg.data, of each task the first cfg.limit ones, and score each task."""
     tasks = read(cfg.data)
     questions = [q for group in tasks.values() for q in (group[: cfg.limit] if cfg.limit else group)]
-    answers = ask(speaker, [(q.where, q.prompt) for q in questions], cfg.batch, sampling, progress)
+    answers = ask(generator, [(q.where, q.prompt) for q in questions], cfg.batch, sampling, progress)
     return evaluate(questions, answers)
 
 
 def evaluate(questions: Sequence[Question], answers: Sequence[Answer]) -> Report:
     """The report on answers to questions."""
+    # Each task has a score of its own kind, a row in the summary, and one in the table of its kind.
     grouped: dict[tuple[str, str], list[tuple[Question, Answer]]] = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
         grouped[question.task, question.type].append((question, answer))
@@ -228,19 +232,21 @@ def evaluate(questions: Sequence[Question], answers: Sequence[Answer]) -> Report
         title = {"f1": "Items", "rouge_l": "Texts"}.get(name, "Labels")
         details.setdefault(title, Table(title, ["task", *scores], [])).rows.append([task, *scores.values()])
         first.rows.append([task, pairs[0][1].text, pairs[0][0].target])
+        # What a model that says nothing would get, so that nobody takes it for skill.
         if name == "rouge_l":
             empty = score(task, kind, [None] * len(pairs), wanted)[1][name]
             floors.append(f"{task}: empty answers would score {empty:.3f}: the script compares 无 。 in their place.")
-    report = Report("PromptCBLUE", tables=[summary, *details.values(), first])
-    report.scores = {"overall": sum(row[5] for row in summary.rows) / len(summary.rows)}
-    report.scores |= {f"{row[0]} {row[6]}": row[5] for row in summary.rows}
-    report.notes = [
-        f"overall {report.scores['overall']:.3f}: the mean of {len(grouped)} tasks' scores, each from 0 to 1.",
+
+    # All tasks weigh the same.
+    overall = sum(row[5] for row in summary.rows) / len(summary.rows)
+    scores = {"overall": overall} | {f"{row[0]} {row[6]}": row[5] for row in summary.rows}
+    notes = [
+        f"overall {overall:.3f}: the mean of {len(grouped)} tasks' scores, each from 0 to 1.",
         f"{unread} of {len(answers)} answers had nothing in the form of their task (unparsed) and count as wrong.",
         *floors,
         *notes_on(answers),
     ]
-    return report
+    return Report("PromptCBLUE", scores=scores, tables=[summary, *details.values(), first], notes=notes)
 
 
 def read(path: str) -> dict[str, list[Question]]:

@@ -101,6 +101,7 @@ class Progress:
             return
         self._path = Path(f"{path}.part")
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        # The first line says what the parts depend on.
         first = json.dumps(identity, ensure_ascii=False, sort_keys=True)
         lines = self._read()
         if lines and lines[0] == first:
@@ -108,7 +109,7 @@ class Progress:
             tell(f"{self._path}: goes on after {len(self.done)} finished parts")
         elif lines:
             tell(f"{self._path}: of another model, data or options, begins anew")
-        # Written anew: what a kill has torn is gone, and the next line begins where a line begins.
+        # The file is written anew: what a kill has torn is gone, and the next part begins a line.
         kept = [first, *(json.dumps(unit, ensure_ascii=False) for unit in self.done.items())]
         files.write_text(self._path, "\n".join(kept) + "\n")
         self._file = open(self._path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 -- open as long as the run
@@ -121,7 +122,7 @@ class Progress:
             return []
         except OSError as e:
             raise UserError(f"{self._path}: {e.strerror}") from None
-        return text.split("\n")[:-1]  # behind the last newline is nothing, or a torn line
+        return text.split("\n")[:-1]  # behind the last newline there is nothing, or a torn line
 
     def _unit(self, number: int, line: str) -> tuple[str, object]:
         try:

@@ -1,6 +1,7 @@
 """Several models beside each other: in numbers, and answer by answer to the same prompts.
 
-In:  loaded models, each with its own tokenizer and chat format; files of prompts, one a line; a text for bits per byte.
+In:  generators (models, each with its own tokenizer and chat format: assembly/inference.py); files of prompts, one a
+     line; a text for bits per byte.
 Out: a report, and the same as one HTML file without scripts or anything from elsewhere.
 Knows nothing of which answer is better: that is for the reader.
 
@@ -9,17 +10,20 @@ Knows nothing of which answer is better: that is for the reader.
 A base model goes on from the prompt, a chat model answers it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 import torch
 
+from core import files
+from core.device import num_parameters
 from core.errors import UserError
 from core.generate import SamplingConfig
 from extras.evaluation import bits
-from extras.evaluation.generation import ask, notes_on
+from extras.evaluation.generation import Answer, ask, notes_on
 from extras.evaluation.report import Progress, Report, Table
+from model import Llama
 
 ANSWERS = "Answers"
 
@@ -63,67 +67,81 @@ class Part:
         self.whole.add(self.prefix + key, value)
 
 
-def run(speakers: Iterable, cfg, sampling: SamplingConfig, progress: Progress) -> Report:
+class Comparison(Report):
+    """A report that is saved as a page, too."""
+
+    def save(self, path: str | Path) -> None:
+        super().save(path)
+        files.write_text(Path(path).with_suffix(".html"), write_page(self))
+
+
+def run(generators: Iterable, cfg, sampling: SamplingConfig, progress: Progress) -> Comparison:
     """Measure each model on cfg.data, if that is given, and ask it each of cfg.prompts, at most cfg.limit.
 
     Args:
-        speakers: `Speaker`s; where they are made when asked for, there is one at a time in memory.
+        generators: where they are opened when asked for, there is one at a time in memory.
     """
     prompts = read_prompts(cfg.prompts)
     prompts = prompts[: cfg.limit] if cfg.limit else prompts
     if not prompts and not cfg.data:
         raise UserError("nothing to compare", "--prompts configs/prompts/daily.txt, or --data with a text")
-    report = Report("Models side by side")
-    models = Table(
-        "Models",
-        ["model", "parameters", "vocabulary", "context", "speaks as", "bits per byte", "tokens per second"],
-        [],
-    )
-    names, columns = [], []
-    for speaker in speakers:
+
+    # One model after another: its row in the table of models, and its answers, a column beside those of the others.
+    columns = ["model", "parameters", "vocabulary", "context", "speaks as", "bits per byte", "tokens per second"]
+    models, names, answers, scores, notes = Table("Models", columns, []), [], [], {}, []
+    for generator in generators:  # not enumerate, which would hold the one before
         number = len(names)
-        name = speaker.name if speaker.name not in names else f"{speaker.name} ({number + 1})"
-        measured = bits.run(speaker, cfg, sampling, Part(progress, f"{number} bits ")) if cfg.data else None
-        answers = ask(speaker, prompts, cfg.batch, sampling, Part(progress, f"{number} "))
-        found = measured.scores if measured else {}
-        bits_per_byte = found.get("bits_per_byte", "")
-        if found.get("documents_changed"):  # what a vocabulary cannot write costs nothing: no number to compare
-            bits_per_byte = f"too low: {bits_per_byte:.4f}"
-        elif bits_per_byte:
-            report.scores[f"{name} bits_per_byte"] = bits_per_byte
-        seconds, made = sum(a.seconds for a in answers), sum(a.tokens for a in answers)
-        speed = round(made / seconds) if seconds else ""
-        models.rows.append(
-            [
-                name,
-                parameters(speaker.model),
-                speaker.text.vocab_size,
-                speaker.context,
-                speaker.chat_format or "base",
-                bits_per_byte,
-                speed,
-            ]
-        )
-        notes = measured.notes[1:] if measured else []  # the first says the number that the table has
-        report.notes += [f"{name}: {note}" for note in [*notes, *notes_on(answers)]]
+        name = generator.name if generator.name not in names else f"{generator.name} ({number + 1})"
+        measured = bits.run(generator, cfg, sampling, Part(progress, f"{number} bits ")) if cfg.data else None
+        given = ask(generator, prompts, cfg.batch, sampling, Part(progress, f"{number} "))
+        bits_per_byte = describe_bits(measured)
+        scores |= {f"{name} bits_per_byte": bits_per_byte} if isinstance(bits_per_byte, float) else {}
+        models.rows.append([name, *describe_model(generator), bits_per_byte, measure_speed(given)])
+        # The first of the notes on bits says the number that the table has.
+        about = [*(measured.notes[1:] if measured else []), *notes_on(given)]
+        notes += [f"{name}: {note}" for note in about]
         names.append(name)
-        columns.append([answer.text for answer in answers])
-        del speaker  # before the next one is loaded
-    if prompts:
-        report.notes.append(
-            f"tokens per second: in batches of {cfg.batch}, reading the prompts included; tokens of "
-            "different vocabularies are not equally long."
-        )
-    report.notes.insert(0, f"Models: {len(names)}, prompts: {len(prompts)}.")
-    rows = [[prompt, *answers] for (_, prompt), *answers in zip(prompts, *columns)]
-    report.tables = [models, *([Table(ANSWERS, ["prompt", *names], rows)] if prompts else [])]
-    return report
+        answers.append([answer.text for answer in given])
+        del generator  # before the next one is loaded
+
+    # The answers, prompt by prompt.
+    notes.insert(0, f"Models: {len(names)}, prompts: {len(prompts)}.")
+    if not prompts:
+        return Comparison("Models side by side", scores=scores, tables=[models], notes=notes)
+    notes.append(
+        f"tokens per second: in batches of {cfg.batch}, reading the prompts included; tokens of "
+        "different vocabularies are not equally long."
+    )
+    rows = [[prompt, *row] for (_, prompt), *row in zip(prompts, *answers)]
+    tables = [models, Table(ANSWERS, ["prompt", *names], rows)]
+    return Comparison("Models side by side", scores=scores, tables=tables, notes=notes)
 
 
-def parameters(model) -> int:
+def describe_bits(measured: Report | None) -> float | str:
+    """Bits per byte; a text where there is no number that could be compared."""
+    scores = measured.scores if measured else {}
+    # What a vocabulary cannot write costs nothing.
+    if scores.get("documents_changed"):
+        return f"too low: {scores['bits_per_byte']:.4f}"
+    return scores.get("bits_per_byte", "")
+
+
+def describe_model(generator) -> list:
+    """Parameters, vocabulary, context, and the format that the model answers in."""
+    sizes = [count_parameters(generator.model), generator.tokenizer.vocab_size, generator.context]
+    return [*sizes, generator.chat_format or "base"]
+
+
+def measure_speed(answers: Sequence[Answer]) -> int | str:
+    """Tokens per second of all answers together."""
+    seconds, made = sum(a.seconds for a in answers), sum(a.tokens for a in answers)
+    return round(made / seconds) if seconds else ""
+
+
+def count_parameters(model: Llama) -> int:
     """How many the architecture has, also where they are quantised (a tied output layer then stands for itself)."""
     with torch.device("meta"):
-        return type(model)(model.config).num_parameters()[0]
+        return num_parameters(type(model)(model.config))[0]
 
 
 def read_prompts(paths: Iterable[str]) -> list[tuple[str, str]]:
@@ -147,15 +165,19 @@ def read_prompts(paths: Iterable[str]) -> list[tuple[str, str]]:
     return prompts
 
 
-def page(report: Report) -> str:
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def write_page(report: Report) -> str:
     """The report as one HTML file; every text in it is escaped, and the page may neither run nor load anything."""
     title = f"{report.task}: {', '.join(row[0] for row in report.tables[0].rows)}"
     about = Table("About", ["what", "value"], [[key, str(value)] for key, value in report.about.items()])
     models, *others = [*report.tables, *([about] if about.rows else [])]
-    parts = [f"<h1>{escape(title)}</h1>", plain(models)]
+    parts = [f"<h1>{escape(title)}</h1>", write_table(models)]
     parts += ['<ul class="notes">', *(f"<li>{escape(note)}</li>" for note in report.notes), "</ul>"]
     for table in others:
-        parts += answers_of(table) if table.title == ANSWERS else [f"<h2>{escape(table.title)}</h2>", plain(table)]
+        plain = [f"<h2>{escape(table.title)}</h2>", write_table(table)]
+        parts += write_answers(table) if table.title == ANSWERS else plain
     head = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -170,7 +192,7 @@ def page(report: Report) -> str:
     return head + "\n".join(parts) + "\n</body>\n</html>\n"
 
 
-def answers_of(table: Table) -> list[str]:
+def write_answers(table: Table) -> list[str]:
     """A section for each prompt, with a box for each model's answer."""
     parts = []
     for prompt, *answers in table.rows:
@@ -182,14 +204,14 @@ def answers_of(table: Table) -> list[str]:
     return parts
 
 
-def plain(table: Table) -> str:
+def write_table(table: Table) -> str:
     """A table as it is."""
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    rows = ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in table.rows]
+    rows = ["<tr>" + "".join(map(write_cell, row)) + "</tr>" for row in table.rows]
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n' + "\n".join(rows) + "\n</table></div>"
 
 
-def cell(value) -> str:
+def write_cell(value) -> str:
     """A number stands on the right, a float with four digits as in the Markdown."""
     if isinstance(value, (int, float)):
         return f'<td class="number">{f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"}</td>'

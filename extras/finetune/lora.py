@@ -45,7 +45,7 @@ class LoraConfig(Section):
     target_modules: tuple[str, ...] = ()  # linear layers, by the ends of their names; none: all of the blocks
     modules_to_save: tuple[str, ...] = ()  # what is trained whole besides: embed_tokens, lm_head, norm ...
     lora_config: str = ""  # a JSON file with lora_r, lora_alpha, lora_dropout, lora_target_modules instead of these
-    # nf4 (QLoRA): weights of the blocks that LoRA stands beside are kept in 4.5 bits each.
+    # nf4 (QLoRA): the blocks' weights that LoRA adapts are kept in 4.5 bits each.
     quantize: Literal["", "nf4"] = ""
     double_quant: bool = False  # nf4 in 4.127 bits: the scales of its blocks in 8 bits, too
 
@@ -171,7 +171,7 @@ def tune(base, cfg, changes: dict):
         UserError: options that do not go together.
     """
     if base.folder is None:
-        raise UserError("LoRA needs a trained model to stand beside", "--init_from DIR")
+        raise UserError("LoRA needs a trained model as its base", "--init_from DIR")
     if cfg.optim.optimizer == "muon":  # its updates have full rank, a product's factors do not
         raise UserError('optimizer = "muon" does not go with LoRA', "--optimizer adamw, or configs/lora.toml")
     if cfg.lora.quantize and cfg.train.parallel == "fsdp":

@@ -122,18 +122,10 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x: Tensor,
-        bias: Tensor | None,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        packed: Tensor,
-        absmax: Tensor,
-        scale: Tensor | None,
-        mean: Tensor | None,
+        ctx, x: Tensor, bias: Tensor | None, shape: torch.Size, dtype: torch.dtype, *parts: Tensor | None
     ) -> Tensor:
         """x (..., in), bias (out,), shape (out, in), W's PARTS, for torch.compile one by one -> (..., out) of dtype."""
-        ctx.shape, ctx.dtype, parts = shape, x.dtype, (packed, absmax, scale, mean)
+        ctx.shape, ctx.dtype = shape, x.dtype
         ctx.save_for_backward(*parts)
         return F.linear(x.to(dtype), _unpacked(parts, shape, dtype), None if bias is None else bias.to(dtype))
 

@@ -1,7 +1,7 @@
 """A model as llama2.c's model.bin and tokenizer.bin, and back. The legacy format, version 0, which run.c reads.
 
-In:  a model and its tokenizer, or two .bin files. Out: two .bin files, or a model and a sentencepiece model.
-Does not know run folders.
+In:  a model folder, or two .bin files. Out: two .bin files, or a model folder.
+Knows no other family than Llama.
 
     model.bin       seven int32: hidden_size, intermediate_size, layers, heads, key/value heads, vocab_size, positions;
                     vocab_size is negative where the head is a matrix of its own. Then fp32: `order`, row by row.
@@ -14,17 +14,24 @@ says, a file cannot change: 1e-5 for the norms, 10000 for RoPE, bos 1, eos 2, by
 import os
 import re
 import struct
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from core import files
+from core import files, hf_folder
+from core.config import Section
+from core.device import num_parameters
 from core.errors import UserError
-from extras.formats.folders import half_split, interleaved, vocabulary
+from core.hf_config import CheckedConfig
+from extras.formats.original_llama import half_split, interleaved, load_folder, vocabulary
 from model import Llama, ModelConfig, rope_table
 from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
 from tokenizer.sentencepiece_model import (
     BPE,
     BYTE,
@@ -55,6 +62,57 @@ LAYER = (
 )
 
 
+@dataclass(frozen=True)
+class Llama2cConfig(Section):
+    model: str = "out/sft"  # a model folder
+    output: str = ""  # model.bin; tokenizer.bin goes beside it
+    overwrite: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.output:
+            raise ValueError("output must be given")
+
+
+@dataclass(frozen=True)
+class FromLlama2cConfig(Section):
+    model: str = ""  # llama2.c's model.bin
+    tokenizer: str = ""  # its tokenizer.bin
+    output: str = ""  # the folder to make
+    overwrite: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.model and self.tokenizer and self.output):
+            raise ValueError("model, tokenizer and output must be given")
+
+
+def export(cfg: Llama2cConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
+    """What `python export.py llama2c` does: the two files for run.c."""
+    _, model, tokenizer = load_folder(cfg.model, open_model)
+    path = Path(cfg.output)
+    beside = path.with_name("tokenizer.bin")
+    files.check_free([path, beside], cfg.overwrite)
+    check(model, tokenizer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(path, model)
+    for note in write_tokenizer(beside, tokenizer, model.config.vocab_size):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{path}: {path.stat().st_size:,} bytes\n{beside}: {beside.stat().st_size:,} bytes")
+
+
+def make_folder(cfg: FromLlama2cConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
+    """What `python export.py from-llama2c` does: a model folder of the two files. There is no folder to open."""
+    folder = Path(cfg.output)
+    files.check_free([folder], cfg.overwrite)
+    model = read_weights(cfg.model)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "tokenizer.model"
+        path.write_bytes(read_tokenizer(cfg.tokenizer, model.config.vocab_size))
+        hf_folder.save_model(folder, model, load_tokenizer(path), {"source": Path(cfg.model).name})
+    print(f"{folder}: {num_parameters(model)[0]:,} parameters; python sample.py --model {folder} --prompt ''")
+
+
 def order(config: ModelConfig) -> Iterator[str]:
     """Names of the weights in the file's order: one kind after another, each of all layers."""
     yield "model.embed_tokens.weight"
@@ -75,13 +133,13 @@ def heads(name: str, config: ModelConfig) -> int:
 # ---------------------------------------------------------------- out
 
 
-def check(model: Llama, text: Tokenizer) -> None:
+def check(model: Llama, tokenizer: Tokenizer) -> None:
     """UserError where run.c would compute something else than this model, or make other ids of most texts."""
     c = model.config
-    vocabulary(text, c.vocab_size)
-    fixed = (text.model.unk_id, text.bos_id, text.eos_id)
+    vocabulary(tokenizer, c.vocab_size)
+    fixed = (tokenizer.model.unk_id, tokenizer.bos_id, tokenizer.eos_id)
     problems = {
-        "attention_bias is true: run.c has no biases": c.attention_bias,
+        "attention_bias is true: run.c has no biases": any(n.endswith("bias") for n, _ in model.named_parameters()),
         f"head_dim is {c.head_dim}: run.c has hidden_size / heads": c.head_dim * c.num_attention_heads != c.hidden_size,
         f"rope_theta is {c.rope_theta:g}: run.c computes with 10000": c.rope_theta != 10000,
         f"rms_norm_eps is {c.rms_norm_eps:g}: run.c computes with 1e-5": c.rms_norm_eps != 1e-5,
@@ -125,16 +183,16 @@ def _rope(config: ModelConfig) -> torch.Tensor:
     return torch.stack([table[0, 0, :, : config.head_dim // 2] for table in rope_table(positions, config)])
 
 
-def write_tokenizer(path: Path, text: Tokenizer, size: int) -> list[str]:
+def write_tokenizer(path: Path, tokenizer: Tokenizer, size: int) -> list[str]:
     """Write tokenizer.bin, replaced in one step.
 
     Args:
-        text: that `check` lets pass.
+        tokenizer: that `check` lets pass.
         size: pieces run.c will read, the model's vocab_size.
     Returns:
         what run.c will do otherwise than this tokenizer, a sentence each.
     """
-    pieces = vocabulary(text, size)
+    pieces = vocabulary(tokenizer, size)
     # Control pieces stand between line breaks, so that "<s>" in a prompt does not become one.
     texts = [f"\n{p.text}\n" if p.type in (CONTROL, UNUSED) else p.text.replace(SPACE, " ") for p in pieces]
     rows = [struct.pack("<fi", p.score, len(t.encode())) + t.encode() for p, t in zip(pieces, texts)]
@@ -147,7 +205,7 @@ def write_tokenizer(path: Path, text: Tokenizer, size: int) -> list[str]:
             f"run.c takes ids 3 to 258 for bytes, here they begin at {first_byte}: of a prompt's characters "
             "without a token of their own it makes wrong ids"
         )
-    if not text.model.add_dummy_prefix:
+    if not tokenizer.model.add_dummy_prefix:
         notes.append("run.c puts a space in front of every prompt, this tokenizer does not")
     return notes
 
@@ -166,6 +224,7 @@ def read_weights(path: str | Path) -> Llama:
         UserError: not such a file, or not of the size that its header tells; nothing was allocated then.
     """
     with open(path, "rb") as f:
+        # The size of the file must be what the header describes, before anything is allocated.
         size, head = os.fstat(f.fileno()).st_size, f.read(HEADER.size)
         config = _config(path, head)
         with torch.device("meta"):  # names and shapes without memory
@@ -175,6 +234,7 @@ def read_weights(path: str | Path) -> Llama:
         expected = HEADER.size + 4 * sum(shape.numel() for shape in shapes.values())
         if size != expected:
             raise UserError(f"{path}: its header describes {expected:,} bytes, it has {size:,}", "is the file whole?")
+        # Then the weights in the file's order; q and k are brought into our layout.
         state = {}
         for name in order(config):
             weight = torch.from_numpy(np.fromfile(f, "<f4", shapes[name].numel()).astype(np.float32, copy=False))
@@ -202,18 +262,15 @@ def _config(path: str | Path, head: bytes) -> ModelConfig:
     try:
         if of_keys < 1 or vocab_size == 0:  # ModelConfig takes zero for "the usual"
             raise ValueError(f"{of_keys} key/value heads, {vocab_size} pieces")
-        return ModelConfig(
-            abs(vocab_size),
-            hidden,
-            intermediate,
-            layers,
-            of_queries,
-            of_keys,
+        sizes = (abs(vocab_size), hidden, intermediate, layers, of_queries, of_keys)
+        checked = CheckedConfig(
+            *sizes,
             max_position_embeddings=positions,
             rms_norm_eps=1e-5,
             rope_theta=10000.0,
             tie_word_embeddings=vocab_size > 0,
         )
+        return ModelConfig(**asdict(checked))
     except ValueError as e:
         raise UserError(f"{path}: no header of llama2.c: {e}", "is it a model.bin?") from None
 

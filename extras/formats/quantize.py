@@ -2,7 +2,7 @@
 
 In:  a model with weights in fp32 or bf16, or a folder that `save` wrote. Out: the same model, in bf16 but for these
 weights; folders in the format compressed-tensors, which transformers and vLLM read.
-Knows nothing of training: nothing here has a gradient. (QLoRA's four bits, with one, are extras/nf4.py.)
+Knows nothing of training: nothing here has a gradient. (QLoRA's four bits, with one, are extras/finetune/nf4.py.)
 
 One new token reads every weight once and computes little: it is as fast as memory is, and half or a quarter of the
 bytes is half or a quarter of the time.
@@ -10,17 +10,22 @@ bytes is half or a quarter of the time.
 Shapes:  N outputs, K inputs, G inputs in a group, M rows of x
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import files, hf_config, hf_folder
+from core import files, hf_folder
+from core.config import Section
 from core.errors import UserError
-from model import Llama
+from core.hf_config import family_of
+from model import Llama, ModelConfig
+from tokenizer import load as load_tokenizer
 
 KINDS = ("none", "int8", "int4")
 GROUP = 32  # inputs that share a scale in int4: half a bit more for each weight, and as fast as 128
@@ -30,6 +35,40 @@ GROUP = 32  # inputs that share a scale in int4: half a bit more for each weight
 # in fp32 both products are 6 and 30 times as slow.
 FEW_ROWS = 4
 PIECE = 1 << 21  # weights: as bf16 they stay in the cache until they are multiplied
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(Section):
+    model: str = "out/sft"  # a model folder
+    type: Literal["int8", "int4"] = "int8"
+    output: str = ""  # the folder to make, for sample.py, serve.py, transformers and vLLM
+    overwrite: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.output:
+            raise ValueError("output must be given")
+
+
+def export(cfg: QuantizeConfig, open_model: Callable[..., hf_folder.Opened]) -> None:
+    """What `python export.py quantize` does: a model folder with rounded weights, in compressed-tensors' format.
+
+    Args:
+        open_model: folder -> what is in it, whatever its family.
+    """
+    folder, path = hf_folder.model_folder(cfg.model), Path(cfg.output)
+    files.check_free([path], cfg.overwrite)
+    tokenizer = load_tokenizer(folder)
+    opened = open_model(folder)
+    model = build(opened.model, opened.weights, cfg.type)
+    hf_folder.check_tokenizer(folder, model, tokenizer)
+    for note in save(path, model, cfg.type, tokenizer, hf_folder.load_about(folder)):
+        print(f"note: {note}: sample.py and serve.py read this folder, transformers and vLLM will not", file=sys.stderr)
+    size = (path / "model.safetensors").stat().st_size
+    print(f"{path}: {cfg.type}, {size:,} bytes; python sample.py --model {path}")
+
+
+# ---------------------------------------------------------------- layers
 
 
 class Int8Linear(nn.Module):
@@ -42,23 +81,24 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None):
         super().__init__()
-        self.inputs = weight.shape[1]
+        self.out_features, self.in_features = weight.shape
         if scale is None:
             weight = weight.float()
             scale = (weight.abs().amax(dim=1, keepdim=True) / 127).bfloat16()
             scale = torch.where(scale == 0, 1.0, scale)  # a row of zeros
             weight = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)
         # torch's product wants a multiple of 32 inputs: with others it gives infinity or ends the process.
-        self.register_buffer("codes", F.pad(weight, (0, -self.inputs % 32)))
+        self.register_buffer("codes", F.pad(weight, (0, -self.in_features % 32)))
         self.register_buffer("scale", scale.squeeze(1).bfloat16())
         self.register_buffer("bias", None if bias is None else bias.bfloat16())
 
     def weight(self) -> Tensor:
         """(N, K) bf16: each product of a code and a scale rounded once."""
-        return self.codes[:, : self.inputs].to(self.scale.dtype) * self.scale[:, None]
+        return self.codes[:, : self.in_features].to(self.scale.dtype) * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = F.pad(x.reshape(-1, self.inputs), (0, self.codes.shape[1] - self.inputs))  # (M, K), as wide as the codes
+        # (M, K), as wide as the codes.
+        flat = F.pad(x.reshape(-1, self.in_features), (0, self.codes.shape[1] - self.in_features))
         if len(flat) == 1 and torch.compiler.is_compiling():  # becomes one loop over the codes, 1.5 times as fast
             y = ((self.codes * flat.float()).sum(dim=1) * self.scale.float()).to(x.dtype)[None]  # (1, N)
         elif len(flat) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.bfloat16:
@@ -77,9 +117,9 @@ class Int8Linear(nn.Module):
     def parts(self) -> dict[str, Tensor]:
         """The same with values."""
         return {
-            "weight_packed": pack(self.codes[:, : self.inputs], 8),
+            "weight_packed": pack(self.codes[:, : self.in_features], 8),
             "weight_scale": self.scale[:, None],
-            "weight_shape": torch.tensor([len(self.codes), self.inputs]),
+            "weight_shape": torch.tensor([self.out_features, self.in_features]),
         }
 
 
@@ -92,14 +132,14 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None):
         super().__init__()
-        self.outputs, self.inputs = weight.shape
+        self.out_features, self.in_features = weight.shape
         # Whole groups, and a multiple of 16 outputs, as torch's product wants them; what is added is zeros.
-        weight = F.pad(weight, (0, -self.inputs % GROUP, 0, -self.outputs % 16))
+        weight = F.pad(weight, (0, -self.in_features % GROUP, 0, -self.out_features % 16))
         if scale is None:
             weight, scale = rounded(weight.float().view(len(weight), -1, GROUP))
             weight = weight.flatten(1)
         else:
-            scale = F.pad(scale, (0, 0, 0, -self.outputs % 16), value=1.0)  # as `rounded` says of zeros
+            scale = F.pad(scale, (0, 0, 0, -self.out_features % 16), value=1.0)  # as `rounded` says of zeros
         # torch's product takes codes * scale + shift; all shifts are 0.
         both = torch.stack([scale.bfloat16(), torch.zeros_like(scale, dtype=torch.bfloat16)], dim=-1)
         self.register_buffer("scale_and_shift", both.transpose(0, 1).contiguous())  # (K / G, N, 2)
@@ -120,14 +160,14 @@ class Int4Linear(nn.Module):
             scale = scale_and_shift[..., 0].T  # (N, K / G)
             codes = unpack(self.codes, scale.shape[1] * GROUP, 4).view(len(scale), -1, GROUP)
             whole = (codes.to(scale.dtype) * scale[..., None]).flatten(1)
-        return whole[: self.outputs, : self.inputs]
+        return whole[: self.out_features, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.inputs)  # (M, K)
+        flat = x.reshape(-1, self.in_features)  # (M, K)
         if self.on_cpu:
-            padded = F.pad(flat.bfloat16(), (0, -self.inputs % GROUP))
+            padded = F.pad(flat.bfloat16(), (0, -self.in_features % GROUP))
             y = torch._weight_int4pack_mm_for_cpu(padded, self.codes, GROUP, self.scale_and_shift)
-            y = y[:, : self.outputs].to(x.dtype)
+            y = y[:, : self.out_features].to(x.dtype)
         else:
             y = F.linear(flat, self.weight().to(x.dtype))
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
@@ -142,8 +182,8 @@ class Int4Linear(nn.Module):
         ones = torch.stack([torch.ones_like(self.scale_and_shift[..., 0]), self.scale_and_shift[..., 1]], dim=-1)
         return {
             "weight_packed": pack(self._unpacked(ones).to(torch.int8), 4),
-            "weight_scale": self.scale_and_shift[:, : self.outputs, 0].T,
-            "weight_shape": torch.tensor([self.outputs, self.inputs]),
+            "weight_scale": self.scale_and_shift[:, : self.out_features, 0].T,
+            "weight_shape": torch.tensor([self.out_features, self.in_features]),
         }
 
 
@@ -183,34 +223,31 @@ def quantize(model: Llama, kind: str) -> Llama:
         kind: int8 or int4.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-
-    def fill(write: Callable[[str, Tensor], None]) -> None:
-        while parameters:  # a layer is replaced, and the memory of its weight free, before the next one
-            write(*parameters.popitem())
-
-    return build(model, fill, kind, None)
+    # A layer is replaced, and the memory of its weight is free, before the next one.
+    weights = (parameters.popitem() for _ in range(len(parameters)))
+    return build(model, weights, kind, None)
 
 
 @torch.no_grad()
-def build(model: Llama, fill: Callable, kind: str, device: torch.device | str | None = "cpu") -> Llama:
-    """`checkpoint.build` and `quantize` in one: each weight is rounded as it is read, so that no fp32 copy of all
+def build(
+    model: Llama, weights: Iterable[tuple[str, Tensor]], kind: str, device: torch.device | str | None = "cpu"
+) -> Llama:
+    """`hf_folder.build` and `quantize` in one: each weight is rounded as it is read, so that no fp32 copy of all
     exists.
 
     Args:
-        model: on the meta device, with `fill`, as `checkpoint.open_model` returns them.
+        model: on the meta device.
+        weights: (name, values) of each of its weights, to be read once.
         kind: int8 or int4.
         device: None: where the values are.
     """
     linear, rest = _linear(model), {}
-
-    def write(name: str, values: Tensor) -> None:
+    for name, values in weights:
         layer = name.removesuffix(".weight")
         if layer in linear:
             _put(model, layer, LAYERS[kind](values.to(device=device), None))
         else:
             rest[name] = values.detach().to(device=device, dtype=torch.bfloat16, copy=True)
-
-    fill(write)
     return _finished(model, linear, rest)
 
 
@@ -319,7 +356,7 @@ def _says(found, wanted) -> bool:
 
 
 def save(folder: Path, model: Llama, kind: str, tokenizer, about: dict) -> list[str]:
-    """Write a quantised model as a Hugging Face folder; arguments as `checkpoint.save_model`.
+    """Write a quantised model as a Hugging Face folder; arguments as `hf_folder.save_model`.
 
     Returns:
         reasons why transformers and vLLM will not read it (`load` will), for the user.
@@ -329,22 +366,23 @@ def save(folder: Path, model: Llama, kind: str, tokenizer, about: dict) -> list[
     own = {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "quantization_config": quantization_config(kind)}
     files.write_json(path, files.read_json(path) | own)
     ragged = [
-        f"{name} has {m.inputs} inputs, no multiple of {GROUP}"
+        f"{name} has {m.in_features} inputs, no multiple of {GROUP}"
         for name, m in model.named_modules()
-        if isinstance(m, Int4Linear) and m.inputs % GROUP
+        if isinstance(m, Int4Linear) and m.in_features % GROUP
     ]
     # Its class FalconLinear has no place for packed weights (transformers 5).
     return ragged[:1] + ["transformers quantises no Falcon"] * (files.read_json(path)["model_type"] == "falcon")
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu") -> Llama:
+def load(folder: Path, config: ModelConfig, device: torch.device | str = "cpu") -> Llama:
     """The model of a folder whose `kind_of` is int8 or int4, with the very weights that were saved.
 
+    Args:
+        config: what the folder's config.json says, checked.
     Raises:
         UserError: damaged files, weights that do not fit the config.
     """
-    folder, kind = Path(folder), kind_of(folder)
-    path, family = folder / "model.safetensors", hf_config.family_of(config := hf_config.load_config(folder))
+    path, kind, family = folder / "model.safetensors", kind_of(folder), family_of(config)
     with torch.device("meta"):
         model = family.model(config)
     linear = _linear(model)
@@ -381,41 +419,3 @@ def _check(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> N
     hf_folder.check_tensors(
         path, {n: t for n, t in found.items() if n not in whole}, {n: t for n, t in wanted.items() if n not in whole}
     )
-
-
-INTEL = Path("/proc/cpuinfo").exists() and "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-
-
-class DecodingLinear(nn.Linear):
-    """A linear layer for a CPU, with the products that are fast for few rows of x.
-
-    In fp32 that is oneDNN's: torch's own goes to MKL, which gives one row one core, and is slower still with a few.
-    Compiled, one row is multiplied and summed: in bf16 that reads 33 GB/s, oneDNN's 11, as it is made for many rows.
-    Milliseconds of 35,207 x 768 on two cores (AMD EPYC), torch's and this: fp32 1 row 8.1 and 3.7, 16 rows 19 and 8.5,
-    512 rows 487 and 306; bf16 compiled, 1 row: 4.7 and 1.7.
-    On an Intel Xeon with AMX, 64,794 x 1,024: fp32 1 row 8.8 and 9.0 (2,752 x 1,024: 0.38 and 0.44), 16 rows 61 and 40:
-    one row stays with MKL there. bf16, 1 row: torch's 7.0, as matrix times vector 3.9.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        compiling, one_row = torch.compiler.is_compiling(), x.numel() == x.shape[-1]
-        if INTEL and one_row and not compiling:
-            if x.dtype != torch.bfloat16:
-                return super().forward(x)
-            y = torch.mv(self.weight, x.view(-1))
-            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        if compiling and one_row:
-            y = (self.weight * x.view(1, -1)).sum(dim=-1, dtype=torch.float32).to(x.dtype)
-            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-        if x.dtype == torch.float32 and not compiling:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
-
-
-def for_decoding(model: Llama) -> Llama:
-    """The same model with products for few rows, where it is on a CPU. Names and values of its weights stay."""
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    for module in model.modules():
-        if known and type(module) is nn.Linear and module.weight.device.type == "cpu":
-            module.__class__ = DecodingLinear
-    return model

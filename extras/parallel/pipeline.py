@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from core.data import plan_step
 from core.distributed import Ranks
 from core.errors import UserError
+from core.optim import LossScale
 from core.parallel import Strategy
 from extras.parallel.gather import gather
 from model import Llama
@@ -39,7 +41,9 @@ class Pipeline(Strategy):
         stage = Stage(self.model, self.ranks)
         self.weight = float(stage.last)  # losses are known on the last rank only
         super().prepare(weights, cfg, dtype)
-        return PipelinedLlama(stage, self.ranks, dtype)
+        # What the loop multiplies the loss with in a run's first step; later steps tell it.
+        scale = (LossScale().scale if dtype == torch.float16 else 1.0) / cfg.batch_tokens
+        return PipelinedLlama(stage, self.ranks, scale)
 
     def deal(self, batch_tokens: int, micro_batch: int, seq_len: int) -> tuple[int, int, int]:
         per_step, _, number = plan_step(batch_tokens, micro_batch, seq_len, 1)
@@ -51,7 +55,10 @@ class Pipeline(Strategy):
 
     def norm(self) -> float:
         square = torch.tensor(super().norm() ** 2, dtype=torch.float64, device=self.ranks.device)
-        return math.sqrt(self.ranks.sum(square).item())
+        norm = math.sqrt(self.ranks.sum(square).item())
+        if not math.isfinite(norm):
+            self.module.scale /= 2  # as the loop will do in fp16
+        return norm
 
     def sample(self, say) -> str:
         return "(a pipeline gives no samples while it trains)"
@@ -95,13 +102,16 @@ class PipelinedLlama(nn.Module):
 
     On the last rank the losses are those of all rows, elsewhere zeros. With gradients wanted, the schedule has run
     backward too when this returns; the backward pass that the loop then asks for only scales what is there.
+
+    Args:
+        scale: of the losses in the schedule's backward pass, so that in fp16 gradients become neither zero nor
+            infinite; the one that the loop asked for in the step before.
     """
 
-    def __init__(self, stage: Stage, ranks: Ranks, dtype: torch.dtype):
+    def __init__(self, stage: Stage, ranks: Ranks, scale: float):
         super().__init__()
         self.stage, self.ranks, self.number, self.schedule = stage, ranks, 1, None
-        # In fp16 small gradients must not become zero while the schedule makes them.
-        self.scale = 2.0**16 if dtype == torch.float16 else 1.0
+        self.scale: float | Tensor = scale
 
     def forward(self, ids: Tensor, targets: Tensor, docs: Tensor | None = None) -> Tensor:
         if not torch.is_grad_enabled():
@@ -127,8 +137,6 @@ class PipelinedLlama(nn.Module):
         Returns:
             that sum on the last rank, elsewhere 0.
         """
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-
         if self.schedule is None:
             stage = PipelineStage(self.stage, self.ranks.rank, self.ranks.world, self.ranks.device)
             loss = lambda out, _: out.sum() * self.scale  # noqa: E731 -- the schedule's own signature
@@ -148,14 +156,14 @@ class ScheduledBackward(torch.autograd.Function):
     def forward(ctx, pipelined: PipelinedLlama, batch: tuple, trained: list[nn.Parameter], *_) -> Tensor:
         with torch.enable_grad():
             total = pipelined.run_schedule(*batch)
-        ctx.grads = [p.grad for p in trained]
+        ctx.grads, ctx.pipelined = [p.grad for p in trained], pipelined
         for p in trained:
             p.grad = None
-        ctx.scale = pipelined.scale
         return total.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
         """g (): the factor of the sum of losses."""
-        return None, None, None, *[None if grad is None else grad * (g / ctx.scale) for grad in ctx.grads]
+        factor, ctx.pipelined.scale = g / ctx.pipelined.scale, g.clone()
+        return None, None, None, *[None if grad is None else grad * factor for grad in ctx.grads]

@@ -10,6 +10,8 @@ Source: Rafailov et al., Direct Preference Optimization, https://arxiv.org/abs/2
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -17,25 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import data, files
+from core.config import Range, Section
 from core.errors import UserError
 from model import IGNORE
-from tokenizer import TokenizerError, chat
+from tokenizer import Tokenizer, TokenizerError, chat
 
 
 @dataclass(frozen=True)
-class PairsConfig:
+class PairsConfig(Section):
     init_from: str = "out/sft"  # a chat model's folder
     train: tuple[str, ...] = ("data/pairs/chats.jsonl",)  # chats with another, worse answer beside them
     val: tuple[str, ...] = ()  # the same, held out; none: val_share of the training pairs
-    val_share: float = 0.1  # drawn with the run's seed
-    chat_format: str = "auto"  # auto: the model's own
-    seq_len: int = 0  # positions of each of the two texts; 0: the model's max_position_embeddings
-
-    def __post_init__(self):
-        if self.chat_format not in ("auto", *chat.FORMATS):
-            raise ValueError(f"chat_format = {self.chat_format!r}, must be auto or one of {', '.join(chat.FORMATS)}")
-        if self.seq_len < 0 or not 0 < self.val_share < 1:
-            raise ValueError(f"seq_len = {self.seq_len}, val_share = {self.val_share}: not negative, and from 0 to 1")
+    val_share: Annotated[float, Range(above=0, below=1)] = 0.1  # drawn with the run's seed
+    chat_format: Literal["auto", *chat.FORMATS] = "auto"  # auto: the model's own
+    # Positions of each of the two texts; 0: the model's max_position_embeddings.
+    seq_len: Annotated[int, Range(least=0)] = 0
 
 
 @dataclass
@@ -62,8 +60,6 @@ class PairRows:
         reference: (N, 2), log-probabilities of the answers before training; zeros until they are set.
     """
 
-    bytes_per_token = 0.0
-
     def __init__(self, pairs: Sequence[tuple], length: int, pad_id: int):
         self.pairs, self.length, self.pad_id, self.seq_len = pairs, length, pad_id, 2 * length
         self.reference = torch.zeros(len(pairs), 2)
@@ -86,19 +82,30 @@ class PairRows:
             targets[side, : len(tokens) - 1] = np.where(mask[1:], tokens[1:], IGNORE)
         return ids.reshape(-1), targets.reshape(-1), None
 
-    def make(self, ids: Tensor, targets: Tensor, docs: None, indices: list[int]) -> PairBatch:
-        return PairBatch(ids, targets, docs, indices, self.reference[indices])
+    def batch(self, indices: Sequence[int]) -> PairBatch:
+        plain = data.stack([self.row(i) for i in indices], indices)
+        return PairBatch(plain.ids, plain.targets, None, plain.rows, self.reference[plain.rows])
 
     def where(self, i: int) -> str:
         return self.pairs[i][2]
 
+    def describe(self) -> str:
+        return f"{len(self)} pairs, each two texts of at most {self.length} tokens"
 
-def read_pairs(paths: Sequence[str], text, chat_format: str, length: int, intro: list[str]) -> list[tuple]:
-    """Pairs of files that `data_process.py sft` has made of preferences; what does not fit is counted in `intro`.
+    def text_bytes(self, rows: int) -> float:
+        return 0.0  # the loss is on preferences
+
+
+def read_pairs(
+    paths: Sequence[str], tokenizer: Tokenizer, chat_format: str, length: int
+) -> tuple[list[tuple], list[str]]:
+    """Pairs of files that `data_process.py sft` has made of preferences.
 
     Args:
-        text: the tokenizer.
         length: T.
+
+    Returns:
+        pairs as PairRows takes them, and lines on those that do not fit.
 
     Raises:
         UserError: a chat without another answer, or with twice the same.
@@ -116,36 +123,36 @@ def read_pairs(paths: Sequence[str], text, chat_format: str, length: int, intro:
                 )
             worse = [*messages[:-1], {"role": "assistant", "content": other.strip()}]
             try:
-                texts = [chat.render(m, text, chat_format, train_on="last") for m in (messages, worse)]
+                texts = [chat.render(m, tokenizer, chat_format, train_on="last") for m in (messages, worse)]
             except TokenizerError as e:
                 raise UserError(f"{where}: {e}") from None
             if list(texts[0][0]) == list(texts[1][0]):
                 raise UserError(f"{where}: both answers are the same")
             size = max(len(ids) for ids, _ in texts)
             long.append((where, size)) if size > length + 1 else pairs.append((*texts, where))
-    if long:
-        intro.append(
-            f"{len(long)} pairs longer than {length} tokens left out: "
-            + ", ".join(f"{where} ({size} tokens)" for where, size in long[:10])
-        )
     if not pairs:
         raise UserError(f"{', '.join(paths)}: no pairs that fit into {length} tokens")
-    return pairs
+    some = ", ".join(f"{where} ({size} tokens)" for where, size in long[:10])
+    return pairs, [f"{len(long)} pairs longer than {length} tokens left out: {some}"] * bool(long)
 
 
-def pair_rows(cfg: PairsConfig, seed: int, text, chat_format: str, length: int, intro: list[str]) -> tuple:
-    """Rows to train on and rows that are held out, PairRows both. Arguments as in `read_pairs`."""
-    pairs = read_pairs(cfg.train, text, chat_format, length, intro)
+def pair_rows(
+    cfg: PairsConfig, seed: int, tokenizer: Tokenizer, chat_format: str, length: int
+) -> tuple[PairRows, PairRows, list[str]]:
+    """Rows to train on, rows that are held out, and lines on them. Arguments as in `read_pairs`."""
+    pairs, lines = read_pairs(cfg.train, tokenizer, chat_format, length)
     if cfg.val:
-        held_out = read_pairs(cfg.val, text, chat_format, length, intro)
+        held_out, more = read_pairs(cfg.val, tokenizer, chat_format, length)
+        lines += more
     else:
         order = np.random.default_rng(seed).permutation(len(pairs))
         at = max(1, round(cfg.val_share * len(pairs)))
         if at == len(pairs):
             raise UserError(f"{', '.join(cfg.train)}: too few pairs to hold some out", "--val FILE")
         held_out, pairs = ([pairs[i] for i in sorted(part)] for part in (order[:at], order[at:]))
-    intro.append(f"{len(pairs)} pairs to train on, {len(held_out)} held out, each two texts of at most {length} tokens")
-    return tuple(PairRows(part, length, text.eos_id) for part in (pairs, held_out))
+    lines.append(f"{len(pairs)} pairs to train on, {len(held_out)} held out, each two texts of at most {length} tokens")
+    rows, held_out = (PairRows(part, length, tokenizer.eos_id) for part in (pairs, held_out))
+    return rows, held_out, lines
 
 
 def log_probabilities(model: nn.Module, batch: data.Batch) -> Tensor:
@@ -182,14 +189,16 @@ def over_pairs(
     rows: PairRows, micro: int, device: torch.device, score: Callable[[PairBatch], Tensor], numbers: Sequence[int]
 ) -> Tensor:
     """`score`, (B, ...), of the pairs with these numbers, `micro` at a time, together on the CPU."""
-    parts = [score(data.batch(rows, numbers[at : at + micro]).to(device)) for at in range(0, len(numbers), micro)]
+    parts = [score(rows.batch(numbers[at : at + micro]).to(device)) for at in range(0, len(numbers), micro)]
     return torch.cat(parts).float().cpu()
 
 
-def told(rows: PairRows, micro: int, device: torch.device, score: Callable[[PairBatch], Tensor]) -> str:
-    """A line on held-out pairs: which way round they are, and how far apart; `score` (B,) is above 0 where right."""
-    found = over_pairs(rows, micro, device, score, range(len(rows)))
-    return (
-        f"held-out pairs the right way round: {(found > 0).float().mean():.1%} of {len(found)}, "
-        f"margin {found.mean():.4f}"
-    )
+def report(model: nn.Module, rows: PairRows, micro: int, device: torch.device, score: Callable) -> str:
+    """A line on held-out pairs: which way round they are, and how far apart.
+
+    Args:
+        score: (model, batch) -> (B,), above 0 where a pair is the right way round.
+    """
+    found = over_pairs(rows, micro, device, partial(score, model), range(len(rows)))
+    right = (found > 0).float().mean()
+    return f"held-out pairs the right way round: {right:.1%} of {len(found)}, margin {found.mean():.4f}"

@@ -13,33 +13,34 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from core import data, files
+from core.config import Range, Section
 from core.errors import UserError
-from core.generate import SamplingConfig, Text, continued
+from core.generate import SamplingConfig
 from extras.preferences import scalar
 from model import IGNORE
-from tokenizer import TokenizerError, chat
+from tokenizer import Tokenizer, TokenizerError, chat
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(Section):
     # exact: 1 for the file's answer; format: 1 for a text that `pattern` fits; both: half each; model: a reward model's
-    reward: str = "exact"
+    reward: Literal["exact", "format", "both", "model"] = "exact"
     pattern: str = ""  # a regular expression for the whole answer
     reward_model: str = ""  # a folder that reward.py has written
-    group: int = 8  # answers to each question, G
-    max_new_tokens: int = 60  # longer answers end there, and are judged as they are
-    temperature: float = 1.0  # of the answers that are learned from
-    kl: float = 0.0  # weight of the divergence from the model as it was, which is kept beside it; 0: none
+    group: Annotated[int, Range(least=2)] = 8  # answers to each question, G
+    max_new_tokens: Annotated[int, Range(least=1)] = 60  # longer answers end there, and are judged as they are
+    temperature: Annotated[float, Range(above=0, most=10)] = 1.0  # of the answers that are learned from
+    # Weight of the divergence from the model as it was, which is kept beside it; 0: none.
+    kl: Annotated[float, Range(least=0, below=100)] = 0.0
 
     def __post_init__(self):
-        if self.reward not in ("exact", "format", "both", "model"):
-            raise ValueError(f"reward = {self.reward!r}, must be exact, format, both or model")
+        super().__post_init__()
         if (self.reward in ("format", "both")) != bool(self.pattern):
             raise ValueError(f"reward = {self.reward}, pattern = {self.pattern!r}: format and both need a pattern")
         if (self.reward == "model") != bool(self.reward_model):
@@ -48,11 +49,14 @@ class RewardConfig:
             re.compile(self.pattern)
         except re.error as e:
             raise ValueError(f"pattern = {self.pattern!r}: {e}") from None
-        if self.group < 2 or self.max_new_tokens < 1 or not 0 < self.temperature <= 10 or not 0 <= self.kl < 100:
-            raise ValueError(
-                f"group = {self.group}, max_new_tokens = {self.max_new_tokens}, temperature = "
-                f"{self.temperature}, kl = {self.kl}: at least 2, 1, above 0, from 0"
-            )
+
+
+class Answer(Protocol):
+    """A question and what a model has added to it, as ids; `tokens` are those of the answer and of its end."""
+
+    prompt: list[int]
+    added: list[int]
+    tokens: list
 
 
 @dataclass
@@ -75,8 +79,6 @@ class QuestionRows:
         context: positions of the model.
     """
 
-    bytes_per_token = 0.0
-
     def __init__(self, items: Sequence[tuple[list[int], str, str]], context: int):
         self.items, self.seq_len = items, context
         self.digest = hashlib.sha256(repr([item[:2] for item in items]).encode()).hexdigest()
@@ -84,25 +86,30 @@ class QuestionRows:
     def __len__(self) -> int:
         return len(self.items)
 
-    def row(self, i: int) -> tuple[np.ndarray, np.ndarray, None]:
-        return np.zeros(self.seq_len, np.int64), np.full(self.seq_len, IGNORE, np.int64), None
-
-    def make(self, ids: Tensor, targets: Tensor, docs: None, indices: list[int]) -> QuestionBatch:
+    def batch(self, indices: Sequence[int]) -> QuestionBatch:
         chosen = [self.items[i] for i in indices]
-        return QuestionBatch(ids, targets, docs, indices, [list(c[0]) for c in chosen], [c[1] for c in chosen])
+        ids = torch.zeros(len(chosen), self.seq_len, dtype=torch.long)
+        questions, answers = [list(c[0]) for c in chosen], [c[1] for c in chosen]
+        return QuestionBatch(ids, torch.full_like(ids, IGNORE), None, list(indices), questions, answers)
 
     def where(self, i: int) -> str:
         return self.items[i][2]
 
+    def describe(self) -> str:
+        return f"{len(self)} questions"
 
-Judge = Callable[[Sequence[Text], Sequence[str]], list[float]]  # answers, and those of the file -> a reward for each
+    def text_bytes(self, rows: int) -> float:
+        return 0.0  # the loss is on rewards
 
 
-def judge(cfg: RewardConfig, text, model: scalar.RewardModel | None = None) -> Judge:
+# Answers, and those of the file -> a reward for each.
+Judge = Callable[[Sequence[Answer], Sequence[str]], list[float]]
+
+
+def make_judge(cfg: RewardConfig, tokenizer: Tokenizer, model: scalar.RewardModel | None = None) -> Judge:
     """The rule that the options name, from 0 to 1, or a reward model.
 
     Args:
-        text: the tokenizer.
         model: a reward model with the same tokenizer, for cfg.reward = "model".
     """
     if model is not None:
@@ -114,24 +121,34 @@ def judge(cfg: RewardConfig, text, model: scalar.RewardModel | None = None) -> J
     }
     chosen = [rules[name] for name in (("exact", "format") if cfg.reward == "both" else (cfg.reward,))]
 
-    def by_rule(texts: Sequence[Text], wanted: Sequence[str]) -> list[float]:
-        said = [text.decode(t.added) for t in texts]
+    def by_rule(texts: Sequence[Answer], wanted: Sequence[str]) -> list[float]:
+        said = [tokenizer.decode(t.added) for t in texts]
         return [sum(rule(s, w) for rule in chosen) / len(chosen) for s, w in zip(said, wanted)]
 
     return by_rule
 
 
-def answered(
-    model: nn.Module, batch: QuestionBatch, stop_ids: set[int], sampling: SamplingConfig, n: int
-) -> list[list[Text]]:
-    """n answers of the model to each question; with their stop ids in `tokens`."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        rows = n * len(batch.questions)
-        groups = continued(model, batch.questions, sampling, stop_ids, rows=rows, n=n, logprobs=1)
-    model.train(training)
-    return groups
+@dataclass(frozen=True)
+class Respond:
+    """How a model answers: the many texts at once of another wing, which grpo.py hands over.
+
+    Args:
+        continue_all: as extras/decoding/batching.py's `continued`.
+        stop_ids: ids that end an answer.
+    """
+
+    continue_all: Callable
+    stop_ids: set[int]
+
+    def __call__(self, model: nn.Module, batch: QuestionBatch, sampling: SamplingConfig, n: int) -> list[list[Answer]]:
+        """n answers of the model to each question; with their stop ids in `tokens`."""
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            rows = n * len(batch.questions)
+            groups = self.continue_all(model, batch.questions, sampling, self.stop_ids, rows=rows, n=n, logprobs=1)
+        model.train(training)
+        return groups
 
 
 def advantages(rewards: Tensor) -> Tensor:
@@ -141,27 +158,28 @@ def advantages(rewards: Tensor) -> Tensor:
 
 
 def grpo_loss(
-    cfg: RewardConfig, stop_ids: set[int], reward: Judge, reference: nn.Module | None
+    cfg: RewardConfig, respond: Respond, judge: Judge, reference: nn.Module | None
 ) -> Callable[[nn.Module, QuestionBatch], Tensor]:
     """The loss, summed over questions. Without gradients it is what greedy answers miss: 1 - reward of each.
 
     Args:
-        reward: see `judge`.
+        judge: see `make_judge`.
         reference: the model as it was, for cfg.kl.
     """
 
     def loss(model: nn.Module, batch: QuestionBatch) -> Tensor:
-        inner, learning = getattr(model, "module", model), torch.is_grad_enabled()
-        # The engine has seeded torch for this micro-batch: the draws depend on nothing that came before.
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        learning = torch.is_grad_enabled()
+        # The loop has seeded torch for this micro-batch: the draws depend on nothing that came before.
         seed, n = torch.initial_seed() % (1 << 31), cfg.group if learning else 1
         temperature = cfg.temperature if learning else 0.0
-        sampling = SamplingConfig(cfg.max_new_tokens, temperature, top_p=1.0, seed=seed)
-        groups = answered(inner, batch, stop_ids, sampling, n)
+        groups = respond(inner, batch, SamplingConfig(cfg.max_new_tokens, temperature, top_p=1.0, seed=seed), n)
         texts = [t for group in groups for t in group]
-        judged = reward(texts, [answer for answer in batch.answers for _ in range(n)])
+        judged = judge(texts, [answer for answer in batch.answers for _ in range(n)])
         rewards = torch.tensor(judged, device=batch.ids.device).view(len(groups), n)
         if not learning:
             return (1 - rewards).sum()
+        # Answers above their group's mean become likelier, the others less likely.
         ids, targets = joined(texts, batch.ids.device)  # (B G, T)
         losses = model(ids, targets)
         counts = (targets != IGNORE).sum(dim=1)
@@ -176,7 +194,19 @@ def grpo_loss(
     return loss
 
 
-def joined(texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor]:
+def report(
+    model: nn.Module, rows: QuestionRows, respond: Respond, judge: Judge, tokenizer: Tokenizer, most: int
+) -> str:
+    """Greedy answers of at most `most` tokens to three questions, with their rewards."""
+    batch = rows.batch(range(min(3, len(rows))))
+    said = [texts[0] for texts in respond(model, batch, SamplingConfig(most, 0.0), 1)]
+    return "\n".join(
+        f"  {tokenizer.decode(t.prompt).strip()} -> {tokenizer.decode(t.added)} ({reward:.3g})"
+        for t, reward in zip(said, judge(said, batch.answers))
+    )
+
+
+def joined(texts: Sequence[Answer], device: torch.device) -> tuple[Tensor, Tensor]:
     """ids, targets (N, T): questions with their answers, padded on the right; targets are the answers' ids."""
     whole = [(text.prompt, [token.id for token in text.tokens]) for text in texts]
     length = max(len(question) + len(answer) for question, answer in whole) - 1
@@ -189,25 +219,27 @@ def joined(texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor]
     return ids.to(device), targets.to(device)
 
 
-def read_questions(paths: Sequence[str], text, chat_format: str, context: int, intro: list[str]) -> list[tuple]:
-    """(ids of the question, the answer, where) of chats; questions that leave no room are counted in `intro`.
+def question_rows(
+    paths: Sequence[str], tokenizer: Tokenizer, chat_format: str, context: int
+) -> tuple[QuestionRows, list[str]]:
+    """Rows of chats, whose last answers are held back; no paths give no rows.
 
+    Returns:
+        rows, and lines on questions that leave no room for an answer.
     Raises:
         UserError: a line that is no chat with an answer last.
     """
     items, long = [], []
-    for path in paths:
-        for where, item in files.read_jsonl(path):
-            messages = item.get("messages")
-            try:
-                if not isinstance(messages, list) or not messages or messages[-1]["role"] != "assistant":
-                    raise UserError(f"{where}: no messages with an answer at their end")
-                ids = list(chat.render(messages[:-1], text, chat_format, generation=True)[0])
-            except TokenizerError as e:
-                raise UserError(f"{where}: {e}") from None
-            long.append(where) if len(ids) >= context else items.append((ids, messages[-1]["content"], where))
-    if long:
-        intro.append(f"{len(long)} questions as long as the context of {context} left out: {', '.join(long[:10])}")
-    if not items:
+    for where, item in (line for path in paths for line in files.read_jsonl(path)):
+        messages = item.get("messages")
+        try:
+            if not isinstance(messages, list) or not messages or messages[-1]["role"] != "assistant":
+                raise UserError(f"{where}: no messages with an answer at their end")
+            ids = list(chat.render(messages[:-1], tokenizer, chat_format, generation=True)[0])
+        except TokenizerError as e:
+            raise UserError(f"{where}: {e}") from None
+        long.append(where) if len(ids) >= context else items.append((ids, messages[-1]["content"], where))
+    if paths and not items:
         raise UserError(f"{', '.join(paths)}: no questions that leave room for an answer")
-    return items
+    some = f"{len(long)} questions as long as the context of {context} left out: {', '.join(long[:10])}"
+    return QuestionRows(items, context), [some] * bool(long)

@@ -8,7 +8,8 @@ Shapes:  B texts (pairs in the loss), T positions, C hidden_size
 Source: Bradley and Terry's model as in Ouyang et al., https://arxiv.org/abs/2203.02155, section 3.5
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import checkpoint, files, hf_config, hf_folder
+from core import files, hf_config, hf_folder
+from core.checkpoint import WholeModel
 from core.errors import UserError
 from extras.preferences.pairs import PairBatch
 from model import IGNORE, Llama, ModelConfig
@@ -38,27 +40,23 @@ class RewardModel(Llama):
         return self.score(x)[:, 0].float()
 
 
-def begin(base: Llama, fill: Callable, folder: Path) -> tuple[RewardModel, Callable]:
-    """A reward model on the meta device and its first values: those of a chat model, and zeros for the score.
+def begin(base: Llama, weights: Iterable[tuple[str, Tensor]], folder: Path) -> tuple[RewardModel, Iterator]:
+    """A reward model on the meta device and its first weights: those of a chat model, and zeros for the score.
 
     Args:
-        base, fill: as `checkpoint.open_model(folder)` returns them.
+        base, weights, folder: the chat model, as it was opened.
     Raises:
         UserError: a family that transformers' class does not describe.
     """
-    if type(base.config) is not ModelConfig or base.config.model_type != "llama":
+    if type(base.config) is not ModelConfig:
         raise UserError(f"{folder}: a reward model begins as a Llama, this is {base.config.model_type}")
     with torch.device("meta"):
         model = RewardModel(base.config)
-
-    def fill_all(write: Callable[[str, Tensor], None]) -> None:
-        fill(lambda name, values: name == hf_folder.HEAD or write(name, values))
-        write("score.weight", torch.zeros(model.score.weight.shape))
-
-    return model, fill_all
+    own = ((name, values) for name, values in weights if name != hf_folder.HEAD)
+    return model, itertools.chain(own, [("score.weight", torch.zeros(model.score.weight.shape))])
 
 
-class RewardFolder(checkpoint.WholeModel):
+class RewardFolder(WholeModel):
     """The saver: a folder as `checkpoint.save_model` writes it, with transformers' other class named."""
 
     def save(self, folder: Path, model: RewardModel, tokenizer, about: dict, weights: dict[str, Tensor]) -> None:
@@ -74,8 +72,8 @@ class RewardFolder(checkpoint.WholeModel):
         files.write_json(path, files.read_json(path) | own)
 
 
-def open_reward(folder: Path) -> tuple[RewardModel, Callable]:
-    """A reward model's folder, as `checkpoint.open_model` opens those of others.
+def open_reward(folder: Path) -> tuple[RewardModel, Iterable[tuple[str, Tensor]]]:
+    """A reward model's folder: the model on the meta device, and its weights.
 
     Raises:
         UserError: another kind of model, damaged files.
@@ -84,16 +82,11 @@ def open_reward(folder: Path) -> tuple[RewardModel, Callable]:
     if named != [ARCHITECTURE]:
         raise UserError(f"{folder}: not a reward model but {named}", "python reward.py makes one")
     with torch.device("meta"):
-        model = RewardModel(hf_config.load_config(folder))
+        model = RewardModel(hf_config.read_config(folder / "config.json"))
     path = folder / RewardFolder.file
     found = hf_folder.load_tensors(path)
     hf_folder.check_tensors(path, found, model.state_dict())
-
-    def fill(write: Callable[[str, Tensor], None]) -> None:
-        for name, values in found.items():
-            write(name, values)
-
-    return model, fill
+    return model, found.items()
 
 
 def differences(model: nn.Module, batch: PairBatch) -> Tensor:

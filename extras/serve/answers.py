@@ -11,7 +11,34 @@ import secrets
 import time
 from typing import NamedTuple
 
-from extras.serve.fields import Refused
+
+class Refused(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP.
+        message: for people; nothing of the server's insides, at most a short piece of what was sent.
+        param: the field at fault.
+        code: for programs, in OpenAI's words.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
+
+
+def too_long(name: str, size: int | str, context: int) -> Refused:
+    """A prompt of more tokens than the model has positions."""
+    what = f"the prompt has {size} tokens, the context of this model {context}"
+    return Refused(400, what, name, "context_length_exceeded")
 
 
 class Said(NamedTuple):

@@ -1,6 +1,12 @@
-"""Routes, who may ask, and one request from its body to its answer.
+"""A model behind HTTP, spoken to as OpenAI's API: routes, who may ask, and one request from its body to its answer.
 
-In:  ASGI. Out: JSON, events, and the three files of the chat page.
+    schema.py    a request's JSON -> what is asked for: pydantic models of both endpoints
+    worker.py    the one thread that owns the model: texts of all requests are continued together
+    answers.py   what the model says -> OpenAI's JSON, whole or as server-sent events
+    app.py       this file
+    wire.py      the socket: deadlines, limits, what is no HTTP, the end
+
+In:  ASGI. Out: JSON, events, and the three files of the chat page. Needs starlette, uvicorn and pydantic.
 Knows the worker's queue; no sockets. The URL never reaches the file system: a route is a key of a dict.
 """
 
@@ -11,14 +17,13 @@ import re
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
-import tokenizer
-from extras.serve import fields
-from extras.serve.answers import ChatAnswer, Said, TextAnswer, error, event
-from extras.serve.fields import Asked, Refused
+from extras.serve.answers import ChatAnswer, Refused, Said, TextAnswer, error, event, too_long
 from extras.serve.worker import Full, Inbox, Job, Worker, logged
+from tokenizer import TokenizerError
 
 MAX_BODY_BYTES = 1 << 20
 BODY_S = 30.0  # from the head of a request to the end of its body
@@ -62,21 +67,26 @@ class App:
     def __init__(self, worker: Worker, name: str, host: str, key: str = "", names: tuple[str, ...] = ()):
         from starlette.responses import JSONResponse, Response
 
-        self.worker, self.speaker, self.name, self.key = worker, worker.speaker, name, key
+        from extras.serve import schema
+
+        self.worker, self.generator, self.name, self.key = worker, worker.generator, name, key
         self.hosts = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host, *names}
         self.hosts = {host.lower() for host in self.hosts}
         # A page of another site can give its own name this machine's address, but no number.
         self.any_number = host in ("0.0.0.0", "::")
-        text = self.speaker.text
+        tokenizer = self.generator.tokenizer
+        limits = schema.Limits(name, tokenizer.vocab_size, worker.rows, worker.queue, worker.context)
+        self.read = partial(schema.read, limits=limits)
         # No token stands for more bytes of text than its entry has: what is far too long is refused unread.
-        self.longest = max(len(text.id_to_piece(id).encode()) for id in range(text.vocab_size))
+        self.longest = max(len(tokenizer.id_to_piece(id).encode()) for id in range(tokenizer.vocab_size))
+        # What /v1/models says, and the functions that answer.
         model = {
             "id": name,
             "object": "model",
             "created": int(time.time()),
             "owned_by": "local",
             "max_model_len": worker.context,
-            "chat": bool(self.speaker.chat_format),
+            "chat": bool(self.generator.chat_format),
         }
 
         def always(response):
@@ -95,6 +105,7 @@ class App:
         async def completion(request, send):
             await self._answer(request, send, chat=False)
 
+        # Each path that is answered, with its method; nothing else is.
         page = Path(__file__).parent / "page"
         self.routes = {
             path: ("GET", always(Response((page / file).read_bytes(), media_type=kind)))
@@ -127,6 +138,7 @@ class App:
         async def refuse(refused: Refused):
             await JSONResponse(error(refused), refused.status, refused.headers)(scope, receive, out)
 
+        # Whatever goes wrong ends as an answer, and each request as one line in the log.
         request = Request(scope, receive)
         try:
             await self._route(path, request)(request, out)
@@ -151,18 +163,21 @@ class App:
     def _route(self, path: str, request):
         """Who answers; `Refused` where the one who asks may not, or nobody does."""
         headers = request.headers
+        # For this server, and by no page of another: a browser runs pages of all kinds.
         host = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d*)?", headers.get("host", ""))
         if not host or not self._is_ours(host[1].lower()):
             raise Refused(403, "this server does not answer for that Host", None, "wrong_host")
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2].lower() != headers["host"].lower():
             raise Refused(403, "pages of other sites may not ask this server", None, "wrong_origin")
+        # By somebody who may.
         if self.key and path not in PAGE and path != "/health":
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if not hmac.compare_digest(key.strip().encode("latin-1"), self.key.encode()) or scheme.lower() != "bearer":
                 raise Refused(
                     401, "the API key is missing or wrong", None, "invalid_api_key", {"WWW-Authenticate": "Bearer"}
                 )
+        # A path, a method and a kind of body that somebody answers.
         if path not in self.routes:
             raise Refused(404, "there is nothing under this path", None, "not_found")
         method, answer = self.routes[path]
@@ -184,14 +199,12 @@ class App:
         """One request."""
         from starlette.responses import JSONResponse, StreamingResponse
 
-        if chat and not self.speaker.chat_format:
+        if chat and not self.generator.chat_format:
             raise Refused(
                 400, f"{self.name} is a base model: it continues texts, under /v1/completions", None, "no_chat_model"
             )
-        body, worker = await read_body(request), self.worker
-        asked = fields.read(
-            body, chat, self.name, self.speaker.text.vocab_size, worker.rows, worker.queue, worker.context
-        )
+        asked = self.read(await read_body(request), chat)
+        # A job for each prompt; all of them get into the queue or none.
         inbox = Inbox(asked.stream)
         jobs = [self._job(prompt, asked, k, chat, inbox) for k, prompt in enumerate(asked.prompts)]
         count = len(jobs) * asked.n
@@ -199,7 +212,7 @@ class App:
             self.name, asked.stream, asked.usage, asked.logprobs is not None, sum(len(job.prompt) for job in jobs)
         )
         try:
-            worker.submit(jobs)
+            self.worker.submit(jobs)
         except Full:
             raise Refused(503, "too many requests are waiting", None, "overloaded", {"Retry-After": "1"}) from None
         try:
@@ -217,22 +230,23 @@ class App:
                 response = JSONResponse(answer.whole(said, count))
             await response(request.scope, request.receive, send)
         finally:
-            worker.cancel(jobs)
+            self.worker.cancel(jobs)
 
-    def _job(self, prompt: str | list, asked: Asked, number: int, chat: bool, inbox: Inbox) -> Job:
+    def _job(self, prompt: str | list, asked, number: int, chat: bool, inbox: Inbox) -> Job:
+        """A prompt of a request (`schema.Asked`), ready for the worker."""
         context, name = self.worker.context, "messages" if chat else "prompt"
         texts = [message["content"] for message in prompt] if chat else [prompt] if isinstance(prompt, str) else []
         least = sum(len(text.encode()) for text in texts) // self.longest
         if least > context:
-            raise fields.too_long(name, f"at least {least}", context)
+            raise too_long(name, f"at least {least}", context)
         try:
-            ids = self.speaker.ids(prompt) if chat else prompt
-        except tokenizer.TokenizerError as e:
+            ids = self.generator.encode(prompt) if chat else prompt
+        except TokenizerError as e:
             raise Refused(400, f"{name}: {e}", name, "invalid_value") from None
         if isinstance(ids, str):
-            ids = self.speaker.text.encode(ids, bos=True)
+            ids = self.generator.tokenizer.encode(ids, bos=True)
         if len(ids) > context:
-            raise fields.too_long(name, len(ids), context)
+            raise too_long(name, len(ids), context)
         if not ids:
             raise Refused(400, "the prompt has no tokens", name, "invalid_value")
         room = context - len(ids) + 1  # the last token needs no position: nothing comes behind it

@@ -14,8 +14,7 @@ import socket
 import sys
 
 from core.errors import UserError
-from extras.serve.answers import error
-from extras.serve.fields import Refused
+from extras.serve.answers import Refused, error
 from extras.serve.worker import Worker
 
 HEAD_S = 10.0  # from a connection, or from the first byte of a further request, to the end of its head
@@ -33,12 +32,14 @@ def packages():
     """uvicorn, h11 and uvicorn's protocol class."""
     try:
         import h11
+        import pydantic  # noqa: F401  for the schema
         import starlette  # noqa: F401  for the application
         import uvicorn
         from uvicorn.protocols.http.h11_impl import H11Protocol
     except ImportError:
         raise UserError(
-            "the server needs the packages starlette, uvicorn and h11", "pip install -r requirements-serve.txt"
+            "the server needs the packages starlette, uvicorn, h11 and pydantic",
+            "pip install -r requirements-serve.txt",
         ) from None
     return uvicorn, h11, H11Protocol
 

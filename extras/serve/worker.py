@@ -1,7 +1,7 @@
 """The one thread that owns the model: texts of all requests are continued together, each step a token for each.
 
 In:  jobs, from the event loop. Out: what they said, back into it, one call for each step however many texts there are.
-Knows text and ids; no HTTP, no JSON.
+Knows text and ids; no HTTP, no JSON, nor how a batch computes (extras/decoding/batching.py).
 """
 
 import asyncio
@@ -13,9 +13,9 @@ import traceback
 from collections import deque
 from dataclasses import dataclass, field
 
-import tokenizer
-from core.generate import Batch, SamplingConfig, Text, Token
+from core.generate import SamplingConfig
 from extras.serve.answers import Said, Told
+from tokenizer import Tokenizer
 
 
 class Inbox:
@@ -46,7 +46,7 @@ class Job:
     """One prompt of a request and the n texts behind it.
 
     Attributes:
-        logprobs: as in `Asked`.
+        logprobs: as in `schema.Asked`.
         first: number of its first text among the request's.
         answer: a chat's: without white space around it, and not a continuation of the prompt's text.
         gone: nobody waits for it any more.
@@ -64,19 +64,24 @@ class Job:
 
 
 class Voice:
-    """The ids of one text into what may be given out of it."""
+    """The ids of one text into what may be given out of it.
 
-    def __init__(self, job: Job, index: int, text: tokenizer.Tokenizer, until):
-        self.job, self.index, self.text, self.until = job, index, text, until
-        self.decoder = text.stream()
+    Args:
+        index: which text of the request.
+        until: cuts it at the job's stop strings.
+    """
+
+    def __init__(self, job: Job, index: int, tokenizer: Tokenizer, until):
+        self.job, self.index, self.tokenizer, self.until = job, index, tokenizer, until
+        self.decoder = tokenizer.stream()
         for id in [] if job.answer else job.prompt:  # a continuation's first space is text
             self.decoder.push(id)
         self.made = self.length = self.given = 0  # ids; characters that came, and those that were given out
         self.space, self.begun = "", False  # an answer's white space that may turn out to be its end
         self.held: list[Told] = []  # tokens whose text was not given out yet
 
-    def take(self, token: Token) -> Said:
-        """What became certain with a token."""
+    def take(self, token) -> Said:
+        """What became certain with a token of the batch."""
         out, end = "", token.end
         if end != "stop":
             self.made += 1
@@ -106,7 +111,7 @@ class Voice:
 
     def _bytes(self, id: int) -> bytes:
         # Twice: a tokenizer may take a space off the beginning.
-        data = self.text.decode_bytes([id, id])
+        data = self.tokenizer.decode_bytes([id, id])
         return data[len(data) // 2 :]
 
 
@@ -118,16 +123,16 @@ class Worker:
     """Continuous batching: requests come and go between two steps.
 
     Args:
-        speaker: model, tokenizer and stop ids.
+        generator: model, tokenizer and stop ids, see assembly/inference.py.
         rows: texts at once.
         queue: jobs that may wait.
         context: positions of each text, prompt and answer.
     """
 
-    def __init__(self, speaker, rows: int, queue: int, context: int):
-        self.speaker, self.rows, self.queue, self.context = speaker, rows, queue, context
-        self.batch: Batch | None = self._fresh()
-        self.running: dict[Text, Voice] = {}
+    def __init__(self, generator, rows: int, queue: int, context: int):
+        self.generator, self.rows, self.queue, self.context = generator, rows, queue, context
+        self.batch = generator.new_batch(rows, context)  # None: a new one is needed
+        self.running = {}  # text of the batch -> Voice
         self.changed = threading.Condition()  # guards the three below; what is above is the thread's own
         self.waiting: deque[Job] = deque()
         self.busy = 0  # rows of jobs that left the queue
@@ -187,7 +192,8 @@ class Worker:
     def _turn(self, new: list[Job]) -> None:
         """One step: texts that nobody waits for leave, new ones come, every text gets a token."""
         if self.batch is None:
-            self.batch = self._fresh()
+            self.batch = self.generator.new_batch(self.rows, self.context)
+        # Who has left, who comes: each makes room, or takes it, before the step.
         for text, voice in [*self.running.items()]:
             if voice.job.gone:
                 self._leave(text)
@@ -196,9 +202,11 @@ class Worker:
                 with self.changed:
                     self.busy -= job.n
                 continue
-            texts = self.batch.add(job.prompt, job.sampling, self.speaker.stop_ids, job.n, job.logprobs or 0)
+            texts = self.batch.add(job.prompt, job.sampling, self.generator.stop_ids, job.n, job.logprobs or 0)
             for k, text in enumerate(texts):
-                self.running[text] = Voice(job, job.first + k, self.speaker.text, self.speaker.until_stop(job.stop))
+                until = self.generator.until(job.stop)
+                self.running[text] = Voice(job, job.first + k, self.generator.tokenizer, until)
+        # The step; what became certain in it goes to the event loop in one call.
         said = []
         for token in self.batch.step():
             voice = self.running[token.text]
@@ -209,10 +217,7 @@ class Worker:
                 said.append((voice.job.inbox, piece))
         self._deliver(said)
 
-    def _fresh(self) -> Batch:
-        return Batch(self.speaker.model, self.rows, self.context, self.speaker.compile)
-
-    def _leave(self, text: Text) -> None:
+    def _leave(self, text) -> None:
         self.batch.remove(text)
         with self.changed:
             del self.running[text]

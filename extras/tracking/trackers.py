@@ -21,23 +21,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from core import files
+from core.config import Section
 from core.errors import UserError
 
 PATIENCE_S = 60  # so long the end of a run waits for a tracker; its model is saved by then
 
 
 @dataclass(frozen=True)
-class TrackConfig:
-    tracker: str = ""  # tensorboard, swanlab, wandb, trackio: draw the curves there, too; "": metrics.jsonl only
+class TrackConfig(Section):
+    # Draw the curves there, too; "": metrics.jsonl only.
+    tracker: Literal["", "tensorboard", "swanlab", "wandb", "trackio"] = ""
     project: str = "language-model"  # swanlab, wandb, trackio: the runs that are shown together
     run_name: str = ""  # what the run is called there; "": as out_dir
-
-    def __post_init__(self):
-        if self.tracker and self.tracker not in BEGIN:
-            raise ValueError(f"tracker = {self.tracker!r}, must be one of {', '.join(BEGIN)}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The loop: equal results however the batch is cut, precision, guards, stops."""
+"""Promises of the loop: equal results however the batch is cut, precision, guards, stops."""
 
 import itertools
 import json
@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer
-from core.data import Batch
+from core import device
+from core.data import Batch, plan_step, step_rows
 from core.distributed import Ranks
 from core.errors import Diverged, Interrupted, UserError
-from core.generate import SamplingConfig, complete
-from core.loss import next_token_loss
+from core.generate import SamplingConfig, generate
 from core.optim import OptimConfig, learning_rate, make_optimizers
+from trainer import next_token_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
@@ -89,9 +90,7 @@ def test_gradient_is_the_same_for_1x4_4x1_micro_batches_and_two_ranks(tmp_path, 
     # The same gradient once more, by hand: the mean over all targets of the step.
     model = small_run.small_model()
     data = small_run.chat_rows() if rows == "chats" else small_run.bin_rows(tmp_path)
-    from core.data import batch, step_rows
-
-    whole = batch(data, step_rows(0, 4, len(data), seed=1))
+    whole = data.batch(step_rows(0, 4, len(data), seed=1))
     per_row = (whole.targets != -100).sum(dim=1)
     assert per_row.unique().numel() > 1, "the rows should differ in their number of targets"
     (next_token_loss(model, whole) / whole.count).backward()
@@ -127,26 +126,26 @@ def spoiled(at: int, value: float = math.inf):
     """A loss function that returns a non-finite loss on its `at`-th training call."""
     calls = 0
 
-    def loss_fn(model, batch: Batch):
+    def loss(model, batch: Batch):
         nonlocal calls
-        loss = next_token_loss(model, batch)
+        total = next_token_loss(model, batch)
         if torch.is_grad_enabled():
             calls += 1
             if calls == at:
-                return loss * value
-        return loss
+                return total * value
+        return total
 
-    return loss_fn
+    return loss
 
 
 def test_fp16_overflow_leaves_the_weights_alone_and_halves_the_scale(tmp_path):
     # Four micro-batches a step: the 9th call is the first of step 3.
-    small_run.run(tmp_path / "a" / "run", dtype="fp16", max_steps=3, loss_fn=spoiled(9), save_every=1, keep=3)
+    small_run.run(tmp_path / "a" / "run", dtype="fp16", max_steps=3, loss=spoiled(9), save_every=1, keep=3)
     before, after = weights(tmp_path / "a/run", 2), weights(tmp_path / "a/run", 3)
     assert all(torch.equal(before[k], after[k]) for k in before)
     scales = metrics(tmp_path / "a/run", "scale")
     assert scales[2] == scales[1] / 2
-    small_run.run(tmp_path / "b" / "run", dtype="fp16", max_steps=4, loss_fn=spoiled(9), save_every=1, keep=3)
+    small_run.run(tmp_path / "b" / "run", dtype="fp16", max_steps=4, loss=spoiled(9), save_every=1, keep=3)
     again = weights(tmp_path / "b/run", 4)
     assert any(not torch.equal(after[k], again[k]) for k in after), "the step after an overflow trains again"
 
@@ -158,7 +157,7 @@ def test_fp16_gives_up_after_twenty_overflows_in_a_row(tmp_path):
             dtype="fp16",
             max_steps=40,
             val=False,
-            loss_fn=lambda m, b: next_token_loss(m, b) * math.inf,
+            loss=lambda m, b: next_token_loss(m, b) * math.inf,
         )
     assert len(metrics(tmp_path / "run", "scale")) <= 20
 
@@ -168,7 +167,7 @@ def test_fp16_gives_up_after_twenty_overflows_in_a_row(tmp_path):
 def test_a_non_finite_loss_stops_with_the_rows_named_and_the_weights_untouched(tmp_path, value, dtype):
     model = small_run.small_model()
     with pytest.raises(Diverged, match=r"step 3: loss (inf|nan).*lr .*small.bin: tokens") as caught:
-        small_run.run(tmp_path / "run", model=model, dtype=dtype, loss_fn=spoiled(10, value), save_every=2)
+        small_run.run(tmp_path / "run", model=model, dtype=dtype, loss=spoiled(10, value), save_every=2)
     assert caught.value.exit_code == 3
     saved = weights(tmp_path / "run", 2)
     assert all(torch.equal(p, saved[n]) for n, p in model.named_parameters() if n in saved)
@@ -181,29 +180,27 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_one_that_can(tmp_path):
         small_run.run(tmp_path / "run", batch_tokens=100)
 
 
-class Rows:
-    """A hundred rows of 32."""
-
-    seq_len = 32
-
-    def __len__(self):
-        return 100
-
-
 @pytest.mark.parametrize(
     ("ranks", "micro_batch", "expected"),
     [
-        (1, 5, (10, 5, 2, 20)),
-        (2, 5, (10, 5, 1, 20)),
-        (1, 8, (10, 5, 2, 20)),
-        (1, 4, (10, 2, 5, 20)),
-        (5, 8, (10, 2, 1, 20)),
-        (10, 8, (10, 1, 1, 20)),
+        (1, 5, (10, 5, 2)),
+        (2, 5, (10, 5, 1)),
+        (1, 8, (10, 5, 2)),
+        (1, 4, (10, 2, 5)),
+        (5, 8, (10, 2, 1)),
+        (10, 8, (10, 1, 1)),
     ],
 )
-def test_epochs_become_steps_and_micro_batches_divide_them(ranks, micro_batch, expected):
-    cfg = trainer.TrainConfig(epochs=2, batch_tokens=320, micro_batch=micro_batch)
-    assert trainer.plan(cfg, Rows(), Ranks(0, ranks, torch.device("cpu"))) == expected
+def test_micro_batches_divide_a_step_among_the_ranks(ranks, micro_batch, expected):
+    assert plan_step(320, micro_batch, 32, ranks) == expected
+
+
+@pytest.mark.parametrize("micro_batch", [5, 8, 4])
+def test_epochs_become_steps(tmp_path, micro_batch):
+    rows = len(small_run.bin_rows(tmp_path))
+    options = {"batch_tokens": 32 * small_run.SEQ_LEN, "micro_batch": micro_batch, "save_every": 99, "val": False}
+    small_run.run(tmp_path / "run", max_steps=0, epochs=2, eval_every=99, **options)
+    assert len(metrics(tmp_path / "run")) == round(2 * rows / 32) > 10
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path):
@@ -215,9 +212,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path):
 
 def test_metrics_hold_the_learning_rate_of_every_step_and_the_best_model_is_published(tmp_path):
     seen = []
-    small_run.run(tmp_path / "run", max_steps=10, samples=lambda m: seen.append(m.training) or "a sample")
-    from core.optim import OptimConfig
-
+    small_run.run(tmp_path / "run", max_steps=10, sample=lambda m: seen.append(m.training) or "a sample")
     optim = OptimConfig(lr=3e-3, min_lr=3e-3 / 10, warmup_steps=2)
     assert metrics(tmp_path / "run", "lr") == [learning_rate(s, 10, optim) for s in range(10)]
     about = json.loads((tmp_path / "run/run.json").read_text())
@@ -286,12 +281,12 @@ def test_compiled_training_reaches_the_losses_of_eager_with_one_graph_for_all_bl
     from torch._dynamo.utils import counters
 
     def sample(model):
-        return str([complete(model, [[1] * n], SamplingConfig(max_new_tokens=3), set()) for n in (3, 5)])
+        return str([list(generate(model, [1] * n, SamplingConfig(max_new_tokens=3), set())) for n in (3, 5)])
 
-    small_run.run(tmp_path / "eager", max_steps=4, samples=sample)
+    small_run.run(tmp_path / "eager", max_steps=4, sample=sample)
     torch._dynamo.reset()
     counters.clear()
-    model = small_run.run(tmp_path / "compiled", max_steps=4, samples=sample, compile=True)
+    model = small_run.run(tmp_path / "compiled", max_steps=4, sample=sample, compile=True)
     assert metrics(tmp_path / "compiled") == pytest.approx(metrics(tmp_path / "eager"), rel=1e-5)
     assert counters["stats"]["unique_graphs"] == 2, "one for training, one for validation"
     assert not counters["graph_break"]
@@ -351,11 +346,11 @@ def test_traced_steps_leave_files_and_change_nothing(tmp_path, capsys):
 
 def test_a_log_line_says_loss_validation_rate_norm_speed_share_memory_and_time_left(tmp_path, monkeypatch):
     """The share is of a measured product; here the product is said to be twice as fast as the steps are."""
-    flops = small_run.small_model().flops_per_token(small_run.SEQ_LEN)
+    flops = device.flops_per_token(small_run.small_model(), small_run.SEQ_LEN)
     monkeypatch.setattr(
         trainer.time, "monotonic", partial(next, itertools.count(step=0.5))
     )  # each look half a second later
-    monkeypatch.setattr(trainer.speed, "matmul_peak", lambda device, dtype: 2 * flops * 8 * small_run.SEQ_LEN / 0.5)
+    monkeypatch.setattr(device, "matmul_peak", lambda device, dtype: 2 * flops * 8 * small_run.SEQ_LEN / 0.5)
     small_run.run(tmp_path / "run", max_steps=40)
     lines = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if line.startswith("step 6/40 loss")]
     value = metrics(tmp_path / "run", "val_loss")[0]

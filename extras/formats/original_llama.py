@@ -1,28 +1,28 @@
-"""Doors to other programs: what the formats of other Llama programs ask for alike.
+"""A Llama as Meta's original code has it, which llama.cpp and llama2.c follow: what their formats ask for alike.
 
-    gguf_file.py   llama.cpp and Ollama
-    llama2c.py     llama2.c, both ways
-
-In:  weights and a tokenizer. Out: weights in the interleaved layout, and a vocabulary that merging pairs explains.
-Knows no file format.
+In:  a model folder, weights, a tokenizer. Out: weights in the interleaved layout, and a vocabulary that merging pairs
+explains.
+Knows no file format: gguf_file.py and llama2c.py do.
 """
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-import tokenizer
 from core import hf_folder
 from core.errors import UserError
 from model import Llama
 from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
 from tokenizer.sentencepiece_model import BPE, SPACE, UNUSED, USER_DEFINED, Piece
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
     """Reorder the rows of q or k, so that RoPE turns the pairs (2i, 2i + 1) of a head, not (i, i + D/2).
 
-    Both other programs follow Meta's code in this; our files follow transformers. The scores are the same, as q and k
+    llama.cpp and llama2.c have it so, our files are as transformers has it. The scores are the same, because q and k
     are reordered alike.
 
     Args:
@@ -40,32 +40,40 @@ def half_split(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def open_folder(path: str | Path) -> tuple[Path, Llama, Tokenizer]:
-    """The folder with a run's weights, its model in fp32 and its tokenizer, which belong together."""
+def load_folder(path: str, open_model: Callable[..., hf_folder.Opened]) -> tuple[Path, Llama, Tokenizer]:
+    """The folder with a run's weights, its model in fp32 and its tokenizer, which belong together.
+
+    Args:
+        open_model: folder -> what is in it, whatever its family.
+    """
     folder = hf_folder.model_folder(path)
-    text, model = tokenizer.load(folder), hf_folder.load_model(folder)
-    kind, rope = model.config.model_type, model.config.rope_type
+    tokenizer, opened = load_tokenizer(folder), open_model(folder)
+    config = {"model_type": "llama", "rope_type": "default"} | dataclasses.asdict(opened.model.config)
+    kind, rope = config["model_type"], config["rope_type"]
     if (kind, rope) != ("llama", "default"):
         raise UserError(
             f"{folder}: {kind} with rope_type {rope}, only plain Llama models are written for others",
             "transformers reads the folder as it is, llama.cpp's own converter too",
         )
-    hf_folder.check_tokenizer(folder, model, text)
-    return folder, model, text
+    model = hf_folder.build(opened.model, opened.weights)
+    hf_folder.check_tokenizer(folder, model, tokenizer)
+    return folder, model, tokenizer
 
 
-def vocabulary(text: Tokenizer, size: int) -> list[Piece]:
+def vocabulary(tokenizer: Tokenizer, size: int) -> list[Piece]:
     """The pieces of a tokenizer, id = place in the list.
 
     Args:
-        text: a BPE of sentencepiece that changes no text: the other programs know its merging of pairs, nothing else.
+        tokenizer: a BPE of sentencepiece that changes no text: the other programs merge pairs and know nothing else.
         size: of the model's embedding. Rows that no text can name get unused pieces.
     Raises:
         UserError: the other programs would give other ids.
     """
-    model = text.model
+    model = tokenizer.model
     if model is None:
-        raise UserError(f"{text.path}: not a sentencepiece model", "llama.cpp and llama2.c need a tokenizer.model here")
+        raise UserError(
+            f"{tokenizer.path}: not a sentencepiece model", "llama.cpp and llama2.c need a tokenizer.model here"
+        )
     problems = {
         "it is no BPE": model.model_type != BPE,
         "its normaliser changes texts": model.charsmap or model.remove_extra_whitespaces,
@@ -75,6 +83,6 @@ def vocabulary(text: Tokenizer, size: int) -> list[Piece]:
     }
     for problem, there in problems.items():
         if there:
-            raise UserError(f"{text.path}: {problem}: llama.cpp and llama2.c would read texts otherwise")
+            raise UserError(f"{tokenizer.path}: {problem}: llama.cpp and llama2.c would read texts otherwise")
     # sentencepiece writes a space as SPACE, so no piece of it has a plain one: these names are free.
     return [*model.pieces, *(Piece(f"<padding {i}>", 0.0, UNUSED) for i in range(len(model.pieces), size))]
