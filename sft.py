@@ -51,7 +51,7 @@ def main() -> None:
     model, tokenizer = base.model, base.tokenizer
 
     # Rows of chats: ids and mask are born together, so that only answers have a loss.
-    seq_len = cfg.chat.seq_len or model.config.max_position_embeddings
+    seq_len = cfg.chat.seq_len or base.context or model.config.max_position_embeddings
     rows, lines = chat_rows(cfg.chat.train, tokenizer, cfg.chat, seq_len)
     if cfg.chat.show_mask:
         for ids, mask, where in rows.samples[: cfg.chat.show_mask]:
@@ -72,6 +72,7 @@ def main() -> None:
 
 def answer(model: Llama, tokenizer: Tokenizer, cfg: ChatConfig) -> str:
     """What the model answers to cfg.prompt, each time the most likely token."""
+    # Rendered as the training chats are, up to where the assistant begins to speak.
     messages = [{"role": "user", "content": cfg.prompt}]
     ids, _ = chat.render(messages, tokenizer, cfg.chat_format, generation=True)
     greedy, ends = SamplingConfig(max_new_tokens=60, temperature=0), chat.end_ids(tokenizer, cfg.chat_format)

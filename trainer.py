@@ -68,7 +68,7 @@ class TrainConfig(Section):
     profile: Annotated[int, Range(least=0)] = 0
     # So long a rank waits for one that hangs; more than the slowest save or validation takes.
     timeout_s: Annotated[int, Range(least=1)] = 600
-    stop_at_spike: bool = False  # end, as for NaN, where a loss stands out from the steps before; else it is only told
+    stop_at_spike: bool = False  # end the run when a loss is far above the last 128; false: only a warning
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,7 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
     if options.profile and max_steps - state.step < options.profile + 3:
         left = f"{max_steps - state.step} are left"
         raise UserError(f"profile = {options.profile} needs {options.profile + 3} steps, {left}")
+    # A bar on the terminal; log.txt and metrics.jsonl have the same numbers for later.
     log.progress(max_steps, state.step)
     # Products run in dtype, everything else in fp32: so weights lose nothing by small updates.
     autocast = torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
@@ -258,6 +259,7 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
             state.rows_seen += per_step
             step_done()
 
+            # One record a step, for people and for programs.
             record = {"step": state.step, "loss": mean, "lr": lr, "grad_norm": norm, "targets": int(targets)}
             record |= {"tokens": options.batch_tokens, "seconds": round(time.monotonic() - began, 6)}
             record |= {"scale": scaler.scale} if scaler else {}

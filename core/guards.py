@@ -48,6 +48,7 @@ class Spikes:
         self.recent: deque[float] = deque(maxlen=128)
 
     def see(self, step: int, loss: float) -> None:
+        # Before 128 losses are known nothing is usual, and nothing stands out.
         recent = self.recent
         # With fewer losses one knows too little: at the beginning they fall steeply.
         if len(recent) == recent.maxlen:

@@ -45,6 +45,7 @@ def validate(task, options, strategy: Strategy, autocast, log: Log, state: State
             facts["val_loss_by_source"] = {name: plain(mean) for name, mean in means.items()}
         log.metrics(facts)
     # A number says little about a text: a sample shows it.
+    # A sample says more to people than a loss.
     if task.sample:
         strategy.model.eval()
         log(strategy.sample(task.sample))

@@ -157,6 +157,10 @@ def test_a_base_is_brought_further_by_pretraining_and_its_adapter_says_so(tmp_pa
     # the whole model instead of an adapter; and what cannot be
     run(pretrain, monkeypatch, *words, "--optimizer", "adamw", "--out_dir", "out/whole")
     assert read_config("out/whole").rope_factor == 4.0
+    # dynamic scaling leaves the number of positions in the config as it is, and trains on more all the same
+    run(pretrain, monkeypatch, *words, "--scaling", "dynamic", "--optimizer", "adamw", "--out_dir", "out/dynamic")
+    assert read_config("out/dynamic").max_position_embeddings == 16
+    assert " rows x 64 positions = " in Path("out/dynamic/log.txt").read_text()
     for bad, says in (
         (["--context", "32"], "cannot be resumed"),
         (["--init_from", "out/whole"], "rope_type linear"),

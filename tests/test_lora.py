@@ -581,4 +581,4 @@ def test_each_source_has_its_own_validation_loss_beside_that_of_all(place):
     mean = (targets[0] * parts["a.jsonl"] + targets[1] * parts["b.jsonl"]) / sum(targets)
     assert found["both"]["val_loss"] == pytest.approx(mean, rel=1e-5)
     assert "val_loss_by_source" not in found["a"]
-    refused(lambda: train("--val", "a.jsonl", "./a.jsonl"), "the same file stands twice")
+    refused(lambda: train("--val", "a.jsonl", "./a.jsonl"), "the same file is given twice")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from core.size import num_parameters
 from safetensors.torch import load_file
 from test_lora import ADAPTER, launch, logits, place, refused, train, with_adapter  # noqa: F401
 from test_trainer import metrics
@@ -19,7 +20,6 @@ from core.distributed import Ranks
 from core.memory import save_memory
 from core.optim import OptimConfig, make_optimizers
 from core.parallel import Strategy
-from core.size import num_parameters
 from extras.estimate import memory
 from extras.finetune import lora, nf4
 from extras.finetune.lora import LoraConfig, LoraLinear
