@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -85,6 +86,20 @@ def test_streaming_waits_for_a_whole_character(small):
 def test_continued_text_joins_without_a_space(tok, first, second):
     if first:
         assert tok.decode(tok.encode(first) + tok.encode(second, continues=True)) == first + second
+
+
+@pytest.mark.parametrize("name", ["small_with_prefix", "chatglm2-6b.tokenizer.model", "llama2-32k.tokenizer.model"])
+def test_continued_text_has_the_ids_of_the_model_rewritten_without_its_prefix(name, request):
+    tok = request.getfixturevalue(name) if name == "small_with_prefix" else load(real_model(name))
+    normalizer = (*(f for f in tok.model.normalizer if f[0] != 3), (3, 0, 0))
+    rewritten = write_model(change(tok.model, normalizer=normalizer))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=rewritten)
+    texts = [text for text in (HARD + BOOK if name == "small_with_prefix" else real_texts(2000)) if SPACE not in text]
+    ids = processor.encode(texts)
+    for continuing in (tok, pickle.loads(pickle.dumps(tok))):
+        assert [continuing.encode(text, continues=True) for text in texts] == ids
+    assert ids != [tok.encode(text) for text in texts]
+    assert tok._backend._continuing.serialized_model_proto() == processor.serialized_model_proto()
 
 
 def test_special_token_text_is_plain_text(tok):
