@@ -75,8 +75,11 @@ def theirs(folder: Path, options: list[str], threads: int) -> tuple[Callable, in
     class First:
         """Streamer: what is told with the prompt, and then with each id."""
 
+        def __init__(self):
+            self.at = []
+
         def put(self, value):
-            self.at = [*getattr(self, "at", []), time.perf_counter()]
+            self.at.append(time.perf_counter())
 
         def end(self):
             pass
