@@ -67,6 +67,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        # Four products without biases. Keys and values may have fewer heads than queries: a smaller cache.
         c, d = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, d
         self.q_proj = nn.Linear(c, config.num_attention_heads * d, bias=False)
@@ -175,6 +176,7 @@ class Llama(nn.Module):
 
     def hidden(self, ids: Tensor, docs: Tensor | None = None, cache=None) -> Tensor:
         """What the head reads: (B, T, C). Arguments as in `forward`."""
+        # Positions and mask are the same for every block: they are made once.
         context = self.context(ids, docs, cache)
         x = self.model.embed_tokens(ids)  # (B, T, C)
         for block in self.model.layers:
@@ -191,6 +193,7 @@ class Llama(nn.Module):
         """(name, values) of each weight: Normal(0, 0.02), norms one. What writes into the residual stream (o_proj and
         down_proj) is divided by sqrt(2 layers), GPT-2's recipe, so that its variance does not grow with depth.
         """
+        # Drawn on the CPU: the same weights on every device.
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -204,6 +207,7 @@ def positions_and_mask(ids: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor
     index = torch.arange(ids.shape[1], device=ids.device)
     if docs is None:
         return index[None], None
+    # A token sees what stands before it in its own document; positions count from the document's beginning.
     begins = F.pad(docs[:, 1:] != docs[:, :-1], (1, 0), value=True)  # (B, T): a document begins here
     start = torch.where(begins, index, 0).cummax(dim=1).values  # (B, T): index of its first token
     same = docs[:, :, None] == docs[:, None, :]  # (B, T, T)

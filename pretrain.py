@@ -54,7 +54,7 @@ def main() -> None:
     intro = (describe(model), *base.intro)
 
     # Rows of the bins: consecutive windows of the text.
-    seq_len = cfg.data.seq_len or model.config.max_position_embeddings
+    seq_len = cfg.data.seq_len or base.context or model.config.max_position_embeddings
     rows = open_train_rows(cfg.data, seq_len, base)
     val_rows = {cfg.data.val: open_rows(cfg.data.val, cfg.data, seq_len, base, tail=True)} if cfg.data.val else {}
 
@@ -77,6 +77,7 @@ def open_model(cfg) -> training.Base:
 
 def open_train_rows(cfg: DataConfig, seq_len: int, base: training.Base) -> Rows:
     """Rows of one bin, or of several together."""
+    # A lone bin needs no shares; several, or one with a share behind a colon, are the mixture's affair.
     if len(cfg.train) == 1 and ":" not in cfg.train[0]:
         return open_rows(cfg.train[0], cfg, seq_len, base)
     from extras.mixture.mix import MixedRows, parse_mix
@@ -88,6 +89,7 @@ def open_train_rows(cfg: DataConfig, seq_len: int, base: training.Base) -> Rows:
 
 def open_rows(path: str, cfg: DataConfig, seq_len: int, base: training.Base, tail: bool = False) -> BinRows:
     """Rows of a bin, which is checked against the tokenizer and the model's vocabulary."""
+    # The bin's .json says which tokenizer made it: another one's ids would train nonsense.
     bin = TokenBin(path, base.model.config.vocab_size, base.tokenizer.sha256, trust=cfg.trust)
     if cfg.verify:
         bin.verify()
@@ -96,6 +98,7 @@ def open_rows(path: str, cfg: DataConfig, seq_len: int, base: training.Base, tai
 
 def continue_text(model: Llama, tokenizer: Tokenizer, prompt: str) -> str:
     """How the model goes on after the prompt, 60 tokens, each time the most likely one."""
+    # Greedy: what changes from one validation to the next is the model, not the dice.
     ids = tokenizer.encode(prompt, bos=True)
     greedy = SamplingConfig(max_new_tokens=60, temperature=0)
     return tokenizer.decode(ids + list(generate(model, ids, greedy, {tokenizer.eos_id})))

@@ -78,6 +78,7 @@ def stream(generator: Generator, prompt: str | list[dict], cfg, shelf=None) -> s
     # A continuation reads on from its prompt, an answer stands alone.
     if not generator.chat_format:
         print(prompt, end="")
+    # Piece by piece, so that a reader need not wait for the whole text.
     said = ""
     for piece in write(generator, ids, cfg):
         # Some formats put a space between the role's name and the answer.
@@ -91,6 +92,7 @@ def stream(generator: Generator, prompt: str | list[dict], cfg, shelf=None) -> s
 def write(generator: Generator, ids: list[int], cfg) -> Iterator[str]:
     """The text behind a prompt in pieces, each as soon as it is certain: never half a character."""
 
+    # A character may be spread over several ids: the decoder gives it out when it is whole.
     def pieces() -> Iterator[str]:
         decoder = generator.decoder(ids)
         yield from (decoder.push(id) for id in write_ids(generator, ids, cfg.sampling))

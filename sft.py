@@ -51,7 +51,7 @@ def main() -> None:
     model, tokenizer = base.model, base.tokenizer
 
     # Rows of chats: ids and mask are born together, so that only answers have a loss.
-    seq_len = cfg.chat.seq_len or model.config.max_position_embeddings
+    seq_len = cfg.chat.seq_len or base.context or model.config.max_position_embeddings
     rows, lines = chat_rows(cfg.chat.train, tokenizer, cfg.chat, seq_len)
     if cfg.chat.show_mask:
         for ids, mask, where in rows.samples[: cfg.chat.show_mask]:

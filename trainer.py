@@ -68,7 +68,7 @@ class TrainConfig(Section):
     profile: Annotated[int, Range(least=0)] = 0
     # So long a rank waits for one that hangs; more than the slowest save or validation takes.
     timeout_s: Annotated[int, Range(least=1)] = 600
-    stop_at_spike: bool = False  # end, as for NaN, where a loss stands out from the steps before; else it is only told
+    stop_at_spike: bool = False  # end the run when a loss is far above the last 128; false: only a warning
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ def chat_rows(paths: Sequence[str], tokenizer: Tokenizer, cfg, seq_len: int) -> 
     }
     for where, messages in read_messages(paths):
         ids, mask = render(messages, tokenizer, cfg.chat_format, where, train_on=cfg.train_on)
+        # Limits of question and answer look at the last turn, where the chat's point usually is.
         sizes = [len(ids)]
         if question or answer:
             last = render(messages, tokenizer, cfg.chat_format, where, train_on="last")[1]
@@ -155,6 +156,7 @@ def name_some(found: Sequence[tuple[str, int]]) -> str:
 
 def mark_trained(tokenizer: Tokenizer, ids, mask) -> str:
     """A sample as text with its trained tokens between 【 and 】."""
+    # Neighbours of one kind are decoded together: a character may be spread over several ids.
     runs = groupby(zip(ids.tolist(), mask.tolist()), key=lambda pair: pair[1])
     texts = [(trained, tokenizer.decode([i for i, _ in run], skip_special=False)) for trained, run in runs]
     return "".join(f"【{part}】" if trained else part for trained, part in texts)

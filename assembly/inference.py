@@ -68,6 +68,7 @@ class Generator:
 
     def decoder(self, prompt_ids: list[int]):
         """Where new ids become text: the first space behind a prompt is text."""
+        # The decoder has to see the prompt: half a character at its end is completed by the first new id.
         decoder = self.tokenizer.stream()
         for token in prompt_ids:
             decoder.push(token)
@@ -108,6 +109,7 @@ class Generator:
 
     def describe_room(self, prompts: list[list[int]], sampling: SamplingConfig) -> str:
         """A note where the context, not max_new_tokens, will end texts, or on what of prompts is left out; else ""."""
+        # Nothing is cut in silence.
         longest = max(map(len, prompts))
         if sampling.truncate == "left":
             kept = (len(fit_prompt(ids, self.model, sampling)) for ids in prompts)
@@ -129,6 +131,7 @@ class Chat(Generator):
 
     def encode(self, prompt: str | list[dict]) -> list[int]:
         """Token ids of the messages to answer, or of one question."""
+        # The same function as in training writes the prompt, so that the model sees what it knows.
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return list(chat.render(messages, self.tokenizer, self.chat_format, generation=True)[0])
 
@@ -154,8 +157,10 @@ def open_generator(cfg: InferenceConfig) -> Generator:
     own = hf_folder.load_about(folder).get("chat_format")
     if adapter:
         own = hf_folder.load_about(adapter).get("chat_format", own)
+    # The tokenizer is in the folder, too: ids of another one would be noise to the model.
     tokenizer, model = load_tokenizer(folder), for_decoding(load_weights(folder, adapter, cfg)).eval()
     hf_folder.check_tokenizer(folder, model, tokenizer)
+    # A model answers in the format that it was trained on, unless the user knows better.
     chat_format = {"auto": own, "none": None}.get(cfg.chat_format, cfg.chat_format)
     name = Path(cfg.adapter or asked).name
     if not chat_format:
@@ -177,10 +182,12 @@ def load_weights(folder: Path, adapter: Path | None, cfg: InferenceConfig) -> Ll
     model, weights = attach(opened, adapter) if adapter else (opened.model, opened.weights)
     if cfg.quantize == "none":
         return hf_folder.build(model, weights, device, DTYPES[cfg.dtype])
+    # Weights become fewer bits one after another, so that the whole model in fp32 is never in memory.
     from extras.formats import quantize
 
     if not adapter:
         return quantize.build(model, weights, cfg.quantize, device)
+    # An adapter is added to the weights first: rounded weights could not take it up.
     from extras.finetune import lora
 
     return quantize.quantize(lora.merge(hf_folder.build(model, weights, device)), cfg.quantize)

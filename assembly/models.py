@@ -22,6 +22,7 @@ def open_model(folder: str | Path, allow_pickle: bool = False) -> Opened:
     Raises:
         UserError: missing or damaged files, an unknown family, weights that do not fit the config, NaN in weights.
     """
+    # What the lesson writes needs no wing. Everything else is asked of the one that knows other people's folders.
     folder = Path(folder)
     raw = _read_json(folder)
     plain = hf_config.is_plain_llama(raw) and not raw.get("quantization_config")
@@ -36,6 +37,7 @@ def load_model(
     folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, allow_pickle: bool = False
 ) -> Llama:
     """The model that a folder describes, with its weights in `dtype`; errors as `open_model`."""
+    # Weights are copied out of the files one after another, cast on the way.
     opened = open_model(folder, allow_pickle)
     return hf_folder.build(opened.model, opened.weights, device, dtype)
 

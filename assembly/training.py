@@ -65,6 +65,7 @@ class Base:
         about: plain data of its folder's run.json.
         intro: lines for the log.
         saver: how the trained model becomes files.
+        context: positions to train on, where its config says fewer; 0: as many as that says.
     """
 
     model: Llama
@@ -75,10 +76,12 @@ class Base:
     about: dict = dataclasses.field(default_factory=dict)
     intro: tuple[str, ...] = ()
     saver: WholeModel = dataclasses.field(default_factory=WholeModel)
+    context: int = 0
 
 
 def open_base(folder: str, allow_pickle: bool = False) -> Base:
     """A model folder to go on from, with its tokenizer."""
+    # A run that was cut short has no finished model: its newest whole checkpoint serves.
     path = hf_folder.model_folder(folder)
     tokenizer, opened = load_tokenizer(path), open_model(path, allow_pickle)
     hf_folder.check_tokenizer(path, opened.model, tokenizer)
@@ -114,17 +117,22 @@ def new_base(sizes: ModelConfig, kin, tokenizer: Tokenizer, seed: int) -> Base:
 
 def new_model(sizes: ModelConfig, kin, vocab_size: int) -> Llama:
     """A model on the meta device: shapes without memory."""
+    # On the meta device a model of any size takes no memory; the strategy gives it some where it will be trained.
     known = dataclasses.asdict(sizes) | {"vocab_size": vocab_size}
     with torch.device("meta"):
         if kin is None:
             return save_memory(Llama(ModelConfig(**known)))
         from extras.families.llama_kin import Kin, KinConfig
 
-        return save_memory(Kin(KinConfig(**known, **dataclasses.asdict(kin))))
+        try:
+            return save_memory(Kin(KinConfig(**known, **dataclasses.asdict(kin))))
+        except ValueError as e:
+            raise UserError(f"[kin] {e}") from None
 
 
 def adapt(base: Base, cfg) -> Base:
     """The base as the options [long] and [lora] want it: a longer context, small matrices beside its weights."""
+    # First the positions, then LoRA: its matrices stand beside the products of the model as it will be.
     changes = {}
     if cfg.long is not None:
         base, changes = reach_further(base, cfg.long)
@@ -147,7 +155,7 @@ def reach_further(base: Base, cfg) -> tuple[Base, dict]:
     model = llama_kin.change(base.model, changes) if changes else base.model
     model = longlora.shift(model) if cfg.shifted else model
     identity = {"long": changes | {"shifted": cfg.shifted}} if changes or cfg.shifted else {}
-    return replace(base, model=model, identity=base.identity | identity), changes
+    return replace(base, model=model, identity=base.identity | identity, context=cfg.context), changes
 
 
 # ---------------------------------------------------------------- the run
@@ -222,6 +230,7 @@ def tracking(cfg, options: dict, ranks: Ranks):
 
 def tracing(options: TrainConfig, ranks: Ranks):
     """log -> context of the steps, which are traced with --profile; it gives what to call after each step."""
+    # One rank is enough: all of them do the same work.
     if not options.profile or not ranks.first:
         return lambda log: nullcontext(lambda: None)
     from extras.estimate import profile

@@ -14,22 +14,22 @@ Prints a table of medians and, as its last line, the same as JSON.
 """
 
 import sys
-from pkgutil import resolve_name
 
+from bench import corpus_memory, decode, dedup, step_memory, storage, tokenize, train
 from bench.options import BenchConfig
 from core import config, errors
 from core.errors import UserError
 
 WAYS = {
-    "tokenize": "bench.tokenize:tokenize",
-    "dedup": "bench.dedup:deduplicate",
-    "memory": "bench.corpus_memory:memory",
-    "activations": "bench.step_memory:activations",
-    "finetune": "bench.step_memory:finetune",
-    "train": "bench.train:train",
-    "loader": "bench.storage:loader",
-    "saving": "bench.storage:saving",
-    "decode": "bench.decode:decode",
+    "tokenize": tokenize.tokenize,
+    "dedup": dedup.deduplicate,
+    "memory": corpus_memory.memory,
+    "activations": step_memory.activations,
+    "finetune": step_memory.finetune,
+    "train": train.train,
+    "loader": storage.loader,
+    "saving": storage.saving,
+    "decode": decode.decode,
 }
 
 
@@ -37,8 +37,7 @@ def main() -> None:
     words = sys.argv[1:2]
     if not words or words[0] not in WAYS:
         raise UserError(f"{' '.join(words) or 'nothing'} cannot be timed", f"python -m bench {' or '.join(WAYS)}")
-    cfg = config.load(__doc__, {"bench": BenchConfig}, sys.argv[2:])
-    resolve_name(WAYS[words[0]])(cfg.bench)
+    WAYS[words[0]](config.load(__doc__, {"bench": BenchConfig}, sys.argv[2:]).bench)
 
 
 if __name__ == "__main__":

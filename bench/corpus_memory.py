@@ -23,6 +23,7 @@ def memory(cfg: BenchConfig) -> None:
     short texts, with two workers each."""
     result = {}
     with tempfile.TemporaryDirectory(dir=".") as folder:
+        # Two files: large documents, one of them a gigabyte, and many short ones.
         large, short = Path(folder) / "large.jsonl", Path(folder) / "short.jsonl"
         texts = [json.dumps(line.rstrip("\n"), ensure_ascii=False) for line in open(cfg.input, encoding="utf-8")]  # noqa: SIM115
         with open(large, "w", encoding="utf-8") as f:
@@ -35,6 +36,7 @@ def memory(cfg: BenchConfig) -> None:
         with open(short, "w", encoding="utf-8") as f:
             for n in range(1_000_000):
                 f.write(json.dumps({"text": f"{n}：{rng.choice(texts)[:100]}"}, ensure_ascii=False) + "\n")
+        # The chain on each, in processes that the kernel counts.
         words = {large: ["clean", "tokenize", "--tokenizer", cfg.tokenizer], short: ["dedup"]}
         for path, command in words.items():
             began = time.monotonic()

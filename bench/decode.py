@@ -29,6 +29,7 @@ def decode(cfg: BenchConfig) -> None:
     found: dict[str, list[dict]] = {name: [] for name in cfg.contestants}
     rates = []
     with tempfile.TemporaryDirectory(dir=".") as folder:
+        # The same weights for all, in the file that each reads; each waits in a process of its own.
         model = fresh_model(sizes)
         hf_folder.save_model(Path(folder) / "model", model, tokenizer, {})
         processes = {}
@@ -40,6 +41,7 @@ def decode(cfg: BenchConfig) -> None:
             about = {"name": name, "path": str(path.resolve()), "prompt": prompt}
             processes[name] = start("bench.decoders", about | {"new": cfg.new_tokens, "threads": cfg.threads})
         del model
+        # The speed of memory is measured in the same rounds: it bounds all of them.
         for turn in range(cfg.rounds + 1):
             for name, process in processes.items():
                 found[name] += [ask(name, process)] * bool(turn)
@@ -48,6 +50,7 @@ def decode(cfg: BenchConfig) -> None:
     rate, first = statistics.median(rates), found[cfg.contestants[0]]
     result: dict = {"read_gb_per_s": round(rate, 1)}
     print(f"memory is read at {rate:.1f} GB/s; {cfg.prompt_tokens} + {cfg.new_tokens} tokens, {cfg.threads} threads")
+    # Ratios within a round: drift cancels there.
     for name, lines in found.items():
         rows = int(name.split("batch")[1].split("-")[0]) if "batch" in name else 1
         speeds = sorted(rows * cfg.new_tokens / line["seconds"] for line in lines)

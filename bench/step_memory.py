@@ -73,6 +73,7 @@ def finetune(cfg: BenchConfig) -> None:
     result = {}
     print(f"{cfg.rows} x {cfg.seq_len} tokens, {cfg.dtype}, gradient_checkpointing {cfg.gradient_checkpointing}")
     for way in ("full", "lora", "qlora"):
+        # A process for each: what one has freed would count for the next.
         work = Steps(
             asdict(read_sizes(cfg.model)),
             way=way,
@@ -113,6 +114,7 @@ def take(work: Steps) -> list[float]:
     sizes = ModelConfig(**work.sizes)
     with torch.device("meta"):
         model, plain = Llama(sizes), Llama(sizes)
+    # The model as the command would build it.
     weights = plain.weights_at_birth(0)
     if work.way != "full":
         options = lora.LoraConfig(r=8, quantize="nf4" if work.way == "qlora" else "")
@@ -122,6 +124,7 @@ def take(work: Steps) -> list[float]:
     Strategy(model, weights, TrainConfig(), Ranks(0, 1, torch.device("cpu")), DTYPES[work.dtype])
     optimizers, seconds = make_optimizers(model, OptimConfig(optimizer=work.optimizer)), []
     ids = torch.randint(0, sizes.vocab_size, (work.rows, work.seq_len))
+    # Its steps, without the log and the checks of the loop: neither takes memory.
     for _ in range(work.steps):
         began = time.perf_counter()
         for _ in range(work.micro_batches):

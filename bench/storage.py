@@ -68,6 +68,7 @@ class Four:
 def saving(cfg: BenchConfig) -> None:
     """Three checkpoints of a model with AdamW's moments, and three steps of the smallest useful kind beside them."""
     sizes, found = read_sizes(cfg.model), {}
+    # Moments exist after the first step.
     with torch.device("meta"):
         model = Llama(sizes)
     ranks = Ranks(0, 1, torch.device("cpu"))
@@ -78,6 +79,7 @@ def saving(cfg: BenchConfig) -> None:
         p.grad = torch.zeros_like(p)
     optimizers[0].step()
     model.zero_grad()
+    # What a save takes ...
     with tempfile.TemporaryDirectory(dir=".") as folder:
         run = Run(folder, {}, {}, None)
         for step in (1, 2, 3):
@@ -86,6 +88,7 @@ def saving(cfg: BenchConfig) -> None:
             found.setdefault("save_s", []).append(round(time.perf_counter() - began, 2))
         size = sum(path.stat().st_size for path in run.path(3).iterdir())
         run.close()
+    # ... and what a step takes.
     ids = torch.randint(0, sizes.vocab_size, (cfg.rows, cfg.seq_len + 1))
     setup = Setup(sizes, ids, DTYPES[cfg.dtype], cfg.compile, cfg.gradient_checkpointing, cfg.micro_batches)
     compete("ours", setup, steps := Four())

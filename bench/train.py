@@ -29,6 +29,7 @@ def train(cfg: BenchConfig) -> None:
         "checkpointing": cfg.gradient_checkpointing,
         "micro_batches": cfg.micro_batches,
     }
+    # A process for each, with the same settings of threads and allocator unless the options say otherwise.
     same = os.environ | KEEP_FREED
     plain = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # core/__init__.py set it
     processes = {
@@ -41,6 +42,7 @@ def train(cfg: BenchConfig) -> None:
     }
     seconds, losses = {peer: [] for peer in cfg.peers}, {}
     peaks = []  # GFLOP/s of a matrix product alone, in each round
+    # Two rounds are not counted: moments and compiled code are made in them.
     for turn in range(cfg.rounds + 2):
         for peer, process in processes.items():
             line = ask(peer, process)
@@ -48,6 +50,7 @@ def train(cfg: BenchConfig) -> None:
             if turn > 1:
                 seconds[peer].append(line["seconds"])
         peaks.append(product_rate(cfg.dtype))
+    # Ratios within a round, against the first contestant.
     tokens = cfg.rows * cfg.seq_len * cfg.micro_batches
     with torch.device("meta"):
         flops = flops_per_token(Llama(sizes), cfg.seq_len)

@@ -66,7 +66,7 @@ class BinWriter:
             source: the file they are from, to be counted by.
         """
         array = np.asarray(ids)
-        # numpy wraps around silently when an id does not fit the dtype.
+        # An id that does not fit the dtype would become another id: numpy wraps around in silence.
         assert array.size and array.min() >= 0 and array.max() < self.about["vocab_size"], "id outside the vocabulary"
         # Written in whole blocks, so that each has its hash.
         self._block += array.astype(self.dtype, copy=False).tobytes()

@@ -187,7 +187,7 @@ class Run:
         # A section of a wing is there only if something named it; what changes training is in the identity.
         for section, values in then.items():
             for key, value in values.items() if section in now else ():
-                new = now[section].get(key)
+                new = now[section].get(key, value)  # earlier versions had some of them elsewhere
                 if key not in ("resume", "log_every") and json.dumps(value) != json.dumps(new):
                     warn(f"resuming with another {section}.{key}: was {value!r}, now {new!r}")
 

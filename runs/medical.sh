@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Purpose: a model that answers medical questions, from your own files: vocabulary, base, chats, samples. What a model of
-#   six million parameters says is NO medical advice; the recipe is to be repeated with larger bases and more text.
+# Purpose: a model that answers medical questions, from your own files: vocabulary, base, chats, samples. The
+#   answers of a model with six million parameters are NO medical advice; repeat the recipe with larger bases and more text.
 # Hardware: 2 CPU cores, 3 GB of memory.  Time: 15 minutes: about a second for each of the 400 + 600 steps.
-# Data: texts are what data_process.py reads, in UTF-8 or GB18030, JSON with its text in "text" (others become that with
-#   data_process.py clean --input cmrc2018_dev.json --adapter cmrc2018 --out_dir data/cmrc); chats are questions with
+# Data: texts are files that data_process.py reads, in UTF-8 or GB18030; JSON has its text in "text" (convert others with
+#   data_process.py clean --input cmrc2018_dev.json --adapter cmrc2018 --out_dir data/cmrc). Chats are questions with
 #   answers in any of 20 formats:
 #   bash runs/medical.sh out/medical --texts books/*.txt data/cmrc/docs.jsonl --chats sft.jsonl questions.csv
-# Started again it goes on where it was. STEPS, SFT_STEPS, VOCAB, SIZES: in the environment.
+# The same command continues a stopped run. STEPS, SFT_STEPS, VOCAB and SIZES are environment variables.
 set -eu
 code=$(dirname "$0")/..
 usage="usage: bash runs/medical.sh OUT_DIR --texts FILE ... --chats FILE ..."
@@ -47,7 +47,7 @@ python "$code/pretrain.py" "$code/configs/demo.toml" --out_dir "$out/base" --tok
 python "$code/sft.py" "$code/configs/demo-sft.toml" --out_dir "$out/chat" --init_from "$out/base" --chat.train "$out/chats/train.jsonl" \
   --chat.val "$out/chats/val.jsonl" --batch_tokens 4096 --max_steps "${SFT_STEPS:-600}" --prompt ""
 
-echo "What follows is what a very small model says. It is no medical advice."
+echo "These are the answers of a very small model. They are no medical advice."
 printf '%s\n' "感冒了应该怎么办？" "高血压患者饮食上要注意什么？" "医生，我最近总是失眠，吃什么药好？" "小孩发烧39度怎么办？" \
   "糖尿病有哪些症状？" >"$out/questions.txt"
 python "$code/sample.py" --model "$out/chat" --prompts "$out/questions.txt" --temperature 0 --repetition_penalty 1.1 \

@@ -1,5 +1,6 @@
 """Run folders: resume bit for bit, damage, locks, foreign folders. Kills are in test_survival.py."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -103,6 +104,15 @@ def test_a_changed_learning_rate_is_told(tmp_path):
     small_run.run(tmp_path / "run", max_steps=2, val=False)
     small_run.run(tmp_path / "run", max_steps=3, lr=5e-3, val=False)
     assert "another optim.lr: was 0.003, now 0.005" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_an_option_that_an_earlier_version_had_in_another_section_is_not_told(tmp_path):
+    now, said = {"train": {"seed": 1}}, []
+    then = {"train": {"seed": 1, "of_old": False}, "gone": {"seed": 3}}
+    with contextlib.closing(checkpoint.Run(tmp_path / "run", {}, {"options": now}, None)) as run:
+        run._tell_options(then, said.append)
+        run._tell_options(then | {"train": {"seed": 2}}, said.append)
+    assert said == ["resuming with another train.seed: was 2, now 1"]
 
 
 def test_another_batch_size_goes_on_at_the_next_row(tmp_path):

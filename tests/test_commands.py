@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from assembly.chats import ChatRows
 from assembly.inference import InferenceConfig, open_generator
-from core import data, hf_folder
+from assembly.models import load_model
 from tokenizer import chat, load
 from tokenizer.train import train
 
@@ -377,7 +378,7 @@ def test_training_goes_on_from_init_from_at_its_loss(chain):
 @pytest.mark.parametrize("name", ["out/pretrain", "out/sft"])
 def test_transformers_loads_the_run_folders_with_equal_logits_and_ids(chain, name):
     transformers = pytest.importorskip("transformers")
-    ours, text = hf_folder.load_model(chain / name).eval(), load(chain / name)
+    ours, text = load_model(chain / name).eval(), load(chain / name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(chain / name, dtype=torch.float32).eval()
     their_text = transformers.AutoTokenizer.from_pretrained(chain / name)
     ids = text.encode("第12天，雪是白的。English, 臺灣 too", bos=True)
@@ -545,7 +546,7 @@ def test_too_long_chats_are_counted_and_named(chain, tmp_path):
     )
     assert "1 chats longer than 64 tokens left out" in said and "long.jsonl:19" in said
     with pytest.raises(AssertionError):
-        data.ChatRows([(list(range(80)), [1] * 80, "x")], 64, 2)
+        ChatRows([(list(range(80)), [1] * 80, "x")], 64, 2)
     # limits of their own for what is asked and what is answered, of the last answer where there are several
     words = "天火雪叶夜金木水" * 4  # each a token of its own, most of them
     turns = [(words[:30], "雪"), ("天", words[:30]), ("天", words[:3]), ("天", words[:12], "夜", "雪")]

@@ -1,5 +1,7 @@
 """Promises of `configs/`: each is accepted by its command, and its model has the size that its numbers say."""
 
+import dataclasses
+import pkgutil
 import tomllib
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from model import Llama, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "configs").glob("*.toml"))
+COMMANDS = (pretrain, sft, dpo, grpo, reward)
 VOCABULARY = 64_794  # where a config leaves it to the tokenizer: ChatGLM2's, the largest one in common use here
 
 each_config = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
@@ -44,17 +47,25 @@ def test_there_are_configs():
 @each_config
 def test_a_command_accepts_every_key_and_value(path, monkeypatch):
     written = tomllib.loads(path.read_text(encoding="utf-8"))
-    fitting = [
-        s
-        for s in (sections_of(c, monkeypatch) for c in (pretrain, sft, dpo, grpo, reward))
-        if written.keys() <= s.keys()
-    ]
+    fitting = [s for s in (sections_of(c, monkeypatch) for c in COMMANDS) if written.keys() <= s.keys()]
     assert fitting, f"no command has all of {list(written)}"
     resolved = config.as_dict(config.load("", fitting[0], [str(path)]))
     for section, keys in written.items():
         for key, value in keys.items():
             now = resolved[section][key]
             assert (list(now) if isinstance(now, tuple) else now) == value
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__)
+def test_no_key_of_a_wing_is_in_another_section(command, monkeypatch):
+    """What `--key` means would depend on whether something before it has named the wing."""
+    sections = sections_of(command, monkeypatch)
+    keys = {
+        name: {f.name for f in dataclasses.fields(pkgutil.resolve_name(s) if isinstance(s, str) else s)}
+        for name, s in sections.items()
+    }
+    wings = [name for name, s in sections.items() if isinstance(s, str)]
+    assert wings and not [(a, b) for a in wings for b in keys if a != b and keys[a] & keys[b]]
 
 
 @each_config

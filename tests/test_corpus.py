@@ -220,7 +220,7 @@ BAD_LINES = {
     b'["text"]': "a list, not an object",
     b'{"text": "x", "text": "y"}': "a key occurs twice",
     b'{"text": "\\ud800"}': "a lone surrogate",
-    b'{"text": "\xd6\xd0"}': "no text in this encoding",
+    b'{"text": "\xd6\xd0"}': "not text in this encoding",
     b'{"txet": "x"}': "no field text; there is txet",
     b'{"text": null}': "empty",
     b'{"text": "  "}': "empty",

@@ -558,3 +558,44 @@ def test_continued_pretraining_begins_at_the_loss_of_the_base(place, small, monk
     )
     first = json.loads(Path("out/more/metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "there"),
+    [
+        (["--model_type", "qwen3"], ["q_norm.weight"]),
+        (["--kin.model_type=qwen2"], ["q_proj.bias", "v_proj.bias"]),
+        (["--attention_bias"], ["o_proj.bias"]),
+        (["--rope_type", "yarn", "--rope_factor", "4", "--original_max_position_embeddings", "16"], []),
+    ],
+)
+def test_a_new_model_may_be_one_of_llamas_kin(place, small, monkeypatch, words, there):
+    place("llama")
+    sizes = [
+        "--hidden_size",
+        "32",
+        "--num_attention_heads",
+        "2",
+        "--intermediate_size",
+        "48",
+        "--num_hidden_layers",
+        "2",
+        "--dtype",
+        "fp32",
+    ]
+    data = ["--data.train", "text.bin", "--data.val", "", "--tokenizer", "base", "--prompt", "", "--seq_len", "32"]
+    words = [*sizes, "--max_position_embeddings", "64", *data, "--out_dir", "out/new", *words]
+    run(pretrain, monkeypatch, *words)
+    names = load_file("out/new/model.safetensors")
+    assert all(f"model.layers.1.self_attn.{name}" in names for name in there)
+    back = transformers.AutoModelForCausalLM.from_pretrained("out/new").eval()
+    with torch.no_grad():
+        close(load_model("out/new").eval()(ids_of(2, 20)), back(ids_of(2, 20)).logits)
+    run(pretrain, monkeypatch, *words, "--max_steps", "6")  # goes on from its checkpoint
+    assert "resumed from out/new/checkpoint-4" in Path("out/new/log.txt").read_text()
+    with pytest.raises(UserError, match="model was"):
+        run(pretrain, monkeypatch, *words, "--max_steps", "8", "--rope_type", "linear", "--rope_factor", "2")
+    with pytest.raises(UserError, match=r"rope_factor is 0\.5, must be from 1"):
+        run(pretrain, monkeypatch, *words, "--rope_type", "linear", "--rope_factor", "0.5")
+    with pytest.raises(UserError, match="model_type = 'qwen4', must be one of llama, qwen2, qwen3"):
+        run(pretrain, monkeypatch, *words, "--model_type", "qwen4")

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_run import newborn
 
 import export
 import pretrain
-from core import hf_config, hf_folder
+from assembly import training
+from assembly.inference import attach
+from assembly.models import open_model, read_config
+from core import hf_folder
 from core.bins import BinWriter
 from core.errors import UserError
-from extras.finetune import longlora, lora
+from core.memory import save_memory
 from extras.finetune.longlora import LongConfig
 from model import Llama, ModelConfig
 
@@ -30,11 +34,17 @@ SIZES = ModelConfig(
 )
 
 
+def reach(model, weights, **changes):
+    """A model on the meta device as a training command changes it, with its weights."""
+    base = training.Base(model, weights, None, Path("base"), {})
+    base, _ = training.reach_further(base, LongConfig(**changes))
+    return hf_folder.build(base.model, base.weights)
+
+
 def model_of(**changes):
-    model = Llama(SIZES)
-    model.init_weights(0)
-    longlora.begin(model, LongConfig(**changes), {})
-    return model
+    with torch.device("meta"):
+        model = save_memory(Llama(SIZES))
+    return reach(model, newborn(SIZES).state_dict().items(), **changes)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -75,7 +85,7 @@ def test_rows_that_do_not_divide_and_contexts_that_are_none_are_refused():
         model_of(context=16)
     scaled = model_of(context=64)
     with pytest.raises(UserError, match="rope_type linear"):
-        longlora.begin(scaled, LongConfig(context=128), {})
+        reach(scaled, [], context=128)
     for bad in ({"context": -1}, {"scaling": "none"}):
         with pytest.raises(ValueError):
             LongConfig(**bad)
@@ -97,8 +107,7 @@ def test_transformers_reads_the_longer_model_with_the_same_logits(tmp_path, scal
 def test_a_base_is_brought_further_by_pretraining_and_its_adapter_says_so(tmp_path, small, monkeypatch):
     transformers = pytest.importorskip("transformers")
     config = replace(SIZES, vocab_size=small.vocab_size)
-    base = Llama(config)
-    base.init_weights(0)
+    base = newborn(config)
     hf_folder.save_model(tmp_path / "base", base, small, {})
     with BinWriter(tmp_path / "text.bin", small.vocab_size, small.eos_id, small.sha256) as out:
         for n in range(40):
@@ -132,13 +141,13 @@ def test_a_base_is_brought_further_by_pretraining_and_its_adapter_says_so(tmp_pa
     trained = {name.removeprefix("base_model.model.").removesuffix(".weight") for name in values}
     assert {"model.embed_tokens", "model.norm", "model.layers.1.input_layernorm"} <= trained
     assert not torch.equal(values["base_model.model.model.norm.weight"], base.model.norm.weight)
-    model, fill, _ = lora.attach(*hf_folder.open_model("base"), "out/long", Path("base"))
+    model, weights = attach(open_model("base"), Path("out/long"))
     assert (model.config.rope_type, model.config.rope_factor, model.config.max_position_embeddings) == (
         "linear",
         4.0,
         64,
     )
-    tuned = hf_folder.build(model, fill).eval()
+    tuned = hf_folder.build(model, weights).eval()
     run(export, monkeypatch, "merge", "--adapter", "out/long", "--output", "merged")
     theirs = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
     ids = torch.randint(0, small.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
@@ -147,7 +156,11 @@ def test_a_base_is_brought_further_by_pretraining_and_its_adapter_says_so(tmp_pa
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     # the whole model instead of an adapter; and what cannot be
     run(pretrain, monkeypatch, *words, "--optimizer", "adamw", "--out_dir", "out/whole")
-    assert hf_config.load_config("out/whole").rope_factor == 4.0
+    assert read_config("out/whole").rope_factor == 4.0
+    # dynamic scaling leaves the number of positions in the config as it is, and trains on more all the same
+    run(pretrain, monkeypatch, *words, "--scaling", "dynamic", "--optimizer", "adamw", "--out_dir", "out/dynamic")
+    assert read_config("out/dynamic").max_position_embeddings == 16
+    assert " rows x 64 positions = " in Path("out/dynamic/log.txt").read_text()
     for bad, says in (
         (["--context", "32"], "cannot be resumed"),
         (["--init_from", "out/whole"], "rope_type linear"),

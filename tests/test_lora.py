@@ -7,23 +7,25 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import small_run
 import torch
 from safetensors.torch import load_file, save_file
-from test_engine import metrics
+from test_trainer import metrics
 
 import export
 import sft
 import tokenizer
 import trainer
-from assembly.inference import Speaker, SpeakerConfig
+from assembly.inference import InferenceConfig, attach, open_generator
+from assembly.models import load_model, open_model
 from core import hf_folder
+from core.data import seed_micro_batch
 from core.errors import UserError
 from core.optim import OptimConfig, make_optimizers
+from extras.families.llama_kin import KinConfig
 from extras.finetune import lora, nf4
 from extras.finetune.lora import LoraConfig, LoraLinear
 from model import Llama, ModelConfig
@@ -125,8 +127,7 @@ def export_main(*words: str) -> None:
 
 
 def with_adapter(adapter: Path | str, base: str = "base") -> Llama:
-    model, fill, _ = lora.attach(*hf_folder.open_model(base), adapter, Path(base))
-    return hf_folder.build(model, fill).eval()
+    return hf_folder.build(*attach(open_model(base), lora.find_adapter(adapter))).eval()
 
 
 @torch.no_grad()
@@ -155,7 +156,8 @@ def refused(action, *parts: str) -> None:
 
 @pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("layers.1.mlp.up_proj",), ("lm_head", "down_proj")])
 def test_logits_are_those_of_weights_with_the_products_added_number_by_number(tiny_config, make_model, targets):
-    config = replace(tiny_config, tie_word_embeddings="lm_head" not in targets, attention_bias=True)
+    config = replace(tiny_config, tie_word_embeddings="lm_head" not in targets)
+    config = KinConfig(**asdict(config), attention_bias=True)
     plain, cfg = make_model(config), LoraConfig(r=3, alpha=5.0, target_modules=targets)
     adapted = lora.apply(make_model(config), cfg)
     lively_adapter(adapted)
@@ -181,13 +183,14 @@ def test_logits_are_those_of_weights_with_the_products_added_number_by_number(ti
 
 def test_training_begins_at_the_base_from_numbers_that_only_the_seed_decides(place):
     def begun(seed, other=0):
-        model, fill = hf_folder.open_model(place / "base")
-        fill, _ = lora.begin(model, fill, LoraConfig(r=4), seed, place / "base")
+        opened = open_model(place / "base")
+        model = lora.apply(opened.model, LoraConfig(r=4))
+        weights = lora.weights_at_birth(model, opened.weights, seed)
         torch.manual_seed(other)  # which must not matter
-        return hf_folder.build(model, fill).eval()
+        return hf_folder.build(model, weights).eval()
 
     one, again, other = begun(1), begun(1, other=1), begun(2)
-    assert torch.equal(logits(one), logits(hf_folder.load_model(place / "base").eval()))
+    assert torch.equal(logits(one), logits(load_model(place / "base").eval()))
     a, b, c = ({n: p.detach() for n, p in m.named_parameters() if "lora_A" in n} for m in (one, again, other))
     assert len(a) == 14 and all(torch.equal(a[n], b[n]) and not torch.equal(a[n], c[n]) for n in a)
     first = a["model.layers.0.self_attn.q_proj.lora_A.weight"]
@@ -234,7 +237,7 @@ def test_dropout_zeroes_its_share_of_what_enters_a_and_scales_the_rest_only_whil
 def test_what_is_dropped_is_another_for_each_seed_step_and_micro_batch_whatever_came_before():
     def drawn(*place):
         seed, step, number = place
-        trainer.seeded_batch(small_run.chat_rows(), list(range(8)), 2, number, seed, step)
+        seed_micro_batch(seed, step, number)
         return torch.rand(4).tolist()
 
     places = [(seed, step, number) for seed in (1, 2) for step in (0, 1) for number in (0, 1, 3)]
@@ -263,7 +266,7 @@ def test_a_run_holds_the_adapter_only_and_its_base_is_untouched(place):
         config, about = (json.loads((folder / name).read_text()) for name in ("adapter_config.json", "run.json"))
         assert config["target_modules"] == BLOCKS and config["modules_to_save"] == ["model.norm"]
         assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (8, 16, "base")
-        assert about["base_sha256"] == hf_folder.weights_digest(place / "base") and about["chat_format"] == "bos"
+        assert about["base_sha256"] == open_model(place / "base").digest and about["chat_format"] == "bos"
         assert (folder / "tokenizer.model").read_bytes() == (place / "base/tokenizer.model").read_bytes()
     assert hf_folder.verify(out / "checkpoint-6") is None
     assert metrics(out)[-1] < metrics(out)[0]
@@ -332,13 +335,13 @@ def test_two_ranks_have_the_losses_of_one_process_and_its_files(place, way):
 
 def test_sample_answers_with_the_adapter_on_its_base(place, small):
     out = train("--lora.r", "16", "--max_steps", "3")
-    speaker = Speaker(SpeakerConfig(adapter=str(out), device="cpu"))
-    assert speaker.chat_format == "bos" and torch.equal(logits(speaker.model), logits(with_adapter(out)))
-    assert (logits(speaker.model) - logits(hf_folder.load_model("base").eval())).abs().max() > 0.01
+    generator = open_generator(InferenceConfig(adapter=str(out), device="cpu"))
+    assert generator.chat_format == "bos" and torch.equal(logits(generator.model), logits(with_adapter(out)))
+    assert (logits(generator.model) - logits(load_model("base").eval())).abs().max() > 0.01
     for name in (ADAPTER, "adapter_config.json"):  # a run cut short
         (out / name).unlink()
-    speaker = Speaker(SpeakerConfig(model="base", adapter=str(out), device="cpu"))
-    assert torch.equal(logits(speaker.model), logits(with_adapter(out / "checkpoint-3")))
+    generator = open_generator(InferenceConfig(model="base", adapter=str(out), device="cpu"))
+    assert torch.equal(logits(generator.model), logits(with_adapter(out / "checkpoint-3")))
 
 
 def test_a_run_goes_on_only_with_the_same_adapter_and_never_in_a_full_runs_folder(place):
@@ -376,8 +379,8 @@ def theirs(base: str):
     ],
 )
 def test_peft_and_we_read_an_adapter_with_the_logits_of_the_model_that_was_trained(place, monkeypatch, base, words):
-    kept, train_it = [], sft.engine.train
-    monkeypatch.setattr(sft.engine, "train", lambda model, *rest: (kept.append(model), train_it(model, *rest)))
+    kept, train_it = [], trainer.train
+    monkeypatch.setattr(trainer, "train", lambda task, *rest: (kept.append(task.model), train_it(task, *rest)))
     out = train("--init_from", base, "--alpha", "20", *words)
     trained = logits(kept[0].eval())
     with warnings.catch_warnings():
@@ -414,7 +417,7 @@ def test_adapters_of_peft_load_here_with_equal_logits_and_can_be_merged_once(pla
     scale = logits(model).abs().max()
     assert (logits(model) - logits(with_adapter("peft", base))).abs().max() <= 1e-5 * scale
     export_main("merge", "--model", base, "--adapter", "peft", "--output", "merged")
-    for merged in (hf_folder.load_model("merged").eval(), theirs("merged")):
+    for merged in (load_model("merged").eval(), theirs("merged")):
         assert (logits(model) - logits(merged)).abs().max() <= 1e-5 * scale
     refused(
         lambda: export_main("merge", "--model", "merged", "--adapter", "peft", "--output", "again"),
@@ -447,7 +450,7 @@ def test_a_merged_model_has_the_adapters_logits_and_is_not_merged_with_it_again(
     out = train("--modules_to_save", "norm")
     adapted = logits(with_adapter(out))
     export_main("merge", "--adapter", str(out), "--output", "merged")
-    for merged in (hf_folder.load_model("merged").eval(), theirs("merged")):
+    for merged in (load_model("merged").eval(), theirs("merged")):
         assert (logits(merged) - adapted).abs().max() <= 1e-5 * adapted.abs().max()
     assert hf_folder.load_about("merged")["chat_format"] == "bos"
     assert (place / "merged/tokenizer.model").read_bytes() == (place / "base/tokenizer.model").read_bytes()
@@ -461,13 +464,13 @@ def test_a_merged_model_has_the_adapters_logits_and_is_not_merged_with_it_again(
 
 def test_an_adapter_for_another_base_is_refused_with_both_hashes(place):
     out = train("--max_steps", "2")
-    digests = [hf_folder.weights_digest(place / name)[:12] for name in ("base", "other")]
+    digests = [open_model(place / name).digest[:12] for name in ("base", "other")]
     refused(lambda: with_adapter(out, "other"), *digests)
     refused(lambda: export_main("merge", "--model", "other", "--adapter", str(out), "--output", "again"), *digests)
-    refused(lambda: Speaker(SpeakerConfig(model="other", adapter=str(out))), *digests)
+    refused(lambda: open_generator(InferenceConfig(model="other", adapter=str(out))), *digests)
     os.rename("base", "elsewhere")
     assert logits(with_adapter(out, "elsewhere")).isfinite().all(), "the same base under another name"
-    refused(lambda: Speaker(SpeakerConfig(adapter=str(out))), "its base 'base' is not here")
+    refused(lambda: open_generator(InferenceConfig(adapter=str(out))), "its base 'base' is not here")
 
 
 def test_a_damaged_adapter_is_refused_with_what_is_wrong(place):
@@ -578,4 +581,4 @@ def test_each_source_has_its_own_validation_loss_beside_that_of_all(place):
     mean = (targets[0] * parts["a.jsonl"] + targets[1] * parts["b.jsonl"]) / sum(targets)
     assert found["both"]["val_loss"] == pytest.approx(mean, rel=1e-5)
     assert "val_loss_by_source" not in found["a"]
-    refused(lambda: train("--val", "a.jsonl", "./a.jsonl"), "the same file stands twice")
+    refused(lambda: train("--val", "a.jsonl", "./a.jsonl"), "the same file is given twice")

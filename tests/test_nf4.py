@@ -3,26 +3,28 @@
 import json
 import statistics
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from core.loss import next_token_loss
+from core.size import num_parameters
 from safetensors.torch import load_file
-from test_engine import metrics
 from test_lora import ADAPTER, launch, logits, place, refused, train, with_adapter  # noqa: F401
+from test_trainer import metrics
 
-import trainer
-from core import hf_folder, parallel
+from assembly.models import load_model, open_model
+from core import hf_folder
 from core.data import Batch
 from core.distributed import Ranks
+from core.memory import save_memory
 from core.optim import OptimConfig, make_optimizers
+from core.parallel import Strategy
 from extras.estimate import memory
 from extras.finetune import lora, nf4
 from extras.finetune.lora import LoraConfig, LoraLinear
 from model import Llama, ModelConfig
+from trainer import TrainConfig, next_token_loss
 
 QLORA = ("--quantize", "nf4")
 SHAPES = [(64, 64), (100, 77), (3, 5), (1, 1), (256, 300)]
@@ -145,15 +147,15 @@ def test_nothing_larger_than_the_packed_weight_waits_for_the_backward_pass():
 
 def begun(base: str = "base", cfg: LoraConfig = LoraConfig(r=4, quantize="nf4")) -> Llama:  # noqa: B008
     """As sft.py begins it, on one rank."""
-    model, fill = hf_folder.open_model(base)
-    fill, _ = lora.begin(model, fill, cfg, 1, Path(base), nf4.Weight if cfg.quantize else None)
-    parallel.spread(model, trainer.TrainConfig(), Ranks(0, 1, torch.device("cpu")), torch.float32, fill)
-    return model
+    opened = open_model(base)
+    model = lora.apply(opened.model, cfg, nf4.Weight if cfg.quantize else None)
+    weights = lora.weights_at_birth(model, opened.weights, 1)
+    return Strategy(model, weights, TrainConfig(), Ranks(0, 1, torch.device("cpu")), torch.float32).model
 
 
 def unpacked(base: str, double_quant: bool = False) -> Llama:
     """A plain model whose blocks' matrices have been packed and unpacked."""
-    model = hf_folder.load_model(base)
+    model = load_model(base)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".layers." in name and p.ndim == 2:
@@ -170,7 +172,7 @@ def rows() -> Batch:
 @pytest.mark.parametrize("base, targets", [("base", ()), ("untied", ("lm_head", "q_proj"))])
 def test_training_begins_at_the_loss_of_the_packed_and_unpacked_base(place, base, targets, double_quant):  # noqa: F811
     model = begun(base, LoraConfig(r=4, quantize="nf4", double_quant=double_quant, target_modules=targets))
-    plain, expected = hf_folder.load_model(base), unpacked(base, double_quant)
+    plain, expected = load_model(base), unpacked(base, double_quant)
     packed = [name for name, m in model.named_modules() if isinstance(m, LoraLinear) and m.packed]
     assert len(packed) == (2 if targets else 14) and not any("lm_head" in name for name in packed)
     for name, p in expected.named_parameters():
@@ -187,7 +189,7 @@ def test_steps_are_those_of_lora_beside_the_unpacked_base_and_change_a_and_b_onl
     hf_folder.save_model(place / "unpacked", unpacked("base"), None, {})
     found = []
     for model in (begun("base"), begun("unpacked", LoraConfig(r=4))):
-        model.gradient_checkpointing, before = kind, {n: p.clone() for n, p in model.named_parameters()}
+        before = {n: p.clone() for n, p in save_memory(model, kind).named_parameters()}
         optimizers, losses = make_optimizers(model.train(), OptimConfig(lr=1e-2)), []
         for _ in range(4):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -208,10 +210,11 @@ def test_the_whole_base_never_stands_in_memory():
     )
     with torch.device("meta"):
         model, plain = Llama(sizes), Llama(sizes)
-    fill = lora.begun(model, partial(plain.init_weights, 0), LoraConfig(r=2, quantize="nf4"), 0, nf4.Weight)
+    lora.apply(model, LoraConfig(r=2, quantize="nf4"), nf4.Weight)
+    weights = lora.weights_at_birth(model, plain.weights_at_birth(0), 0)
     with memory._Live() as live:
-        parallel.spread(model, trainer.TrainConfig(), Ranks(0, 1, torch.device("cpu")), torch.float32, fill)
-    whole, largest = 4 * plain.num_parameters()[0], 4 * 128 * 256
+        Strategy(model, weights, TrainConfig(), Ranks(0, 1, torch.device("cpu")), torch.float32)
+    whole, largest = 4 * num_parameters(plain)[0], 4 * 128 * 256
     held = sum(p.nbytes for p in model.parameters())
     assert held < 0.25 * whole and live.now == pytest.approx(held, rel=0.05)
     assert live.peak < held + 6 * largest < 0.4 * whole
@@ -229,7 +232,7 @@ def test_the_adapter_is_that_of_lora_and_speaks_beside_the_base_as_it_is_on_disk
     assert one == other
     assert json.loads((out / "run.json").read_text())["options"]["lora"]["quantize"] == "nf4"
     assert metrics(out)[-1] < metrics(out)[0] and metrics(out)[0] != metrics(Path("lora"))[0]
-    plain = hf_folder.load_model("base").eval()
+    plain = load_model("base").eval()
     with torch.no_grad():
         for name, p in plain.named_parameters():
             part = "base_model.model." + name.removesuffix("weight")
@@ -246,7 +249,7 @@ def test_a_run_goes_on_only_with_the_same_way_of_packing(place):  # noqa: F811
 
 
 def test_the_identity_of_lora_alone_is_what_it_was_before_there_was_qlora(place):  # noqa: F811
-    assert lora.Adapter(LoraConfig(r=4), place / "base", ModelConfig(), {}).identity == {
+    assert lora.Adapter(LoraConfig(r=4), place / "base", "", ModelConfig(), {}).identity == {
         "r": 4,
         "alpha": 8.0,
         "dropout": 0.0,

@@ -13,9 +13,10 @@ from small_run import newborn
 
 import tokenizer
 from assembly import models
-from core import hf_config, hf_folder
+from core import hf_folder
 from core.errors import UserError
 from core.generate import DecodingLinear, SamplingConfig, for_decoding
+from core.hf_config import family_of
 from extras.decoding.batching import complete
 from extras.families import others as families
 from extras.families.llama_kin import KinConfig
@@ -320,7 +321,7 @@ def test_weights_are_rounded_one_after_another_as_they_are_read(make_model, tmp_
 
 def exact(plain, quantised, folder, kind):
     """The plain model in fp32 with the weights that a folder's codes and scales stand for."""
-    family, stored = hf_config.family_of(plain.config), load_file(folder / "model.safetensors")
+    family, stored = family_of(plain.config), load_file(folder / "model.safetensors")
     stored = {family.ours(name): t for name, t in stored.items()}
     model = deepcopy(plain)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())

@@ -98,6 +98,7 @@ def write(
     Raises:
         UserError: no gguf, a vocabulary llama.cpp cannot express, a weight too large for the type.
     """
+    # The vocabulary first: what llama.cpp cannot express is refused before anything is written.
     gguf, pieces, counts = library(), vocabulary(tokenizer, model.config.vocab_size), {}
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -106,6 +107,7 @@ def write(
         try:
             _add_sizes(out, gguf, model, kind, name)
             _add_vocabulary(out, pieces, tokenizer, chat_format)
+            # One tensor after another: rounded, checked and handed over.
             for tensor, weight in model.named_parameters():
                 values, own = _values(tensor, weight, model.config), _kind(weight, kind, weight is model.lm_head.weight)
                 if (largest := abs(values).max()) > LARGEST[own]:

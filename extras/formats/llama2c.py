@@ -224,6 +224,7 @@ def read_weights(path: str | Path) -> Llama:
         UserError: not such a file, or not of the size that its header tells; nothing was allocated then.
     """
     with open(path, "rb") as f:
+        # The size of the file must be what the header describes, before anything is allocated.
         size, head = os.fstat(f.fileno()).st_size, f.read(HEADER.size)
         config = _config(path, head)
         with torch.device("meta"):  # names and shapes without memory
@@ -233,6 +234,7 @@ def read_weights(path: str | Path) -> Llama:
         expected = HEADER.size + 4 * sum(shape.numel() for shape in shapes.values())
         if size != expected:
             raise UserError(f"{path}: its header describes {expected:,} bytes, it has {size:,}", "is the file whole?")
+        # Then the weights in the file's order; q and k are brought into our layout.
         state = {}
         for name in order(config):
             weight = torch.from_numpy(np.fromfile(f, "<f4", shapes[name].numel()).astype(np.float32, copy=False))

@@ -117,17 +117,20 @@ def read(path: str, chars: int) -> tuple[list[str], str]:
     Raises:
         UserError: nothing to read, a line without "text", not UTF-8.
     """
+    # Which files; their order decides between equal passages.
     root = Path(path)
     found = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
     fitting = [p for p in found if p.suffix in (".txt", ".jsonl")]
     if not root.exists() or not fitting:
         raise UserError(f"{path}: {'no .txt or .jsonl files' if root.exists() else 'not found'}", "--retrieve FOLDER")
+    # Windows of their texts, none of them twice.
     texts = [" ".join(text.split()) for file in fitting for text in _texts(file)]
     overlap = chars // 4
     cut = [text[at : at + chars] for text in texts for at in range(0, max(1, len(text) - overlap), chars - overlap)]
     passages = list(dict.fromkeys(text for text in cut if text))
     if not passages:
         raise UserError(f"{path}: no text in {len(fitting)} files")
+    # What was left out is told.
     told = f"{path}: {len(passages):,} passages of {len(fitting)} files"
     for count, what in (
         (len(found) - len(fitting), "files are neither .txt nor .jsonl"),

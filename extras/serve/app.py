@@ -79,6 +79,7 @@ class App:
         self.read = partial(schema.read, limits=limits)
         # No token stands for more bytes of text than its entry has: what is far too long is refused unread.
         self.longest = max(len(tokenizer.id_to_piece(id).encode()) for id in range(tokenizer.vocab_size))
+        # What /v1/models says, and the functions that answer.
         model = {
             "id": name,
             "object": "model",
@@ -104,6 +105,7 @@ class App:
         async def completion(request, send):
             await self._answer(request, send, chat=False)
 
+        # Each path that is answered, with its method; nothing else is.
         page = Path(__file__).parent / "page"
         self.routes = {
             path: ("GET", always(Response((page / file).read_bytes(), media_type=kind)))
@@ -136,6 +138,7 @@ class App:
         async def refuse(refused: Refused):
             await JSONResponse(error(refused), refused.status, refused.headers)(scope, receive, out)
 
+        # Whatever goes wrong ends as an answer, and each request as one line in the log.
         request = Request(scope, receive)
         try:
             await self._route(path, request)(request, out)
@@ -160,18 +163,21 @@ class App:
     def _route(self, path: str, request):
         """Who answers; `Refused` where the one who asks may not, or nobody does."""
         headers = request.headers
+        # For this server, and by no page of another: a browser runs pages of all kinds.
         host = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d*)?", headers.get("host", ""))
         if not host or not self._is_ours(host[1].lower()):
             raise Refused(403, "this server does not answer for that Host", None, "wrong_host")
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2].lower() != headers["host"].lower():
             raise Refused(403, "pages of other sites may not ask this server", None, "wrong_origin")
+        # By somebody who may.
         if self.key and path not in PAGE and path != "/health":
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if not hmac.compare_digest(key.strip().encode("latin-1"), self.key.encode()) or scheme.lower() != "bearer":
                 raise Refused(
                     401, "the API key is missing or wrong", None, "invalid_api_key", {"WWW-Authenticate": "Bearer"}
                 )
+        # A path, a method and a kind of body that somebody answers.
         if path not in self.routes:
             raise Refused(404, "there is nothing under this path", None, "not_found")
         method, answer = self.routes[path]
@@ -198,6 +204,7 @@ class App:
                 400, f"{self.name} is a base model: it continues texts, under /v1/completions", None, "no_chat_model"
             )
         asked = self.read(await read_body(request), chat)
+        # A job for each prompt; all of them get into the queue or none.
         inbox = Inbox(asked.stream)
         jobs = [self._job(prompt, asked, k, chat, inbox) for k, prompt in enumerate(asked.prompts)]
         count = len(jobs) * asked.n

@@ -304,6 +304,7 @@ def read(body: bytes, chat: bool, limits: Limits) -> Asked:
     Raises:
         Refused: 400 with the field's name; 404 for another model.
     """
+    # Names first, so that a flood of unknown ones ends at the first.
     said, kind = parse(body), Chat if chat else Completion
     for name in said:
         if name not in kind.model_fields:
@@ -314,6 +315,7 @@ def read(body: bytes, chat: bool, limits: Limits) -> Asked:
         got = kind.model_validate(said, context=limits)
     except ValidationError as e:
         raise refused(e, [*said], limits) from None
+    # What no field can check alone.
     ends = {said[name] for name in ("max_tokens", "max_completion_tokens") if name in said}
     told = got.logprobs
     if chat:

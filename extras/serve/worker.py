@@ -193,6 +193,7 @@ class Worker:
         """One step: texts that nobody waits for leave, new ones come, every text gets a token."""
         if self.batch is None:
             self.batch = self.generator.new_batch(self.rows, self.context)
+        # Who has left, who comes: each makes room, or takes it, before the step.
         for text, voice in [*self.running.items()]:
             if voice.job.gone:
                 self._leave(text)
@@ -205,6 +206,7 @@ class Worker:
             for k, text in enumerate(texts):
                 until = self.generator.until(job.stop)
                 self.running[text] = Voice(job, job.first + k, self.generator.tokenizer, until)
+        # The step; what became certain in it goes to the event loop in one call.
         said = []
         for token in self.batch.step():
             voice = self.running[token.text]
