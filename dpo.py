@@ -42,7 +42,7 @@ def main() -> None:
     # Pairs of answers, and how likely the model finds them as it is.
     length = cfg.pairs.seq_len or base.model.config.max_position_embeddings
     rows, held_out, lines = pairs.pair_rows(cfg.pairs, cfg.train.seed, base.tokenizer, chat_format, length)
-    if cfg.estimate is None or not cfg.estimate.dry_run:
+    if not training.is_dry_run(cfg):
         add_reference(cfg.train, base, {"train": rows, "held_out": held_out}, ranks)
 
     # DPO's loss, and the loop.

@@ -58,7 +58,8 @@ def main() -> None:
             print(f"{where}: {mark_trained(tokenizer, ids, mask)}")
         return
     refuse_twins(cfg.chat.val)
-    val_rows = {path: chat_rows((path,), tokenizer, cfg.chat, seq_len) for path in cfg.chat.val}
+    paths = () if training.is_dry_run(cfg) else cfg.chat.val
+    val_rows = {path: chat_rows((path,), tokenizer, cfg.chat, seq_len) for path in paths}
 
     # The same loss and the same loop as in pretraining.
     own = {"chat_format": cfg.chat.chat_format}

@@ -175,7 +175,7 @@ def estimate_without_data(cfg, ranks: Ranks) -> bool:
 
 def run(task: Task, cfg, ranks: Ranks) -> None:
     """Train, or with --dry_run say what training would take."""
-    if cfg.estimate is not None and cfg.estimate.dry_run:
+    if is_dry_run(cfg):
         from extras.estimate import report
 
         return print(report.describe_run(task.model, cfg, task.rows, task.rows.seq_len, ranks))
@@ -189,6 +189,11 @@ def run(task: Task, cfg, ranks: Ranks) -> None:
     with tracking(cfg, options, ranks) as track:
         trainer.train(task, cfg, ranks, choose_strategy(cfg.train, ranks), track, tracing(cfg.train, ranks))
     ranks.close()
+
+
+def is_dry_run(cfg) -> bool:
+    """Whether the run is only to be estimated."""
+    return cfg.estimate is not None and cfg.estimate.dry_run
 
 
 def choose_strategy(options: TrainConfig, ranks: Ranks) -> type[Strategy]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from core.size import num_parameters
 from safetensors.torch import load_file
 from test_lora import ADAPTER, launch, logits, place, refused, train, with_adapter  # noqa: F401
 from test_trainer import metrics
@@ -16,6 +15,7 @@ from test_trainer import metrics
 from assembly.models import load_model, open_model
 from core import hf_folder
 from core.data import Batch
+from core.device import num_parameters
 from core.distributed import Ranks
 from core.memory import save_memory
 from core.optim import OptimConfig, make_optimizers

@@ -40,7 +40,7 @@ class ManyConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         if self.beams and self.n > self.beams:
-            raise ValueError(f"n = {self.n}, beams = {self.beams}: n must be at most beams")
+            raise ValueError(f"n = {self.n}, beams = {self.beams}: must be n at most beams")
         if self.logprobs and self.beams:
             raise ValueError(f"logprobs = {self.logprobs} does not go with beams")
 
