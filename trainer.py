@@ -259,6 +259,7 @@ def _loop(task: Task, cfg, ranks: Ranks, run: Run, log: Log, kind: type[Strategy
             state.rows_seen += per_step
             step_done()
 
+            # One record a step, for people and for programs.
             record = {"step": state.step, "loss": mean, "lr": lr, "grad_norm": norm, "targets": int(targets)}
             record |= {"tokens": options.batch_tokens, "seconds": round(time.monotonic() - began, 6)}
             record |= {"scale": scaler.scale} if scaler else {}
