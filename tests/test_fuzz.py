@@ -24,6 +24,7 @@ import pytest
 from small_run import small_model
 from test_chats import GOLDEN
 
+from assembly.models import load_model
 from core import bins, data, files, hf_folder
 from core.errors import UserError
 from extras.corpus import chats, readers, tokenize, wiki
@@ -478,7 +479,7 @@ def test_damaged_models_are_loaded_or_refused_and_never_an_exception(small, smal
 @pytest.fixture
 def folder(tmp_path):
     hf_folder.save_model(tmp_path / "m", small_model(), None, {})
-    hf_folder.load_model(tmp_path / "m")  # what torch does once is not to be laid to a case
+    load_model(tmp_path / "m")  # what torch does once is not to be laid to a case
     return tmp_path / "m"
 
 
@@ -494,7 +495,7 @@ def memory():
 
 def try_load(folder: Path) -> bool:
     try:
-        model = hf_folder.load_model(folder)
+        model = load_model(folder)
     except UserError as e:
         one_line(e)
         return False
